@@ -1,0 +1,24 @@
+"""moesaic: make a giant mixture-of-experts model fit the machine you have, and prove what that cost.
+
+The house, floor by floor: a module imports only from floors below its own, and the order is also
+the order of reading (tests/test_floors.py holds it).
+"""
+
+__version__ = "0.1.0"
+
+FLOORS = (
+    ("errors",),
+    ("registry", "artifact", "progress"),
+    ("formats", "plan"),
+    ("kernels", "families"),
+    ("containers",),
+    ("checkpoint", "tokens"),
+    ("stream", "shards"),
+    ("calibrate", "criteria", "rounding", "divergence"),
+    ("measure", "allocate"),
+    ("fit", "export"),
+    ("verify", "evaluate"),
+    ("select", "report", "serve"),
+    ("compress", "prune", "quantize", "demo"),
+    ("cli",),
+)

@@ -1,0 +1,98 @@
+"""Files that stages hand to each other: atomic, versioned, and bound to the inputs they were made from.
+
+A file appears under its name only when it is complete, so "it exists" means "it is whole". Each
+says what kind it is, which program wrote it, and the identities of its inputs; reading it with
+other inputs is a `StaleError`, never a silent reuse. Leaves out what is in them: each stage knows.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import __version__
+from .errors import InputError, StaleError
+
+SCHEMA = 1
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends well; otherwise nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def identity(*parts: Any) -> str:
+    """16 hex digits that stand for JSON-able facts: equal facts, equal identity."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Write `body` as one JSON artifact of `kind`, made from `inputs` (name -> identity)."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Read a JSON artifact. Raises `InputError` for another kind, `StaleError` for other inputs."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
+    check(path, found, kind, inputs)
+    return found
+
+
+def write_tensors(
+    path: Path, kind: str, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, str], body: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors, and a JSON-able `body` beside them, as one safetensors artifact."""
+    note = json.dumps({**header(kind, inputs), **(body or {})})
+    with atomic(path) as partial:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"moesaic": note})
+
+
+def read_tensors(
+    path: Path, kind: str, inputs: Mapping[str, str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and body of a safetensors artifact. Errors as `read_json`."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("moesaic", "{}"))
+            check(path, found, kind, inputs)
+            return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
+
+
+def header(kind: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+    return {"kind": kind, "schema": SCHEMA, "maker": f"moesaic {__version__}", "inputs": dict(inputs)}
+
+
+def check(path: Path, found: Mapping[str, Any], kind: str, inputs: Mapping[str, str] | None) -> None:
+    if found.get("kind") != kind or found.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} is a {found.get('kind')!r} file of schema {found.get('schema')}, wanted {kind!r} of {SCHEMA}"
+        )
+    for name, wanted in (inputs or {}).items():
+        made_from = found["inputs"].get(name)
+        if made_from != wanted:
+            raise StaleError(
+                f"{path} was made from {name} {made_from}, and this is {wanted}; move it away or use another run folder"
+            )

@@ -1,0 +1,47 @@
+"""Everything this package raises on purpose. Leaves out the language's own errors: those are our bugs.
+
+MoesaicError            the message says what was found, what was wanted, what to do
+├── InputError          the call, or something it names, is wrong                     exit 2
+│   ├── CheckpointError a checkpoint is incomplete, torn, foreign or contradicts itself
+│   ├── FamilyError     a model family, or a value in its config, that nobody wrote code for
+│   ├── PlanError       a plan cannot be made, or does not fit its checkpoint
+│   └── StaleError      a stage's input is not the one its file was made from
+├── CheckError          a check of a result did not hold                              exit 1
+└── PluginError         a plug-in file breaks the rule of its folder                  a bug
+"""
+
+
+class MoesaicError(Exception):
+    """Base of all deliberate errors: one sentence, no traceback needed."""
+
+    exit_code = 2
+
+
+class InputError(MoesaicError):
+    """The call, or something that it names, is wrong."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is incomplete, torn, foreign, or contradicts itself."""
+
+
+class FamilyError(InputError):
+    """A model family, or a value in its config, for which no code was written."""
+
+
+class PlanError(InputError):
+    """A plan cannot be made, or does not fit its checkpoint."""
+
+
+class StaleError(InputError):
+    """The input of a stage is not the one that its file says it was made from."""
+
+
+class CheckError(MoesaicError):
+    """A check of a result did not hold."""
+
+    exit_code = 1
+
+
+class PluginError(MoesaicError):
+    """A plug-in file breaks the rule of its folder: our bug, never the user's."""
