@@ -1,0 +1,162 @@
+"""What a number format is: a grid, a rule for its scales, and what both cost in bits.
+
+A grid is three functions, and they are kept apart because GPTQ and scale search hold the scale
+fixed while codes change, and because decode-then-encode has to be the identity:
+
+    fit    (weights in blocks)   -> Scales   as they are stored
+    round  (weight, *steps)      -> code     element by element, so a matrix, a block or a column will do
+    value  (code, *steps)        -> weight   exactly what the server multiplies with
+
+`steps` turns what is stored into what is multiplied: one F32 number a block, or two where the grid
+is affine. Nothing else here, nor in `rounding/`, needs to know whether a scale has one level or two,
+or whether its block is a row of 32 or a square of 128. Leaves out bits on disk: those are `containers/`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+
+Steps = tuple[Tensor, ...]  # F32 [OB, IB] each: what a block's codes are multiplied by (and, if affine, offset with)
+
+LARGEST = float(torch.finfo(torch.bfloat16).max)  # no checkpoint stores more; below it no format's arithmetic overflows
+LANES = 16  # how many partial sums a block's error is added up in
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What is stored beside the codes of one matrix [O, I] whose blocks are [OB, IB].
+
+    blocks   one number a block, in the stored dtype: uint8 (E8M0), float8_e4m3fn, bfloat16, float32; None: no scales
+    shared   float32 [1], a second level that the whole matrix (and its fused siblings) share; None: one level
+    offsets  like `blocks`, for affine grids; None: the grid is symmetric
+    """
+
+    blocks: Tensor | None = None
+    shared: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def no_candidates(scales: Scales) -> Sequence[Scales]:
+    """A format whose scale rule leaves nothing to search."""
+    return ()
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One number format. `fit` sees F32 weights as [OB, IB, n], n = rows × columns of a block."""
+
+    name: str
+    block: tuple[int, int]  # rows, columns that share a scale; 0 is the whole axis: (1, 0) is per output channel
+    element_bits: int
+    scale_bits: int  # per block, all levels but `shared`
+    fit: Callable[[Tensor, Tensor | None], Scales]  # w [OB, IB, n] F32, shared -> Scales
+    steps: Callable[[Scales], Steps]
+    round: Callable[..., Tensor]  # (w, *steps) -> codes uint8 (int16 where a code has 16 bits); broadcasts
+    value: Callable[..., Tensor]  # (codes, *steps) -> F32
+    reference: str
+    share: Callable[[Tensor], Tensor] | None = None  # largest |w| over fused siblings -> `Scales.shared`
+    candidates: Callable[[Scales], Sequence[Scales]] = no_candidates  # other scales worth trying, likeliest first
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight of a large matrix, scales included; whole-axis blocks count as free."""
+        rows, columns = self.block
+        return self.element_bits + (self.scale_bits / (rows * columns) if rows and columns else 0.0)
+
+    def stored_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a matrix [O, I] and its scales, without what a container adds to fill a row's last word."""
+        (o, i), (ob, ib) = shape, self.grid(shape)
+        shared_bits = 32 if self.share else 0
+        return -(-(o * i * self.element_bits + ob * ib * self.scale_bits + shared_bits) // 8)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Blocks [OB, IB] of a matrix [O, I]; a last, ragged block counts."""
+        (o, i), (rows, columns) = shape, self.block
+        return -(-o // (rows or o)), -(-i // (columns or i))
+
+    def blocks(self, w_OI: Tensor) -> Tensor:
+        """`w_OI` as [OB, IB, n]; ragged edges are filled with zeros, which no symmetric scale rule minds."""
+        (o, i), (rows, columns) = w_OI.shape, self.block
+        rows, columns = rows or o, columns or i
+        ob, ib = self.grid(w_OI.shape)
+        if (ob * rows, ib * columns) != (o, i):
+            w_OI = torch.nn.functional.pad(w_OI, (0, ib * columns - i, 0, ob * rows - o))
+        return w_OI.reshape(ob, rows, ib, columns).transpose(1, 2).reshape(ob, ib, rows * columns)
+
+    def spread(self, steps: Steps, shape: Sequence[int]) -> Steps:
+        """Each step [OB, IB] repeated so that every weight of [O, I] stands beside its own."""
+        (o, i), (rows, columns) = shape, self.block
+        return tuple(s.repeat_interleave(rows or o, 0)[:o].repeat_interleave(columns or i, 1)[:, :i] for s in steps)
+
+    def scales(self, w_OI: Tensor, shared: Tensor | None = None) -> Scales:
+        """Scales of `w_OI` by the standard rule. `shared` overrides the second level (fused siblings)."""
+        w_OI = w_OI.float()
+        amax = w_OI.abs().max()
+        if not amax <= LARGEST:  # so put, a NaN is caught too
+            raise PlanError(
+                f"a matrix {list(w_OI.shape)} holds infinities, NaNs or magnitudes no BF16 reaches, and {self.name} "
+                "has to be fitted to finite weights; check that the source is whole and was decoded with its scales"
+            )
+        if shared is None and self.share is not None:
+            shared = self.share(amax)
+        return self.fit(self.blocks(w_OI), shared)
+
+    def search(self, w_OI: Tensor, scales: Scales, second_moments_I: Tensor | None = None) -> Scales:
+        """`scales`, with each block's replaced by the candidate of least Σ second_moment · (value − w)².
+
+        A candidate must be strictly better than all before it. Error terms are F32, (d · d) · moment,
+        and added in the order of `block_sums`, so that a kernel can choose the same to the bit.
+        """
+        w = self.blocks(w_OI.float())
+        moments = None if second_moments_I is None else self.blocks(second_moments_I.float().expand(w_OI.shape))
+        best, least = scales, self.block_errors(w, scales, moments)
+        for candidate in self.candidates(scales):
+            error = self.block_errors(w, candidate, moments)
+            better = error < least
+            least = torch.where(better, error, least)
+            blocks = _pick(better, candidate.blocks, best.blocks)
+            best = Scales(blocks, scales.shared, _pick(better, candidate.offsets, best.offsets))
+        return best
+
+    def block_errors(self, w: Tensor, scales: Scales, moments: Tensor | None = None) -> Tensor:
+        """Σ moment · (value − w)² of each block, F32 [OB, IB], of weights (and moments) in blocks [OB, IB, n]."""
+        steps = tuple(s.unsqueeze(-1) for s in self.steps(scales))
+        d = self.value(self.round(w, *steps), *steps) - w
+        return block_sums(d * d if moments is None else d * d * moments)
+
+    def encode(self, w_OI: Tensor, scales: Scales) -> Tensor:
+        """Nearest codes [O, I] of `w_OI` under given scales."""
+        return self.round(w_OI.float(), *self.spread(self.steps(scales), w_OI.shape))
+
+    def decode(self, codes_OI: Tensor, scales: Scales) -> Tensor:
+        """F32 weights [O, I]: exactly what a server multiplies with."""
+        return self.value(codes_OI, *self.spread(self.steps(scales), codes_OI.shape))
+
+
+def quotient(x: Tensor, by: float) -> Tensor:
+    """`x / by`, correctly rounded on every device: CUDA turns division by a Python number into a multiplication."""
+    return x / torch.full_like(x, by)
+
+
+def block_sums(terms: Tensor) -> Tensor:
+    """Sum over the last axis in one fixed order: `LANES` running sums, then those folded in half until one is left."""
+    terms = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
+    lanes = terms[..., 0, :]
+    for k in range(1, terms.shape[-2]):
+        lanes = lanes + terms[..., k, :]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _pick(better: Tensor, ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    """Block by block, `ours` where it is better. Through bytes, as torch has no `where` on 8-bit floats."""
+    if ours is None or theirs is None:
+        return theirs
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[theirs.element_size()]
+    return torch.where(better, ours.view(bits), theirs.view(bits)).view(theirs.dtype)
