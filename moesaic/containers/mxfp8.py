@@ -1,0 +1,61 @@
+"""MXFP8 as MiniMax-M3 releases it: E4M3, and uint8 E8M0 exponents in a tensor named `weight_scale_inv`.
+
+The name promises an inverse and the dtype a number; it is neither. Byte b multiplies its 32 weights
+by 2^(b-127). Tools that multiply by the byte itself write weights 917,929 times too large.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..families import Architecture
+from ..formats import FORMATS, Scales
+from .base import Container, Packing, Part, codes_as_bytes
+from .fp8 import covers
+from .unquantized import BF16
+
+
+def parts(shape: Sequence[int]) -> dict[str, Part]:
+    return {
+        "codes": Part("weight", "F8_E4M3", tuple(shape)),
+        "blocks": Part("weight_scale_inv", "U8", FORMATS["mxfp8"].grid(shape)),
+    }
+
+
+def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+    assert scales.blocks is not None
+    return {"codes": codes_OI.view(torch.float8_e4m3fn), "blocks": scales.blocks}
+
+
+def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return codes_as_bytes(stored["codes"]), Scales(stored["blocks"])
+
+
+MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack, unpack)
+
+
+def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
+    """mxfp8 for every linear, unless `ignored_layers` names it. Raises `CheckpointError` for another block."""
+    quantization = config["quantization_config"]
+    if quantization.get("weight_block_size") != [1, 32]:
+        raise CheckpointError(
+            f"config.json says mxfp8 in blocks {quantization.get('weight_block_size')}; moesaic reads [1, 32]"
+        )
+    kept = quantization.get("ignored_layers", [])
+    return {
+        linear.name: "bf16" if any(covers(entry, linear.name) for entry in kept) else "mxfp8"
+        for linear in architecture.linears
+    }
+
+
+def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
+    return dict(source["quantization_config"])
+
+
+MXFP8 = Container(
+    "mxfp8", "mxfp8", {"mxfp8": MXFP8_PACKING, "bf16": BF16}, formats, config,
+    "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
+)  # fmt: skip

@@ -1,0 +1,37 @@
+"""No container at all: every matrix is one BF16 tensor named `weight`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Architecture
+from ..formats import Scales
+from .base import Container, Packing, Part
+
+
+def parts(shape: Sequence[int]) -> dict[str, Part]:
+    return {"codes": Part("weight", "BF16", tuple(shape))}
+
+
+def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+    return {"codes": codes_OI.view(torch.bfloat16)}
+
+
+def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return stored["codes"].view(torch.int16), Scales()
+
+
+BF16 = Packing("bf16", "bf16", parts, pack, unpack)
+
+
+def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
+    return {linear.name: "bf16" for linear in architecture.linears}
+
+
+def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
+    return None
+
+
+UNQUANTIZED = Container("unquantized", "", {"bf16": BF16}, formats, config, "https://github.com/huggingface/safetensors")

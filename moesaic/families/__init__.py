@@ -1,0 +1,24 @@
+"""Model families, one file each, under the `model_type` that config.json gives them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import FamilyError
+from ..registry import collect
+from .base import DTYPE_BYTES, Architecture, Family, Linear, TensorInfo, with_experts
+
+FAMILIES = collect(__name__, Family)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json belongs to. Raises `FamilyError` for one nobody wrote code for."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise FamilyError(
+            f"config.json says model_type {name!r}; moesaic knows {', '.join(sorted(FAMILIES))}. "
+            "Add families/<model_type>.py to teach it another"
+        )
+    return FAMILIES[name]
+
+
+__all__ = ["DTYPE_BYTES", "FAMILIES", "Architecture", "Family", "Linear", "TensorInfo", "family_of", "with_experts"]

@@ -1,0 +1,160 @@
+"""What a model family is: every name, shape and rule of one architecture, as plain data.
+
+A family states what it was written for and refuses the rest in the first second. It knows nothing
+of number formats or of bits on disk: a `Linear` is a matrix [O, I] under a name, and the container
+says in which tensors it lies. Leaves out arithmetic, but for the few symbols that no transformers
+module owns (an expert's activation), and vision: those tensors are carried along untouched.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import FamilyError
+
+Config = Mapping[str, Any]
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "U32": 4, "I64": 8}
+COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file: its header entry, without the offsets."""
+
+    name: str
+    dtype: str  # as safetensors writes it: BF16, F8_E4M3, U8 …
+    shape: tuple[int, ...]
+    role: str = ""  # "embedding", "head", "norm", "router", "router_bias", "vision" where a family says so
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix [O, I] that a format may be chosen for. `name` is the module's, without ".weight"."""
+
+    name: str
+    shape: tuple[int, int]
+    role: str  # "experts", "qkv", "o", "shared", "dense"
+    unit: str  # matrices of one unit share one format, because one kernel reads them: "layers.12.experts"
+    layer: int
+    projection: str  # "gate", "up", "down", "q", "k", "v", "o", "index_q", "index_k"
+    expert: int | None = None
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model of a family: counts, and every tensor it has, in the order of its modules."""
+
+    family: str
+    hidden: int
+    vocab: int
+    context: int
+    layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    layer_prefix: str  # "model.layers."
+    linears: tuple[Linear, ...]
+    tensors: tuple[TensorInfo, ...]  # all that is no linear: norms, routers, embeddings, vision
+    embedding: str
+    norm: str
+    head: str
+
+    def layer_name(self, layer: int, rest: str) -> str:
+        return f"{self.layer_prefix}{layer}.{rest}"
+
+    @cached_property
+    def by_name(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in self.linears}
+
+    @cached_property
+    def units(self) -> dict[str, tuple[Linear, ...]]:
+        """Linears by unit, in model order."""
+        grouped: dict[str, list[Linear]] = {}
+        for linear in self.linears:
+            grouped.setdefault(linear.unit, []).append(linear)
+        return {unit: tuple(members) for unit, members in grouped.items()}
+
+    @cached_property
+    def experts_of(self) -> dict[tuple[int, int], dict[str, Linear]]:
+        """(layer, expert) -> its matrices by projection."""
+        found: dict[tuple[int, int], dict[str, Linear]] = {}
+        for linear in self.linears:
+            if linear.expert is not None:
+                found.setdefault((linear.layer, linear.expert), {})[linear.projection] = linear
+        return found
+
+    @cached_property
+    def routers(self) -> dict[int, tuple[str, str]]:
+        """MoE layer -> names of its router weight [E, D] and its correction bias [E], both F32 on disk."""
+        names = {t.role: {} for t in self.tensors if t.role in ("router", "router_bias")}  # type: dict[str, dict[int, str]]
+        for t in self.tensors:
+            if t.role in names:
+                names[t.role][int(t.name.removeprefix(self.layer_prefix).split(".", 1)[0])] = t.name
+        return {layer: (names["router"][layer], names["router_bias"][layer]) for layer in self.moe_layers}
+
+
+@dataclass(frozen=True)
+class Family:
+    """All facts of one family. Functions see config.json as it is on disk."""
+
+    name: str  # model_type
+    read: Callable[[Config], Architecture]  # raises FamilyError for a value it was not written for
+    text: Callable[[Config], Config]  # the part of config.json that describes the language model
+    activate: Callable[[Config, Any, Any], Any]  # (text config, gate [.., I], up [.., I]) -> [.., I]
+    routed_scale: Callable[[Config], float]  # what the sum over routed experts is multiplied by
+    engine_name: Callable[[str], str]  # a module's name on disk -> the name vLLM's quantization config must match
+    modeling: str  # the transformers module that holds the classes below
+    configuration: str  # the transformers module and class of the whole config: "pkg.mod:Class"
+    layer_class: str
+    rotary_class: str
+    norm_class: str
+    parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]  # see `LayerRun`
+    reference: str
+
+
+def expect(config: Config, key: str, *wanted: Any) -> Any:
+    """config[key], which must be one of `wanted`; with none given it must merely be there."""
+    if key not in config:
+        raise FamilyError(f"config.json has no {key!r}; the family's code needs it" + (f" to be {wanted[0]!r}" if wanted else ""))
+    if wanted and config[key] not in wanted:
+        raise FamilyError(f"config.json has {key} = {config[key]!r}; this family's code was written for {' or '.join(map(repr, wanted))}")
+    return config[key]
+
+
+def counts(config: Config, path: str = "") -> Iterator[tuple[str, int]]:
+    """Every place in a config that states the number of routed experts: ("text_config.num_local_experts", 128)."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from counts(value, f"{path}{key}.")
+        elif key in COUNT_KEYS and isinstance(value, int):
+            yield path + key, value
+
+
+def with_experts(config: Config, source: int, kept: int) -> dict[str, Any]:
+    """`config` with the expert count changed wherever it stands. Raises `FamilyError` if it stands nowhere."""
+    found = dict(counts(config))
+    if source not in found.values():
+        raise FamilyError(f"config.json states the number of experts nowhere as {source}: found {found}")
+
+    def edit(part: Config) -> dict[str, Any]:
+        return {
+            k: edit(v) if isinstance(v, Mapping) else kept if k in COUNT_KEYS and v == source else v
+            for k, v in part.items()
+        }
+
+    return edit(config)

@@ -1,0 +1,119 @@
+"""MiniMax-M2, M2.1, M2.5, M2.7: 62 MoE layers of 256 experts, sigmoid router, full attention, no shared expert.
+
+The configs promise three MTP modules and no released file holds a tensor of them, so none is expected.
+"""
+
+from typing import Any
+
+from .base import Architecture, Config, Family, Linear, TensorInfo, expect
+
+PREFIX = "model.layers."
+
+
+def read(config: Config) -> Architecture:
+    """Every tensor of the model that `config` describes. Raises `FamilyError` for a value nobody wrote code for."""
+    expect(config, "model_type", "minimax_m2")
+    expect(config, "scoring_func", "sigmoid")
+    expect(config, "use_routing_bias", True)
+    expect(config, "use_qk_norm", True)
+    expect(config, "qk_norm_type", "per_layer")
+    expect(config, "hidden_act", "silu")
+    expect(config, "tie_word_embeddings", False)
+    expect(config, "shared_intermediate_size", 0)
+    layers, experts = expect(config, "num_hidden_layers"), expect(config, "num_local_experts")
+    expect(config, "attn_type_list", [1] * layers)
+    hidden, vocab = expect(config, "hidden_size"), expect(config, "vocab_size")
+    linears: list[Linear] = []
+    tensors = [TensorInfo("model.embed_tokens.weight", "BF16", (vocab, hidden), "embedding")]
+    for layer in range(layers):
+        linears += attention(config, layer) + moe(config, layer)
+        tensors += small_tensors(config, layer)
+    tensors += [
+        TensorInfo("model.norm.weight", "BF16", (hidden,), "norm"),
+        TensorInfo("lm_head.weight", "BF16", (vocab, hidden), "head"),
+    ]
+    return Architecture(
+        family="minimax_m2", hidden=hidden, vocab=vocab, context=expect(config, "max_position_embeddings"),
+        layers=layers, moe_layers=tuple(range(layers)), experts=experts, top_k=expect(config, "num_experts_per_tok"),
+        layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
+        embedding="model.embed_tokens.weight", norm="model.norm.weight", head="lm_head.weight",
+    )  # fmt: skip
+
+
+def attention(config: Config, layer: int) -> list[Linear]:
+    hidden, width = config["hidden_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
+    at, unit = f"{PREFIX}{layer}.self_attn.", f"layers.{layer}.qkv"
+    return [
+        Linear(f"{at}q_proj", (q, hidden), "qkv", unit, layer, "q"),
+        Linear(f"{at}k_proj", (kv, hidden), "qkv", unit, layer, "k"),
+        Linear(f"{at}v_proj", (kv, hidden), "qkv", unit, layer, "v"),
+        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o"),
+    ]
+
+
+def moe(config: Config, layer: int) -> list[Linear]:
+    hidden, inner, unit = config["hidden_size"], config["intermediate_size"], f"layers.{layer}.experts"
+    return [
+        Linear(f"{PREFIX}{layer}.block_sparse_moe.experts.{e}.{w}", shape, "experts", unit, layer, projection, e)
+        for e in range(config["num_local_experts"])
+        for w, projection, shape in (
+            ("w1", "gate", (inner, hidden)),
+            ("w2", "down", (hidden, inner)),
+            ("w3", "up", (inner, hidden)),
+        )
+    ]
+
+
+def small_tensors(config: Config, layer: int) -> list[TensorInfo]:
+    hidden, width, experts = config["hidden_size"], config["head_dim"], config["num_local_experts"]
+    at = f"{PREFIX}{layer}."
+    return [
+        TensorInfo(f"{at}input_layernorm.weight", "BF16", (hidden,), "norm"),
+        TensorInfo(f"{at}self_attn.q_norm.weight", "BF16", (config["num_attention_heads"] * width,), "norm"),
+        TensorInfo(f"{at}self_attn.k_norm.weight", "BF16", (config["num_key_value_heads"] * width,), "norm"),
+        TensorInfo(f"{at}post_attention_layernorm.weight", "BF16", (hidden,), "norm"),
+        TensorInfo(f"{at}block_sparse_moe.gate.weight", "F32", (experts, hidden), "router"),
+        TensorInfo(f"{at}block_sparse_moe.e_score_correction_bias", "F32", (experts,), "router_bias"),
+    ]
+
+
+def text(config: Config) -> Config:
+    return config
+
+
+def activate(config: Config, gate: Any, up: Any) -> Any:
+    """SwiGLU: silu(gate) · up."""
+    return gate * gate.sigmoid() * up
+
+
+def parameters(architecture: Architecture, layer: int) -> dict[str, tuple[str, ...]]:
+    return {
+        name: (f"{PREFIX}{layer}.{name}",)
+        for name in (
+            "input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+            "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+        )
+    }  # fmt: skip
+
+
+def engine_name(name: str) -> str:
+    """vLLM calls the MoE block `mlp`, whatever the disk says; its experts keep w1, w2, w3."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+MINIMAX_M2 = Family(
+    name="minimax_m2",
+    read=read,
+    text=text,
+    activate=activate,
+    routed_scale=lambda config: 1.0,
+    engine_name=engine_name,
+    modeling="transformers.models.minimax_m2.modeling_minimax_m2",
+    configuration="transformers.models.minimax_m2.configuration_minimax_m2:MiniMaxM2Config",
+    layer_class="MiniMaxM2DecoderLayer",
+    rotary_class="MiniMaxM2RotaryEmbedding",
+    norm_class="MiniMaxM2RMSNorm",
+    parameters=parameters,
+    reference="https://huggingface.co/MiniMaxAI/MiniMax-M2.7",
+)

@@ -1,0 +1,203 @@
+"""MiniMax-M3: dense layers first, then 128 experts with a shared one, and block-sparse attention with an indexer.
+
+The language model sits under `language_model.`; the vision tower is carried along untouched. The
+configs promise MTP modules (and the BF16 index counts one in its total_size), but no released file
+holds a tensor of them, so none is expected.
+"""
+
+from typing import Any
+
+from .base import Architecture, Config, Family, Linear, TensorInfo, expect
+
+PREFIX = "language_model.model.layers."
+
+
+def text(config: Config) -> Config:
+    return expect(config, "text_config")
+
+
+def read(config: Config) -> Architecture:
+    """Every tensor of the model that `config` describes. Raises `FamilyError` for a value nobody wrote code for."""
+    expect(config, "model_type", "minimax_m3_vl")
+    t = text(config)
+    check(t)
+    layers, hidden, vocab = t["num_hidden_layers"], expect(t, "hidden_size"), expect(t, "vocab_size")
+    sparse = t["sparse_attention_config"]["sparse_attention_freq"]
+    moe_layers = tuple(i for i in range(layers) if t["moe_layer_freq"][i])
+    linears: list[Linear] = []
+    tensors = [
+        TensorInfo("language_model.model.embed_tokens.weight", "BF16", (vocab, hidden), "embedding"),
+        TensorInfo("language_model.lm_head.weight", "BF16", (vocab, hidden), "head"),
+        TensorInfo("language_model.model.norm.weight", "BF16", (hidden,), "norm"),
+    ]
+    for layer in range(layers):
+        linears += attention(t, layer, bool(sparse[layer]))
+        linears += moe(t, layer) if layer in moe_layers else dense(t, layer)
+        tensors += small_tensors(t, layer, bool(sparse[layer]), layer in moe_layers)
+    tensors += vision(config)
+    return Architecture(
+        family="minimax_m3_vl", hidden=hidden, vocab=vocab, context=expect(t, "max_position_embeddings"), layers=layers,
+        moe_layers=moe_layers, experts=expect(t, "num_local_experts"), top_k=expect(t, "num_experts_per_tok"),
+        layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
+        embedding="language_model.model.embed_tokens.weight", norm="language_model.model.norm.weight",
+        head="language_model.lm_head.weight",
+    )  # fmt: skip
+
+
+def check(t: Config) -> None:
+    """The values that the arithmetic below was written for."""
+    for key, wanted in (
+        ("scoring_func", "sigmoid"), ("use_routing_bias", True), ("use_qk_norm", True), ("qk_norm_type", "per_head"),
+        ("use_gemma_norm", True), ("attention_output_gate", False), ("hidden_act", "swigluoai"),
+        ("tie_word_embeddings", False), ("n_shared_experts", 1),
+    ):  # fmt: skip
+        expect(t, key, wanted)
+    layers, s = expect(t, "num_hidden_layers"), expect(t, "sparse_attention_config")
+    for key, wanted in (("use_sparse_attention", True), ("sparse_score_type", "max"), ("sparse_init_block", 0)):
+        expect(s, key, wanted)
+    # The indexer only selects; its value path is off on every sparse layer of every released file.
+    expect(s, "sparse_disable_index_value", expect(s, "sparse_attention_freq"))
+    for schedule in (expect(t, "moe_layer_freq"), s["sparse_attention_freq"]):
+        expect({"length of a layer schedule": len(schedule)}, "length of a layer schedule", layers)
+
+
+def attention(t: Config, layer: int, sparse: bool) -> list[Linear]:
+    hidden, width, s = t["hidden_size"], t["head_dim"], t["sparse_attention_config"]
+    q, kv = t["num_attention_heads"] * width, t["num_key_value_heads"] * width
+    index = s["sparse_index_dim"]
+    at, unit = f"{PREFIX}{layer}.self_attn.", f"layers.{layer}.qkv"
+    rows = [("q_proj", "q", q), ("k_proj", "k", kv), ("v_proj", "v", kv)]
+    if sparse:  # one fused matrix in the server: the indexer goes with q, k, v
+        rows += [("index_q_proj", "index_q", s["sparse_num_index_heads"] * index), ("index_k_proj", "index_k", index)]
+    return [Linear(at + name, (out, hidden), "qkv", unit, layer, p) for name, p, out in rows] + [
+        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o")
+    ]
+
+
+def gated(at: str, names: tuple[str, str, str], hidden: int, inner: int, **facts: Any) -> list[Linear]:
+    """A gate, an up and a down projection under their names on disk."""
+    return [
+        Linear(at + name, shape, projection=projection, **facts)
+        for name, projection, shape in zip(
+            names, ("gate", "up", "down"), ((inner, hidden), (inner, hidden), (hidden, inner))
+        )
+    ]
+
+
+def dense(t: Config, layer: int) -> list[Linear]:
+    return gated(
+        f"{PREFIX}{layer}.mlp.", ("gate_proj", "up_proj", "down_proj"), t["hidden_size"], t["dense_intermediate_size"],
+        role="dense", unit=f"layers.{layer}.dense", layer=layer,
+    )  # fmt: skip
+
+
+def moe(t: Config, layer: int) -> list[Linear]:
+    at, hidden = f"{PREFIX}{layer}.block_sparse_moe.", t["hidden_size"]
+    found: list[Linear] = []
+    for e in range(t["num_local_experts"]):
+        found += gated(
+            f"{at}experts.{e}.", ("w1", "w3", "w2"), hidden, t["intermediate_size"],
+            role="experts", unit=f"layers.{layer}.experts", layer=layer, expert=e,
+        )  # fmt: skip
+    return found + gated(
+        f"{at}shared_experts.", ("gate_proj", "up_proj", "down_proj"), hidden,
+        t["shared_intermediate_size"] * t["n_shared_experts"],
+        role="shared", unit=f"layers.{layer}.shared", layer=layer,
+    )  # fmt: skip
+
+
+def small_tensors(t: Config, layer: int, sparse: bool, is_moe: bool) -> list[TensorInfo]:
+    at, hidden, index = f"{PREFIX}{layer}.", t["hidden_size"], t["sparse_attention_config"]["sparse_index_dim"]
+    norms = [("input_layernorm", hidden), ("self_attn.q_norm", t["head_dim"]), ("self_attn.k_norm", t["head_dim"])]
+    if sparse:
+        norms += [("self_attn.index_q_norm", index), ("self_attn.index_k_norm", index)]
+    norms += [("post_attention_layernorm", hidden)]
+    found = [TensorInfo(f"{at}{name}.weight", "BF16", (size,), "norm") for name, size in norms]
+    if is_moe:
+        e = t["num_local_experts"]
+        found += [
+            TensorInfo(f"{at}block_sparse_moe.gate.weight", "F32", (e, hidden), "router"),
+            TensorInfo(f"{at}block_sparse_moe.e_score_correction_bias", "F32", (e,), "router_bias"),
+        ]
+    return found
+
+
+def vision(config: Config) -> list[TensorInfo]:
+    """The vision tower and its projectors. `pre_layrnorm` is spelled so on disk, and there is no layer norm after."""
+    v, hidden, out = config["vision_config"], config["text_config"]["hidden_size"], config["projector_hidden_size"]
+    width, inner, patch = v["hidden_size"], v["intermediate_size"], v["patch_size"]
+    merge = v["img_token_compression_config"]
+    frames, side = merge["temporal_patch_size"], merge["spatial_merge_size"]
+    at = "vision_tower.vision_model."
+    found = [
+        TensorInfo(f"{at}embeddings.patch_embedding.weight", "F32", (width, v["num_channels"], frames, patch, patch), "vision"),
+        *both(f"{at}pre_layrnorm", (width,)),
+    ]
+    for i in range(v["num_hidden_layers"]):
+        block = f"{at}encoder.layers.{i}."
+        for norm in ("layer_norm1", "layer_norm2"):
+            found += both(block + norm, (width,))
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            found += both(f"{block}self_attn.{projection}", (width, width))
+        found += both(f"{block}mlp.fc1", (inner, width)) + both(f"{block}mlp.fc2", (width, inner))
+    for projector, wide in (("multi_modal_projector", width), ("patch_merge_mlp", hidden * side * side)):
+        found += both(f"{projector}.linear_1", (out, wide)) + both(f"{projector}.linear_2", (hidden, out))
+    return found
+
+
+def both(module: str, shape: tuple[int, ...]) -> list[TensorInfo]:
+    return [
+        TensorInfo(f"{module}.weight", "BF16", shape, "vision"),
+        TensorInfo(f"{module}.bias", "BF16", shape[:1], "vision"),
+    ]
+
+
+def activate(t: Config, gate: Any, up: Any) -> Any:
+    """SwiGLU-OAI: clamped gate · sigmoid(α gate) · (clamped up + 1)."""
+    limit = t["swiglu_limit"]
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1.0) * (gate * (gate * t["swiglu_alpha"]).sigmoid())
+
+
+def parameters(architecture: Architecture, layer: int) -> dict[str, tuple[str, ...]]:
+    at = f"{PREFIX}{layer}."
+    found = {
+        f"{name}.weight": (f"{at}{name}.weight",)
+        for name in (
+            "input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm",
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        )
+    }  # fmt: skip
+    if f"{at}self_attn.index_q_proj" in architecture.by_name:
+        for part in ("q_proj", "k_proj", "q_norm", "k_norm"):
+            found[f"self_attn.indexer.{part}.weight"] = (f"{at}self_attn.index_{part}.weight",)
+    moe = layer in architecture.moe_layers
+    disk, ours = ("block_sparse_moe.shared_experts", "mlp.shared_experts") if moe else ("mlp", "mlp")
+    found[f"{ours}.gate_up_proj.weight"] = (f"{at}{disk}.gate_proj.weight", f"{at}{disk}.up_proj.weight")
+    found[f"{ours}.down_proj.weight"] = (f"{at}{disk}.down_proj.weight",)
+    return found
+
+
+def engine_name(name: str) -> str:
+    """vLLM asks for expert projections by default names, whatever the disk says; all else keeps its name."""
+    if ".experts." in name:
+        stem, w = name.rsplit(".", 1)
+        return f"{stem}.{ {'w1': 'gate_proj', 'w3': 'up_proj', 'w2': 'down_proj'}[w] }"
+    return name
+
+
+MINIMAX_M3_VL = Family(
+    name="minimax_m3_vl",
+    read=read,
+    text=text,
+    activate=activate,
+    routed_scale=lambda t: float(t["routed_scaling_factor"]),
+    engine_name=engine_name,
+    modeling="transformers.models.minimax_m3_vl.modeling_minimax_m3_vl",
+    configuration="transformers.models.minimax_m3_vl.configuration_minimax_m3_vl:MiniMaxM3VLConfig",
+    layer_class="MiniMaxM3VLDecoderLayer",
+    rotary_class="MiniMaxM3VLRotaryEmbedding",
+    norm_class="MiniMaxM3VLRMSNorm",
+    parameters=parameters,
+    reference="https://huggingface.co/MiniMaxAI/MiniMax-M3",
+)
