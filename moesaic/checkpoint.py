@@ -1,0 +1,239 @@
+"""A checkpoint on disk, source or export alike, opened by its headers only.
+
+What the headers say is believed, and nothing else: shard names may lie about their number and the
+index about its total_size (both do, in released files). A folder that holds nothing but config.json
+can be opened too: then the family and the container say what the release holds. Costs a few
+milliseconds a shard and no memory for weights; `read` and `decode` cost the one tensor they return.
+Leaves out writing (shards.py).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .artifact import identity
+from .containers import CONTAINERS, Container, container_of
+from .containers.base import DTYPES, inventory
+from .errors import CheckpointError
+from .families import Architecture, Family, Linear, TensorInfo, family_of
+
+HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
+LARGEST = {"F8_E4M3": 448.0}
+PLAUSIBLE_RMS = (1e-7, 1e3)  # of a decoded matrix; M3's scales read as plain numbers land at 1e4 and above
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: a file and a range of bytes in it."""
+
+    info: TensorInfo
+    file: str
+    offset: int  # from the start of the file
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.info.bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder. `stored` is empty for a folder of a config alone."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    architecture: Architecture
+    container: Container
+    formats: Mapping[str, str]  # linear -> format
+    stored: Mapping[str, Stored]
+
+    @staticmethod
+    def open(path: str | Path) -> "Checkpoint":
+        """Open a folder by its headers.
+
+        Raises `CheckpointError` for a missing, truncated or foreign shard, a tensor that is missing or
+        has another shape or dtype than its family says, and `FamilyError` for a config that no code
+        here was written for.
+        """
+        path = Path(path)
+        config = read_config(path)
+        family = family_of(config)
+        architecture, container = family.read(config), container_of(config)
+        stored = read_shards(path)
+        formats = container.formats(architecture, config, frozenset(stored) if stored else None)
+        checkpoint = Checkpoint(path, config, family, architecture, container, formats, stored)
+        if stored:
+            checkpoint.compare()
+        return checkpoint
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.stored)
+
+    @cached_property
+    def inventory(self) -> list[TensorInfo]:
+        """Every tensor that a model of this config has on disk."""
+        return inventory(self.architecture, self.container, self.formats)
+
+    @cached_property
+    def identity(self) -> str:
+        """Stands for headers, config and file sizes; the payload is never read."""
+        files = sorted({s.file for s in self.stored.values()})
+        sizes = [(f, (self.path / f).stat().st_size) for f in files]
+        places = sorted((n, s.info.dtype, s.info.shape, s.file, s.offset) for n, s in self.stored.items())
+        return identity(self.config, sizes, places)
+
+    def compare(self) -> None:
+        """Headers against the inventory: names, shapes, dtypes. Raises `CheckpointError` naming the first offenders."""
+        wanted = {t.name: t for t in self.inventory}
+        missing = [n for n in wanted if n not in self.stored]
+        foreign = [n for n in self.stored if n not in wanted]
+        wrong = [
+            f"{n} is {s.info.dtype} {list(s.info.shape)}, wanted {wanted[n].dtype} {list(wanted[n].shape)}"
+            for n, s in self.stored.items()
+            if n in wanted and (s.info.dtype, s.info.shape) != (wanted[n].dtype, wanted[n].shape)
+        ]
+        for what, names in (("lacks", missing), ("holds unexpected", foreign), ("disagrees with its config:", wrong)):
+            if names:
+                raise CheckpointError(
+                    f"{self.path} {what} {sample(names)}; get the complete, unmodified files of a {self.family.name} model"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, its own memory. Raises `CheckpointError` where there are no weights."""
+        where = self.where(name)
+        flat = np.fromfile(self.path / where.file, np.uint8, where.info.bytes, offset=where.offset)
+        if flat.size != where.info.bytes:
+            raise CheckpointError(f"{self.path / where.file} ends inside {name}; fetch the file again")
+        return torch.from_numpy(flat).view(DTYPES[where.info.dtype]).reshape(where.info.shape)
+
+    def where(self, name: str) -> Stored:
+        if name not in self.stored:
+            what = "has no weights, only a config" if not self.stored else f"has no tensor {name}"
+            raise CheckpointError(f"{self.path} {what}; this needs the whole checkpoint")
+        return self.stored[name]
+
+    def parts(self, linear: Linear) -> dict[str, Tensor]:
+        """The stored tensors of one matrix, by meaning (see `Packing`)."""
+        packing = self.container.packing(self.formats[linear.name])
+        return {key: self.read(f"{linear.name}.{part.suffix}") for key, part in packing.parts(linear.shape).items()}
+
+    def decode(self, name: str) -> Tensor:
+        """A linear's weights [O, I], or a small tensor, in F32: exactly the values that the file means.
+
+        `name` is the tensor's ("….q_proj.weight") or the linear's. Raises `CheckpointError` when a
+        matrix is not finite or its magnitude cannot be that of a weight.
+        """
+        linear = self.architecture.by_name.get(name.removesuffix(".weight"))
+        if linear is None:
+            return self.read(name).float()
+        packing = self.container.packing(self.formats[linear.name])
+        w_OI = packing.decode(self.parts(linear), linear.shape)
+        check_magnitude(f"{self.path}: {linear.name}", w_OI)
+        return w_OI
+
+
+def check_magnitude(what: str, w_OI: Tensor) -> None:
+    """Refuse weights that are not finite, or as large or small as only a misread scale makes them."""
+    rms = float(w_OI.square().mean(dtype=torch.float64).sqrt())
+    low, high = PLAUSIBLE_RMS
+    if not (rms == 0.0 or low < rms < high):
+        raise CheckpointError(
+            f"{what} decodes to a root mean square of {rms:.3g}, wanted {low:g} to {high:g}; "
+            "its scales are damaged or not of the kind that config.json says"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no config.json; name the folder of a model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}; fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} holds a {type(config).__name__}, wanted an object")
+    return config
+
+
+def read_shards(path: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors files, and a check that the index names the same ones."""
+    found: dict[str, Stored] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        for info, start in read_header(file):
+            if info.name in found:
+                raise CheckpointError(f"{info.name} stands in {found[info.name].file} and in {file.name}; remove the stale file")
+            found[info.name] = Stored(info, file.name, start)
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            mapped = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again") from error
+        if not found and len(list(path.iterdir())) > 0 and mapped and not any(path.glob("*.safetensors")):
+            raise CheckpointError(f"{index} names {len(set(mapped.values()))} shards and none is there; fetch them")
+        compare_index(path, mapped, found)
+    return found
+
+
+def compare_index(path: Path, mapped: Mapping[str, str], found: Mapping[str, Stored]) -> None:
+    lost = sorted({f for f in mapped.values() if not (path / f).exists()})
+    if lost:
+        raise CheckpointError(f"{path} lacks the shard {sample(lost)} that its index names; fetch it")
+    for name, file in mapped.items():
+        if name not in found or found[name].file != file:
+            real = f"is in {found[name].file}" if name in found else "is in no shard"
+            raise CheckpointError(f"the index of {path} puts {name} in {file}, and it {real}; fetch both again")
+    if extra := sorted(set(found) - set(mapped)):
+        raise CheckpointError(f"{path} holds {sample(extra)}, which its index does not name; remove the stale shard")
+
+
+def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
+    """Entries of one safetensors header, with where each starts in the file.
+
+    The header is taken for hostile: lengths, dtypes, shapes and offsets are checked before use, and the
+    ranges have to fill the file exactly. Raises `CheckpointError`.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise CheckpointError(f"{file} is no whole safetensors file ({size:,} bytes); fetch it again")
+        try:
+            header = json.loads(f.read(length))
+            entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a header that is no safetensors header ({error!r}); fetch it again") from error
+    base, at, found = 8 + length, 0, []
+    for name, dtype, shape, start, end in sorted(entries, key=lambda e: (e[3], e[4])):
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{file} stores {name} as {dtype}, which moesaic does not read")
+        info = TensorInfo(name, dtype, shape)
+        if start != at or end - start != info.bytes:
+            raise CheckpointError(f"{file} gives {name} {end - start:,} bytes at {start:,}, wanted {info.bytes:,} at {at:,}")
+        found.append((info, base + start))
+        at = end
+    if base + at != size:
+        raise CheckpointError(f"{file} has {size:,} bytes, and its header describes {base + at:,}; fetch it again")
+    return found
+
+
+def sample(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def shard_bytes(path: Path) -> int:
+    return sum(os.path.getsize(f) for f in path.glob("*.safetensors"))
+
+
+__all__ = ["CONTAINERS", "Checkpoint", "Stored", "check_magnitude"]
