@@ -60,7 +60,11 @@ def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) ->
 
 
 def write_tensors(
-    path: Path, kind: str, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, str], body: Mapping[str, Any] | None = None
+    path: Path,
+    kind: str,
+    tensors: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, str],
+    body: Mapping[str, Any] | None = None,
 ) -> None:
     """Write tensors, and a JSON-able `body` beside them, as one safetensors artifact."""
     note = json.dumps({**header(kind, inputs), **(body or {})})

@@ -8,7 +8,6 @@ Leaves out writing (shards.py).
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from .artifact import identity
-from .containers import CONTAINERS, Container, container_of
+from .containers import Container, container_of
 from .containers.base import DTYPES, inventory
 from .errors import CheckpointError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
 
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
-LARGEST = {"F8_E4M3": 448.0}
 PLAUSIBLE_RMS = (1e-7, 1e3)  # of a decoded matrix; M3's scales read as plain numbers land at 1e4 and above
 
 
@@ -56,8 +54,8 @@ class Checkpoint:
     stored: Mapping[str, Stored]
 
     @staticmethod
-    def open(path: str | Path) -> "Checkpoint":
-        """Open a folder by its headers.
+    def open(path: str | Path, whole: bool = True) -> "Checkpoint":
+        """Open a folder by its headers; with `whole` false, one whose headers do not fit its config too.
 
         Raises `CheckpointError` for a missing, truncated or foreign shard, a tensor that is missing or
         has another shape or dtype than its family says, and `FamilyError` for a config that no code
@@ -70,8 +68,11 @@ class Checkpoint:
         stored = read_shards(path)
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
         checkpoint = Checkpoint(path, config, family, architecture, container, formats, stored)
-        if stored:
-            checkpoint.compare()
+        if stored and whole and (bad := checkpoint.differences()):
+            raise CheckpointError(
+                f"{path} disagrees with its config.json: {sample([f'{n} {what}' for n, what in bad.items()])}; "
+                f"get the complete, unmodified files of a {family.name} model"
+            )
         return checkpoint
 
     @property
@@ -91,29 +92,38 @@ class Checkpoint:
         places = sorted((n, s.info.dtype, s.info.shape, s.file, s.offset) for n, s in self.stored.items())
         return identity(self.config, sizes, places)
 
-    def compare(self) -> None:
-        """Headers against the inventory: names, shapes, dtypes. Raises `CheckpointError` naming the first offenders."""
+    def differences(self) -> dict[str, str]:
+        """Headers against the inventory: each tensor that is missing, foreign, or of another shape or dtype."""
         wanted = {t.name: t for t in self.inventory}
-        missing = [n for n in wanted if n not in self.stored]
-        foreign = [n for n in self.stored if n not in wanted]
-        wrong = [
-            f"{n} is {s.info.dtype} {list(s.info.shape)}, wanted {wanted[n].dtype} {list(wanted[n].shape)}"
-            for n, s in self.stored.items()
-            if n in wanted and (s.info.dtype, s.info.shape) != (wanted[n].dtype, wanted[n].shape)
-        ]
-        for what, names in (("lacks", missing), ("holds unexpected", foreign), ("disagrees with its config:", wrong)):
-            if names:
-                raise CheckpointError(
-                    f"{self.path} {what} {sample(names)}; get the complete, unmodified files of a {self.family.name} model"
+        found = {n: "is missing" for n in wanted if n not in self.stored}
+        for name, stored in self.stored.items():
+            info = stored.info
+            if name not in wanted:
+                found[name] = "does not belong to this model"
+            elif (info.dtype, info.shape) != (wanted[name].dtype, wanted[name].shape):
+                found[name] = (
+                    f"is {info.dtype} {list(info.shape)}, wanted {wanted[name].dtype} {list(wanted[name].shape)}"
                 )
+        return found
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored, its own memory. Raises `CheckpointError` where there are no weights."""
+        return self.load(name, 0, self.where(name).info.bytes).reshape(self.where(name).info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` … `stop` of a stored matrix, reading no others: an embedding can be gigabytes."""
+        count, width = self.where(name).info.shape
+        assert 0 <= start <= stop <= count, f"rows {start} … {stop} of {count}"
+        row_bytes = self.where(name).info.bytes // count
+        return self.load(name, start * row_bytes, (stop - start) * row_bytes).reshape(stop - start, width)
+
+    def load(self, name: str, offset: int, count: int) -> Tensor:
+        """`count` bytes of a tensor from its byte `offset`, flat, in its dtype."""
         where = self.where(name)
-        flat = np.fromfile(self.path / where.file, np.uint8, where.info.bytes, offset=where.offset)
-        if flat.size != where.info.bytes:
+        flat = np.fromfile(self.path / where.file, np.uint8, count, offset=where.offset + offset)
+        if flat.size != count:
             raise CheckpointError(f"{self.path / where.file} ends inside {name}; fetch the file again")
-        return torch.from_numpy(flat).view(DTYPES[where.info.dtype]).reshape(where.info.shape)
+        return torch.from_numpy(flat).view(DTYPES[where.info.dtype])
 
     def where(self, name: str) -> Stored:
         if name not in self.stored:
@@ -126,17 +136,18 @@ class Checkpoint:
         packing = self.container.packing(self.formats[linear.name])
         return {key: self.read(f"{linear.name}.{part.suffix}") for key, part in packing.parts(linear.shape).items()}
 
-    def decode(self, name: str) -> Tensor:
-        """A linear's weights [O, I], or a small tensor, in F32: exactly the values that the file means.
+    def decode(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A linear's weights [O, I], or a small tensor, in F32 on `device`: exactly the values that the file means.
 
         `name` is the tensor's ("….q_proj.weight") or the linear's. Raises `CheckpointError` when a
         matrix is not finite or its magnitude cannot be that of a weight.
         """
         linear = self.architecture.by_name.get(name.removesuffix(".weight"))
         if linear is None:
-            return self.read(name).float()
+            return self.read(name).to(device).float()
         packing = self.container.packing(self.formats[linear.name])
-        w_OI = packing.decode(self.parts(linear), linear.shape)
+        parts = {key: part.to(device) for key, part in self.parts(linear).items()}
+        w_OI = packing.decode(parts, linear.shape)
         check_magnitude(f"{self.path}: {linear.name}", w_OI)
         return w_OI
 
@@ -170,7 +181,9 @@ def read_shards(path: Path) -> dict[str, Stored]:
     for file in sorted(path.glob("*.safetensors")):
         for info, start in read_header(file):
             if info.name in found:
-                raise CheckpointError(f"{info.name} stands in {found[info.name].file} and in {file.name}; remove the stale file")
+                raise CheckpointError(
+                    f"{info.name} stands in {found[info.name].file} and in {file.name}; remove the stale file"
+                )
             found[info.name] = Stored(info, file.name, start)
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -178,8 +191,6 @@ def read_shards(path: Path) -> dict[str, Stored]:
             mapped = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again") from error
-        if not found and len(list(path.iterdir())) > 0 and mapped and not any(path.glob("*.safetensors")):
-            raise CheckpointError(f"{index} names {len(set(mapped.values()))} shards and none is there; fetch them")
         compare_index(path, mapped, found)
     return found
 
@@ -209,16 +220,22 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
             raise CheckpointError(f"{file} is no whole safetensors file ({size:,} bytes); fetch it again")
         try:
             header = json.loads(f.read(length))
-            entries = [(n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"]
+            entries = [
+                (n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a header that is no safetensors header ({error!r}); fetch it again") from error
+            raise CheckpointError(
+                f"{file} has a header that is no safetensors header ({error!r}); fetch it again"
+            ) from error
     base, at, found = 8 + length, 0, []
     for name, dtype, shape, start, end in sorted(entries, key=lambda e: (e[3], e[4])):
         if dtype not in DTYPES:
             raise CheckpointError(f"{file} stores {name} as {dtype}, which moesaic does not read")
         info = TensorInfo(name, dtype, shape)
         if start != at or end - start != info.bytes:
-            raise CheckpointError(f"{file} gives {name} {end - start:,} bytes at {start:,}, wanted {info.bytes:,} at {at:,}")
+            raise CheckpointError(
+                f"{file} gives {name} {end - start:,} bytes at {start:,}, wanted {info.bytes:,} at {at:,}"
+            )
         found.append((info, base + start))
         at = end
     if base + at != size:
@@ -230,10 +247,3 @@ def sample(names: list[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def shard_bytes(path: Path) -> int:
-    return sum(os.path.getsize(f) for f in path.glob("*.safetensors"))
-
-
-__all__ = ["CONTAINERS", "Checkpoint", "Stored", "check_magnitude"]

@@ -60,7 +60,13 @@ def progress(title: str, total: int, unit: str, quiet: bool = False) -> Iterator
     if quiet or not console.is_terminal:
         yield meter
     else:
-        columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>4.0f}%"), Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>4.0f}%"),
+            Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             meter.bar, meter.task = bar, bar.add_task(title, total=total, unit=unit)
             yield meter

@@ -44,7 +44,7 @@ class Piece:
 class Shard:
     file: str
     pieces: list[Piece] = field(default_factory=list)
-    bytes: int = 0
+    payload_bytes: int = 0
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The file's header, and where each tensor starts. Widest elements first, so that all are aligned."""
@@ -63,10 +63,10 @@ def plan_shards(pieces: Iterable[Piece], limit: int = SHARD_BYTES) -> list[Shard
     """Pieces in their order, cut into files of at most `limit` bytes (a larger piece has a file of its own)."""
     shards = [Shard("")]
     for piece in pieces:
-        if shards[-1].pieces and shards[-1].bytes + piece.bytes > limit:
+        if shards[-1].pieces and shards[-1].payload_bytes + piece.bytes > limit:
             shards.append(Shard(""))
         shards[-1].pieces.append(piece)
-        shards[-1].bytes += piece.bytes
+        shards[-1].payload_bytes += piece.bytes
     for i, shard in enumerate(shards):
         shard.file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
     return shards
@@ -79,16 +79,16 @@ def write_shards(out: Path, shards: Sequence[Shard], meter: Meter, threads: int 
     name is not that shard. What was written stays, and the same call continues.
     """
     missing = [s for s in shards if not is_complete(out / s.file, s)]
-    need, free = sum(s.bytes for s in missing), shutil.disk_usage(out).free
+    need, free = sum(s.payload_bytes for s in missing), shutil.disk_usage(out).free
     if need > free:
         raise InputError(f"{out} has {free:,} bytes free and the model needs {need:,} more; make room, then run again")
     for leftover in out.glob(".*.partial"):
         leftover.unlink()
-    meter.advance(sum(s.bytes for s in shards) - need)
+    meter.advance(sum(s.payload_bytes for s in shards) - need)
     with ThreadPoolExecutor(threads) as pool:
         for shard in missing:
             write_shard(out, shard, pool, meter)
-    return sum(s.bytes for s in shards)
+    return sum(s.payload_bytes for s in shards)
 
 
 def is_complete(path: Path, shard: Shard) -> bool:
@@ -123,8 +123,8 @@ def write_shard(out: Path, shard: Shard, pool: ThreadPoolExecutor, meter: Meter)
         raise
     finally:
         os.close(fd)
-    if (size := partial.stat().st_size) != len(head) + shard.bytes:
-        raise CheckpointError(f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.bytes:,}")
+    if (size := partial.stat().st_size) != len(head) + shard.payload_bytes:
+        raise CheckpointError(f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}")
     os.replace(partial, out / shard.file)
 
 
@@ -135,13 +135,15 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
         copy_range(folder / stored.file, stored.offset, stored.info.bytes, fd, starts[piece.tensors[0].name])
     else:
         assert piece.make is not None
-        made = 0
         for info, tensor in zip(piece.tensors, piece.make(), strict=True):
-            data = tensor.contiguous().view(torch.uint8).numpy() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy()
+            data = (
+                tensor.contiguous().view(torch.uint8).numpy()
+                if tensor.dim()
+                else tensor.reshape(1).view(torch.uint8).numpy()
+            )
             if data.nbytes != info.bytes:
                 raise CheckpointError(f"{info.name} came out as {data.nbytes:,} bytes, wanted {info.bytes:,}")
             write_at(fd, data.reshape(-1).data, starts[info.name])
-            made += 1
     meter.advance(piece.bytes)
 
 
@@ -171,4 +173,4 @@ def write_at(fd: int, data: bytes | memoryview, at: int) -> int:
 def index_of(shards: Sequence[Shard]) -> dict[str, object]:
     """The content of model.safetensors.index.json, with a total_size that is true."""
     weight_map = {t.name: s.file for s in shards for p in s.pieces for t in p.tensors}
-    return {"metadata": {"total_size": sum(s.bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
+    return {"metadata": {"total_size": sum(s.payload_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}

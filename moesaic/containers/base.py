@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..families import Architecture, TensorInfo
+from ..families import Architecture, Linear, TensorInfo
 from ..formats import FORMATS, NumberFormat, Scales
 
 DTYPES = {
@@ -22,6 +22,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
 }  # fmt: skip
+FUSED = {"qkv": ("q", "k", "v", "index_q", "index_k"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,60 @@ def inventory(architecture: Architecture, container: Container, formats: Mapping
     return found
 
 
+def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
+    """`linears` in the groups that a server fuses into one matrix: q/k/v with the indexer, and gate/up of one expert.
+
+    A format with a second scale (`NumberFormat.share`) has one for the whole group, because the server
+    applies one member's to all of them. A matrix that is fused with none is a group of its own.
+    """
+    groups: dict[tuple[str, int | None, str], list[Linear]] = {}
+    for linear in linears:
+        fused = next((name for name, members in FUSED.items() if linear.projection in members), linear.projection)
+        groups.setdefault((linear.unit, linear.expert, fused), []).append(linear)
+    return [tuple(group) for group in groups.values()]
+
+
 def codes_as_bytes(stored: Tensor) -> Tensor:
     """E4M3 elements as the uint8 codes that formats speak of; the same memory."""
     return stored.view(torch.uint8)
+
+
+def stream_bytes(columns: int, bits: int, word: int = 1) -> int:
+    """Bytes of one row of codes as a bit stream, in whole words of `word` bytes."""
+    return -(-columns * bits // (8 * word)) * word
+
+
+def pack_bits(codes_OI: Tensor, bits: int, word: int = 1) -> Tensor:
+    """Each row of codes as one dense little-endian bit stream: uint8 [O, stream_bytes(I, bits, word)].
+
+    Code i has bits i·bits and up of the stream; no code is padded to a power of two, so 3-bit codes cross
+    bytes and words. With 4 bits the even column is the low nibble. Spare bits at the end of a row are zero.
+    """
+    rows, columns = codes_OI.shape
+    lanes, span = lanes_and_span(bits)
+    padded = torch.nn.functional.pad(codes_OI, (0, -columns % lanes))
+    joined = padded[:, ::lanes].to(torch.uint8 if span == 1 else torch.int64)
+    for lane in range(1, lanes):
+        joined = joined | (padded[:, lane::lanes].to(joined.dtype) << (lane * bits))
+    stream = joined.contiguous().view(torch.uint8).reshape(rows, -1, joined.itemsize)[..., :span].reshape(rows, -1)
+    size = stream_bytes(columns, bits, word)
+    return torch.nn.functional.pad(stream, (0, size - stream.shape[1])).contiguous()
+
+
+def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes uint8 [O, columns] of `pack_bits`."""
+    rows = stream.shape[0]
+    lanes, span = lanes_and_span(bits)
+    groups = -(-columns // lanes)
+    stream = torch.nn.functional.pad(stream, (0, max(0, groups * span - stream.shape[1])))[:, : groups * span]
+    joined = stream
+    if span > 1:
+        joined = torch.nn.functional.pad(stream.reshape(rows, groups, span), (0, 8 - span)).view(torch.int64).squeeze(-1)
+    codes = [((joined >> (lane * bits)) & (2**bits - 1)).to(torch.uint8) for lane in range(lanes)]
+    return torch.stack(codes, -1).reshape(rows, -1)[:, :columns].contiguous()
+
+
+def lanes_and_span(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and how many bytes: 8 codes of 3 bits fill 3."""
+    lanes = 8 // math.gcd(8, bits)
+    return lanes, lanes * bits // 8

@@ -39,7 +39,10 @@ FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack, unpack)
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
     """fp8_block for every linear, unless `modules_to_not_convert` names it. Raises `CheckpointError` for another block."""
     quantization = config["quantization_config"]
-    if quantization.get("weight_block_size") != [128, 128] or quantization.get("fmt", "float8_e4m3fn") != "float8_e4m3fn":
+    if (
+        quantization.get("weight_block_size") != [128, 128]
+        or quantization.get("fmt", "float8_e4m3fn") != "float8_e4m3fn"
+    ):
         raise CheckpointError(
             f"config.json says fp8 in blocks {quantization.get('weight_block_size')} of {quantization.get('fmt')}; "
             "moesaic reads [128, 128] of float8_e4m3fn"

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..registry import collect
-from .base import DTYPE_BYTES, Architecture, Family, Linear, TensorInfo, with_experts
+from .base import DTYPE_BYTES, Architecture, Family, Linear, TensorInfo, expert_counts, with_experts
 
 FAMILIES = collect(__name__, Family)
 
@@ -21,4 +21,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["DTYPE_BYTES", "FAMILIES", "Architecture", "Family", "Linear", "TensorInfo", "family_of", "with_experts"]
+__all__ = [
+    "DTYPE_BYTES",
+    "FAMILIES",
+    "Architecture",
+    "Family",
+    "Linear",
+    "TensorInfo",
+    "expert_counts",
+    "family_of",
+    "with_experts",
+]

@@ -16,7 +16,19 @@ from ..errors import FamilyError
 
 Config = Mapping[str, Any]
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "I32": 4, "U32": 4, "I64": 8}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+    "I8": 1,
+    "I32": 4,
+    "U32": 4,
+    "I64": 8,
+}
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts")
 
 
@@ -53,6 +65,12 @@ class Linear:
     @property
     def elements(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def fused(self) -> tuple[str, int | None, str]:
+        """Equal for matrices that a server stacks into one: q, k, v with an indexer's; gate and up."""
+        stacked = {"gate": "gate_up", "up": "gate_up"}.get(self.projection, self.projection)
+        return self.unit, self.expert, "qkv" if self.role == "qkv" else stacked
 
 
 @dataclass(frozen=True)
@@ -123,31 +141,38 @@ class Family:
     layer_class: str
     rotary_class: str
     norm_class: str
-    parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]  # see `LayerRun`
+    shared: str  # the shared expert's module within a decoder layer; "" where the family has none
+    # (architecture, layer) -> parameter of the decoder layer -> tensors on disk that make it, stacked by rows;
+    # of a MoE block only the shared expert's
+    parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
     reference: str
 
 
 def expect(config: Config, key: str, *wanted: Any) -> Any:
     """config[key], which must be one of `wanted`; with none given it must merely be there."""
     if key not in config:
-        raise FamilyError(f"config.json has no {key!r}; the family's code needs it" + (f" to be {wanted[0]!r}" if wanted else ""))
+        raise FamilyError(
+            f"config.json has no {key!r}; the family's code needs it" + (f" to be {wanted[0]!r}" if wanted else "")
+        )
     if wanted and config[key] not in wanted:
-        raise FamilyError(f"config.json has {key} = {config[key]!r}; this family's code was written for {' or '.join(map(repr, wanted))}")
+        raise FamilyError(
+            f"config.json has {key} = {config[key]!r}; this family's code was written for {' or '.join(map(repr, wanted))}"
+        )
     return config[key]
 
 
-def counts(config: Config, path: str = "") -> Iterator[tuple[str, int]]:
+def expert_counts(config: Config, path: str = "") -> Iterator[tuple[str, int]]:
     """Every place in a config that states the number of routed experts: ("text_config.num_local_experts", 128)."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from counts(value, f"{path}{key}.")
+            yield from expert_counts(value, f"{path}{key}.")
         elif key in COUNT_KEYS and isinstance(value, int):
             yield path + key, value
 
 
 def with_experts(config: Config, source: int, kept: int) -> dict[str, Any]:
     """`config` with the expert count changed wherever it stands. Raises `FamilyError` if it stands nowhere."""
-    found = dict(counts(config))
+    found = dict(expert_counts(config))
     if source not in found.values():
         raise FamilyError(f"config.json states the number of experts nowhere as {source}: found {found}")
 

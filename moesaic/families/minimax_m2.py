@@ -114,6 +114,7 @@ MINIMAX_M2 = Family(
     layer_class="MiniMaxM2DecoderLayer",
     rotary_class="MiniMaxM2RotaryEmbedding",
     norm_class="MiniMaxM2RMSNorm",
+    shared="",
     parameters=parameters,
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M2.7",
 )

@@ -130,7 +130,9 @@ def vision(config: Config) -> list[TensorInfo]:
     frames, side = merge["temporal_patch_size"], merge["spatial_merge_size"]
     at = "vision_tower.vision_model."
     found = [
-        TensorInfo(f"{at}embeddings.patch_embedding.weight", "F32", (width, v["num_channels"], frames, patch, patch), "vision"),
+        TensorInfo(
+            f"{at}embeddings.patch_embedding.weight", "F32", (width, v["num_channels"], frames, patch, patch), "vision"
+        ),
         *both(f"{at}pre_layrnorm", (width,)),
     ]
     for i in range(v["num_hidden_layers"]):
@@ -161,7 +163,7 @@ def activate(t: Config, gate: Any, up: Any) -> Any:
 
 def parameters(architecture: Architecture, layer: int) -> dict[str, tuple[str, ...]]:
     at = f"{PREFIX}{layer}."
-    found = {
+    found: dict[str, tuple[str, ...]] = {
         f"{name}.weight": (f"{at}{name}.weight",)
         for name in (
             "input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm",
@@ -198,6 +200,7 @@ MINIMAX_M3_VL = Family(
     layer_class="MiniMaxM3VLDecoderLayer",
     rotary_class="MiniMaxM3VLRotaryEmbedding",
     norm_class="MiniMaxM3VLRMSNorm",
+    shared="mlp.shared_experts",
     parameters=parameters,
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M3",
 )

@@ -1,4 +1,4 @@
-"""MLX's grid: codes of 2, 3, 4, 5, 6 or 8 bits, value = code · scale + offset, both BF16, for each 32, 64 or 128 weights.
+"""MLX's grid: codes of 2, 3, 4, 5, 6 or 8 bits, value = code · scale + offset, both BF16, each 32, 64 or 128 weights.
 
 The scale may be negative: code 0 is the end of the range that is farther from zero, so that end is exact.
 """

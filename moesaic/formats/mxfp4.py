@@ -8,7 +8,7 @@ from .mxfp8 import e8m0_steps, float_bits
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
-# The largest F32 that still rounds to index 0, 1, … 6: a midpoint goes to the even index, so every other one lies above.
+# The largest F32 that still rounds to index 0, 1, … 6: midpoints go to the even index, so every other one lies above.
 _HALVES = (E2M1[1:] + E2M1[:-1]) / 2
 _UP_TO = torch.where(torch.arange(7) % 2 == 0, _HALVES, _HALVES.nextafter(torch.zeros(7)))
 
@@ -26,14 +26,15 @@ def e2m1_value(codes: Tensor) -> Tensor:
 def fit(w: Tensor, shared: Tensor | None) -> Scales:
     """⌊log2 amax⌋ − 2, the OCP rule: the largest weight lands in [4, 8), and what is over 6 is clipped to it.
 
-    On weights that come from MXFP8 (floor rule, clipped at 448) no other exponent is ever better.
+    The next exponent has only every other point, but also 8. So up to 7 no weight is nearer to its grid:
+    for a source in MXFP8 that was clipped at 448 (7 · 2**6) this rule is best weight by weight.
     """
     exponent = float_bits(w.abs().amax(-1)) >> 23
     return Scales((exponent - 2).clamp(min=0).to(torch.uint8))
 
 
 def candidates(scales: Scales) -> tuple[Scales]:
-    """The next power of two, which does not clip. No third exponent ever wins."""
+    """The next power of two, which does not clip. On real weights no third exponent wins."""
     assert scales.blocks is not None
     return (Scales(scales.blocks + 1),)
 

@@ -8,6 +8,8 @@ from .fp8 import e4m3_round, e4m3_value
 
 POWERS = torch.tensor([2.0 ** (b - 127) for b in range(255)] + [float("nan")])  # E8M0: a byte b is 2**(b - 127)
 
+LARGEST_BYTE = 246  # 448 · 2**119 still is an F32; one more and a weight could round to 2**128
+
 
 def e8m0_steps(scales: Scales) -> Steps:
     """Exact powers of two: the byte 0 is 2**-127, which only F32's subnormals hold; 255 is NaN."""
@@ -24,11 +26,11 @@ def fit(w: Tensor, shared: Tensor | None) -> Scales:
 
     The OCP text takes ⌊log2 amax⌋ − 8, which clips the top eighth of a binade; E4M3 keeps its three
     bits one binade lower, so clipping buys nothing. And not to clip is what makes re-encoding an MXFP8
-    source the identity, whichever of the two rules wrote it.
+    source change no value, whichever of the two rules wrote it.
     """
     bits = float_bits(w.abs().amax(-1))
     above = (bits & 0x7FFFFF) > 0x600000  # 448 is 1.75 · 2**8
-    return Scales(((bits >> 23) - 8 + above.int()).clamp(min=0).to(torch.uint8))
+    return Scales(((bits >> 23) - 8 + above.int()).clamp(0, LARGEST_BYTE).to(torch.uint8))
 
 
 def round(w: Tensor, step: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""A plan made true: source checkpoint + plan -> a model folder that an engine loads.
+
+What keeps its format is copied byte for byte, whatever its name becomes; what changes is decoded,
+rounded and packed, a few matrices in memory at a time. config.json is written last, so a folder with
+one is whole; without one, the same call continues where the last stopped. The plan travels in the
+export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifact import atomic
+from .checkpoint import Checkpoint
+from .errors import InputError, PlanError, StaleError
+from .families import Linear, TensorInfo
+from .plan import Plan
+from .progress import progress
+from .rounding import ROUNDINGS, Rounding
+from .shards import INDEX, SHARD_BYTES, Piece, index_of, plan_shards, write_shards
+from .target import Target, keeps_bytes
+
+NOTE = "moesaic/plan.json"
+LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
+WRITTEN_ANEW = ("config.json", INDEX, "README.md")
+
+
+def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False) -> Checkpoint:
+    """Write the model that `plan` makes of `source` to the folder `out`, and open it.
+
+    Memory: a few decoded matrices for each of two threads. Raises `PlanError` before the first byte
+    when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
+    too small. Interrupted at any byte, the same call continues.
+    """
+    target = Target.of(source, plan)
+    claim(out, source, plan)
+    shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
+    with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
+        written = write_shards(out, shards, meter)
+        if not written == meter.done == target.payload_bytes:
+            raise PlanError(f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug")
+    carry_along(source.path, out)
+    write_text(out / INDEX, json.dumps(index_of(shards), indent=2) + "\n")
+    write_text(out / "config.json", json.dumps(target.config, indent=2, ensure_ascii=False) + "\n")
+    return Checkpoint.open(out)
+
+
+def claim(out: Path, source: Checkpoint, plan: Plan) -> None:
+    """Make `out` this export's folder, or find that it already is."""
+    note = out / NOTE
+    if note.exists():
+        if Plan.load(note, {"source": source.identity}) != plan:
+            raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
+    elif out.exists() and any(f.name != "moesaic" for f in out.iterdir()):
+        raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
+    else:
+        plan.save(note, {"source": source.identity})
+
+
+def sorted_pieces(target: Target) -> list[Piece]:
+    """All pieces, in the order in which their bytes lie in the source, so that disks read forwards."""
+    found = list(small_pieces(target)) + list(linear_pieces(target))
+    return [piece for _, piece in sorted(found, key=lambda p: p[0])]
+
+
+Placed = tuple[tuple[str, int], Piece]
+
+
+def small_pieces(target: Target) -> Iterator[Placed]:
+    source, plan = target.source, target.plan
+    rows = {
+        name: plan.kept[layer] for layer, names in target.architecture.routers.items() if plan.kept for name in names
+    }
+    for info in target.architecture.tensors:
+        stored = source.where(info.name)
+        if info.name in rows:
+            yield (
+                (stored.file, stored.offset),
+                Piece((info,), make=partial(slice_rows, source, info.name, rows[info.name])),
+            )
+        else:
+            yield (stored.file, stored.offset), Piece((info,), copy=(source.path, stored))
+
+
+def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable[Tensor]:
+    """Rows of a router weight or bias, in its stored dtype: no arithmetic touches them."""
+    return (source.read(name)[list(rows)],)
+
+
+def linear_pieces(target: Target) -> Iterator[Placed]:
+    fused: dict[Any, list[Linear]] = {}
+    for linear in target.architecture.linears:
+        if keeps_bytes(target, linear):
+            yield from copies(target, linear)
+        else:
+            fused.setdefault(linear.fused, []).append(linear)
+    rounding = ROUNDINGS[target.plan.rounding]
+    for siblings in fused.values():
+        tensors = [
+            t for n in siblings for t in target.container.packing(target.formats[n.name]).tensors(n.name, n.shape)
+        ]
+        first = target.source.where(f"{target.origin[siblings[0].name].name}.weight")
+        yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_fused, target, siblings, rounding))
+
+
+def copies(target: Target, linear: Linear) -> Iterator[Placed]:
+    source, origin, format = target.source, target.origin[linear.name], target.formats[linear.name]
+    theirs = source.container.packing(format).parts(origin.shape)
+    for key, part in target.container.packing(format).parts(linear.shape).items():
+        stored = source.where(f"{origin.name}.{theirs[key].suffix}")
+        info = TensorInfo(f"{linear.name}.{part.suffix}", part.dtype, part.shape)
+        yield (stored.file, stored.offset), Piece((info,), copy=(source.path, stored))
+
+
+def round_fused(target: Target, siblings: list[Linear], rounding: Rounding) -> Iterable[Tensor]:
+    """Decode, round and pack matrices that a server stacks into one; they share a second level of scale."""
+    weights = [target.source.decode(target.origin[n.name].name) for n in siblings]
+    amax = torch.stack([w.abs().max() for w in weights]).max()
+    for linear, w_OI in zip(siblings, weights):
+        packing = target.container.packing(target.formats[linear.name])
+        format = packing.number_format
+        codes_OI, scales = rounding.round(w_OI, format, format.share(amax) if format.share else None, {})
+        packed = packing.pack(codes_OI, scales)
+        yield from (packed[key] for key in packing.parts(linear.shape))
+
+
+def carried(source: Path) -> list[Path]:
+    """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code."""
+    inside = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file())
+    return [
+        f
+        for f in inside
+        if not any(part.startswith(".") for part in f.parts)
+        and f.parts[0] != "moesaic"
+        and f.suffix not in LEFT_BEHIND
+        and str(f) not in WRITTEN_ANEW
+    ]
+
+
+def carry_along(source: Path, out: Path) -> None:
+    for file in carried(source):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, out / file)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as partial_path:
+        partial_path.write_text(text)

@@ -1,0 +1,140 @@
+"""What a model folder holds, from headers and config alone; and which experts of another model it kept.
+
+Leaves out every payload byte, but for router rows when a base is given to compare with.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, InputError
+from .families import TensorInfo
+
+SAME_ROW = 0.999  # cosine; rows of different experts are far below, rows rounded to BF16 far above
+
+
+@dataclass
+class Share:
+    """One role's part of a model."""
+
+    tensors: int = 0
+    parameters: int = 0  # weights, scales not counted
+    bytes: int = 0
+
+
+def inspect(model: Path, base: Path | None = None) -> dict[str, Any]:
+    """Facts of a model folder, as JSON-able values. Opens headers only; a bare config.json will do.
+
+    With `base`, also `kept`: for each MoE layer, which of the base's experts stand here.
+    """
+    checkpoint = Checkpoint.open(model)
+    a = checkpoint.architecture
+    roles = shares(checkpoint)
+    active = sum(s.parameters for r, s in roles.items() if r not in ("experts", "embedding", "vision"))
+    active += roles["experts"].parameters * a.top_k // a.experts
+    facts = {
+        "model": str(model),
+        "family": a.family,
+        "container": checkpoint.container.name,
+        "weights_present": checkpoint.has_weights,
+        "layers": a.layers,
+        "moe_layers": len(a.moe_layers),
+        "experts": a.experts,
+        "experts_per_token": a.top_k,
+        "hidden": a.hidden,
+        "vocab": a.vocab,
+        "context": a.context,
+        "tensors": sum(s.tensors for s in roles.values()),
+        "parameters": sum(s.parameters for s in roles.values()),
+        "active_parameters": active,
+        "bytes": sum(s.bytes for s in roles.values()),
+        "roles": {role: vars(share) for role, share in roles.items()},
+        "formats": formats_by_role(checkpoint),
+        "identity": checkpoint.identity,
+    }
+    if base is not None:
+        facts["kept"] = kept_of(checkpoint, Checkpoint.open(base))
+    return facts
+
+
+def shares(checkpoint: Checkpoint) -> dict[str, Share]:
+    """Tensors, parameters and bytes by role, in the order of the model."""
+    found: dict[str, Share] = defaultdict(Share)
+
+    def add(role: str, tensors: list[TensorInfo], parameters: int) -> None:
+        found[role].tensors += len(tensors)
+        found[role].parameters += parameters
+        found[role].bytes += sum(t.bytes for t in tensors)
+
+    for linear in checkpoint.architecture.linears:
+        packing = checkpoint.container.packing(checkpoint.formats[linear.name])
+        add(linear.role, packing.tensors(linear.name, linear.shape), linear.elements)
+    for tensor in checkpoint.architecture.tensors:
+        add({"router_bias": "router"}.get(tensor.role, tensor.role), [tensor], tensor.elements)
+    return dict(found)
+
+
+def formats_by_role(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """How many matrices of each role are in which format."""
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for linear in checkpoint.architecture.linears:
+        found[linear.role][checkpoint.formats[linear.name]] += 1
+    return {role: dict(counts) for role, counts in found.items()}
+
+
+def kept_of(pruned: Checkpoint, base: Checkpoint) -> dict[str, list[int]]:
+    """Which of the base's experts a pruned model kept, found by its router rows: no calibration, no note needed.
+
+    Raises `CheckpointError` when a row resembles none of the base's: then it is no relative of it.
+    """
+    a, b = pruned.architecture, base.architecture
+    if (a.family, a.moe_layers, a.hidden) != (b.family, b.moe_layers, b.hidden):
+        raise InputError(
+            f"{pruned.path} and {base.path} have different families, layers or widths; name the base it was made from"
+        )
+    found = {}
+    for layer in a.moe_layers:
+        mine, theirs = (
+            torch.nn.functional.normalize(c.read(c.architecture.routers[layer][0]).double(), dim=1)
+            for c in (pruned, base)
+        )
+        cosine, ids = (mine @ theirs.T).max(1)
+        if float(cosine.min()) < SAME_ROW or len(set(ids.tolist())) != len(ids):
+            worst = int(cosine.argmin())
+            raise CheckpointError(
+                f"router row {worst} of layer {layer} in {pruned.path} resembles none of {base.path} "
+                f"(cosine {float(cosine[worst]):.3f}); it was not made from that model"
+            )
+        found[str(layer)] = ids.tolist()
+    return found
+
+
+def size(count: int) -> str:
+    """Bytes as people compare them: decimal and binary."""
+    return f"{count / 1e9:,.2f} GB = {count / 2**30:,.2f} GiB"
+
+
+def table(facts: dict[str, Any]) -> Table:
+    """The facts of `inspect`, to look at."""
+    whole, active = facts["parameters"] / 1e9, facts["active_parameters"] / 1e9
+    title = f"{facts['family']}, {whole:,.2f} B parameters, {active:,.2f} B active a token"
+    shown = Table(title=title, title_justify="left", caption_justify="left", show_edge=False)
+    shown.caption = (
+        f"{facts['layers']} layers, {facts['moe_layers']} with {facts['experts']} experts, {facts['experts_per_token']} a token; "
+        f"{facts['tensors']:,} tensors, {facts['bytes']:,} bytes = {size(facts['bytes'])}"
+        + ("" if facts["weights_present"] else "\nno weights here: what a complete release of this config holds")
+    )
+    for heading in ("part", "tensors", "parameters", "GB", "GiB", "formats"):
+        shown.add_column(heading, justify="left" if heading in ("part", "formats") else "right")
+    for role, share in facts["roles"].items():
+        formats = ", ".join(f"{name} × {count:,}" for name, count in facts["formats"].get(role, {}).items())
+        shown.add_row(
+            role, f"{share['tensors']:,}", f"{share['parameters']:,}",
+            f"{share['bytes'] / 1e9:,.2f}", f"{share['bytes'] / 2**30:,.2f}", formats,
+        )  # fmt: skip
+    return shown
