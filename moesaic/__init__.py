@@ -13,7 +13,7 @@ FLOORS = (
     ("kernels", "families"),
     ("containers",),
     ("checkpoint", "tokens"),
-    ("stream", "shards", "target"),
+    ("corpus", "stream", "shards", "target"),
     ("calibrate", "criteria", "rounding", "divergence"),
     ("measure", "allocate"),
     ("fit", "export"),

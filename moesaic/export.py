@@ -11,13 +11,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .artifact import atomic
 from .checkpoint import Checkpoint
+from .containers import siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
 from .plan import Plan
@@ -44,7 +44,9 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False) -> Ch
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         written = write_shards(out, shards, meter)
         if not written == meter.done == target.payload_bytes:
-            raise PlanError(f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug")
+            raise PlanError(
+                f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug"
+            )
     carry_along(source.path, out)
     write_text(out / INDEX, json.dumps(index_of(shards), indent=2) + "\n")
     write_text(out / "config.json", json.dumps(target.config, indent=2, ensure_ascii=False) + "\n")
@@ -57,10 +59,15 @@ def claim(out: Path, source: Checkpoint, plan: Plan) -> None:
     if note.exists():
         if Plan.load(note, {"source": source.identity}) != plan:
             raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
-    elif out.exists() and any(f.name != "moesaic" for f in out.iterdir()):
-        raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
     else:
+        check_free(out)
         plan.save(note, {"source": source.identity})
+
+
+def check_free(out: Path) -> None:
+    """Raises `InputError` when `out` holds what moesaic did not write. Call it before the hours, not after."""
+    if out.exists() and not (out / NOTE).exists() and any(f.name != "moesaic" for f in out.iterdir()):
+        raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
 
 
 def sorted_pieces(target: Target) -> list[Piece]:
@@ -94,19 +101,15 @@ def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable
 
 
 def linear_pieces(target: Target) -> Iterator[Placed]:
-    fused: dict[Any, list[Linear]] = {}
+    changed = [n for n in target.architecture.linears if not keeps_bytes(target, n)]
     for linear in target.architecture.linears:
         if keeps_bytes(target, linear):
             yield from copies(target, linear)
-        else:
-            fused.setdefault(linear.fused, []).append(linear)
     rounding = ROUNDINGS[target.plan.rounding]
-    for siblings in fused.values():
-        tensors = [
-            t for n in siblings for t in target.container.packing(target.formats[n.name]).tensors(n.name, n.shape)
-        ]
-        first = target.source.where(f"{target.origin[siblings[0].name].name}.weight")
-        yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_fused, target, siblings, rounding))
+    for group in siblings(changed):
+        tensors = [t for n in group for t in target.packing(n).tensors(n.name, n.shape)]
+        first = target.source.where(f"{target.origin[group[0].name].name}.weight")
+        yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_together, target, group, rounding))
 
 
 def copies(target: Target, linear: Linear) -> Iterator[Placed]:
@@ -118,12 +121,12 @@ def copies(target: Target, linear: Linear) -> Iterator[Placed]:
         yield (stored.file, stored.offset), Piece((info,), copy=(source.path, stored))
 
 
-def round_fused(target: Target, siblings: list[Linear], rounding: Rounding) -> Iterable[Tensor]:
-    """Decode, round and pack matrices that a server stacks into one; they share a second level of scale."""
-    weights = [target.source.decode(target.origin[n.name].name) for n in siblings]
+def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
+    """Decode, round and pack matrices that a server fuses; they share a second level of scale."""
+    weights = [target.source.decode(target.origin[n.name].name) for n in group]
     amax = torch.stack([w.abs().max() for w in weights]).max()
-    for linear, w_OI in zip(siblings, weights):
-        packing = target.container.packing(target.formats[linear.name])
+    for linear, w_OI in zip(group, weights):
+        packing = target.packing(linear)
         format = packing.number_format
         codes_OI, scales = rounding.round(w_OI, format, format.share(amax) if format.share else None, {})
         packed = packing.pack(codes_OI, scales)

@@ -116,6 +116,8 @@ def kept_of(pruned: Checkpoint, base: Checkpoint) -> dict[str, list[int]]:
 
 def size(count: int) -> str:
     """Bytes as people compare them: decimal and binary."""
+    if count < 100e6:
+        return f"{count / 1e6:,.2f} MB = {count / 2**20:,.2f} MiB"
     return f"{count / 1e9:,.2f} GB = {count / 2**30:,.2f} GiB"
 
 

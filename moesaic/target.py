@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Checkpoint, sample
-from .containers import CONTAINERS, Container
+from .containers import CONTAINERS, Container, Packing
 from .errors import PlanError
 from .families import Architecture, Linear, with_experts
 from .plan import SOURCE, Plan
@@ -56,10 +56,13 @@ class Target:
             config["quantization_config"] = quantization
         return Target(source, plan, container, config, new, formats, origin)
 
+    def packing(self, linear: Linear) -> Packing:
+        return self.container.packing(self.formats[linear.name])
+
     @property
     def payload_bytes(self) -> int:
         """Bytes of every tensor that will be written, headers left out."""
-        packed = sum(self.container.packing(self.formats[n.name]).bytes(n.shape) for n in self.architecture.linears)
+        packed = sum(self.packing(n).bytes(n.shape) for n in self.architecture.linears)
         return packed + sum(t.bytes for t in self.architecture.tensors)
 
 

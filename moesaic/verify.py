@@ -9,7 +9,6 @@ quality (evaluate) and engines (tests/engines).
 import filecmp
 import json
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .containers import siblings
 from .errors import InputError, MoesaicError
 from .export import NOTE, carried
 from .families import Linear, expert_counts
@@ -184,47 +184,45 @@ def check_linears(
 ) -> None:
     """Matrices: finite, of a weight's magnitude, and what the plan says they are."""
     export = reader.checkpoint
-    for siblings in fused(export):
-        whole = [n for n in siblings if not any(t.name in bad for t in packed(export, n))]
+    for group in siblings(export.architecture.linears):
+        whole = [n for n in group if not any(t.name in bad for t in packed(export, n))]
         for linear in whole:
             stored = reader.parts(linear)
             meter.advance(sum(t.nbytes for t in stored.values()))
-            rms = check_values(export, linear, stored, verdict)
+            check_values(export, linear, stored, verdict)
             if theirs is not None and target is not None and keeps_bytes(target, linear):
                 verdict.compared["bytes"] += len(stored)
                 for key, tensor in theirs.parts(target.origin[linear.name]).items():
                     if not same_bytes(stored[key], tensor):
                         verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
-            elif theirs is not None and target is not None and len(whole) == len(siblings) and linear is siblings[-1]:
-                check_codes(reader, theirs, target, siblings, verdict)
-            del stored, rms
+            elif theirs is not None and target is not None and len(whole) == len(group) and linear is group[-1]:
+                check_codes(reader, theirs, target, group, verdict)
 
 
-def check_values(export: Checkpoint, linear: Linear, stored: dict[str, Tensor], verdict: Verdict) -> float:
-    """Decoded weights are finite, and neither all zero nor of an impossible size. Returns their RMS."""
+def check_values(export: Checkpoint, linear: Linear, stored: dict[str, Tensor], verdict: Verdict) -> None:
+    """Decoded weights are finite, and neither all zero nor of an impossible size."""
     w_OI = export.container.packing(export.formats[linear.name]).decode(stored, linear.shape)
     verdict.compared["finite"] += len(stored)
     if not torch.isfinite(w_OI).all():
         verdict.add(
             "finite", linear.name, f"decodes to {int((~torch.isfinite(w_OI)).sum()):,} values that are no numbers"
         )
-        return float("nan")
+        return
     rms = float(w_OI.square().mean(dtype=torch.float64).sqrt())
     if not 1e-7 < rms < 1e3:
         verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
-    return rms
 
 
-def check_codes(reader: Reader, theirs: Reader, target: Target, siblings: list[Linear], verdict: Verdict) -> None:
+def check_codes(reader: Reader, theirs: Reader, target: Target, group: tuple[Linear, ...], verdict: Verdict) -> None:
     """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
-    packings = [target.container.packing(target.formats[n.name]) for n in siblings]
+    packings = [target.container.packing(target.formats[n.name]) for n in group]
     weights = [
         target.source.container.packing(target.source.formats[o.name]).decode(theirs.parts(o), o.shape)
-        for o in (target.origin[n.name] for n in siblings)
+        for o in (target.origin[n.name] for n in group)
     ]
     amax = torch.stack([w.abs().max() for w in weights]).max()
     rounding = ROUNDINGS[target.plan.rounding]
-    for linear, packing, w_OI in zip(siblings, packings, weights):
+    for linear, packing, w_OI in zip(group, packings, weights):
         format = packing.number_format
         mine = packing.decode(reader.parts(linear), linear.shape)
         ratio = float(mine.square().mean().sqrt() / w_OI.square().mean().sqrt().clamp(min=1e-30))
@@ -258,14 +256,6 @@ def check_coverage(export: Checkpoint, target: Target | None, bad: dict[str, str
                 str(export.path),
                 f"has {len(export.inventory):,} tensors and {compared:,} were compared with the source",
             )
-
-
-def fused(checkpoint: Checkpoint) -> Iterator[list[Linear]]:
-    """Matrices that share a scale, together; in the order of the model."""
-    groups: dict[Any, list[Linear]] = {}
-    for linear in checkpoint.architecture.linears:
-        groups.setdefault(linear.fused, []).append(linear)
-    return iter(groups.values())
 
 
 def packed(checkpoint: Checkpoint, linear: Linear) -> list[Any]:

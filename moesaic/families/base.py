@@ -66,12 +66,6 @@ class Linear:
     def elements(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    @property
-    def fused(self) -> tuple[str, int | None, str]:
-        """Equal for matrices that a server stacks into one: q, k, v with an indexer's; gate and up."""
-        stacked = {"gate": "gate_up", "up": "gate_up"}.get(self.projection, self.projection)
-        return self.unit, self.expert, "qkv" if self.role == "qkv" else stacked
-
 
 @dataclass(frozen=True)
 class Architecture:

@@ -1,0 +1,234 @@
+"""The command line: one word a stage, and what each prints. Nothing is computed here.
+
+A command's module is imported when it is asked for, so that --help answers at once. Exit 0: done;
+1: a check did not hold; 2: the call or its input is wrong, in one sentence; 130: interrupted, and the
+same command continues.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, MoesaicError
+
+Arguments = argparse.Namespace
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def room(name: str) -> Any:
+    """A module of this package, imported now."""
+    return importlib.import_module(f"moesaic.{name}")
+
+
+def corpus(a: Arguments) -> Any:
+    return room("corpus").Corpus(a.data, a.heldout, a.tokens, a.length, a.seed)
+
+
+def run_inspect(a: Arguments) -> dict[str, Any]:
+    facts = room("inspect").inspect(a.model, a.base)
+    show(room("inspect").table(facts))
+    for layer, ids in facts.get("kept", {}).items():
+        print(f"layer {layer} kept experts {' '.join(map(str, ids))}")
+    return facts
+
+
+def run_prune(a: Arguments) -> dict[str, Any]:
+    facts = room("prune").prune(a.model, a.out, a.experts, a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet)
+    margins = sorted(facts["margins"].values())
+    print(
+        f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
+        f"by {facts['criterion']} on {facts['calibration_tokens']:,} tokens"
+    )
+    print(f"cut margin (last kept over first dropped): least {margins[0]:.2%}, median {margins[len(margins) // 2]:.2%}")
+    for layer, margin in facts["margins"].items():
+        print(f"  layer {layer:>3}  margin {margin:7.2%}  halves agree {facts['jaccard'][layer]:4.0%}")
+    for warning in facts["warnings"]:
+        print(f"note: {warning}")
+    sizes(facts)
+    return facts
+
+
+def run_quantize(a: Arguments) -> dict[str, Any]:
+    facts = room("quantize").quantize(
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, not a.no_verify, a.quiet
+    )
+    sizes(facts)
+    return facts
+
+
+def run_verify(a: Arguments) -> dict[str, Any]:
+    checkpoint = room("checkpoint").Checkpoint
+    verdict = room("verify").verify(a.export, checkpoint.open(a.source) if a.source else None, a.quiet)
+    for finding in verdict.findings:
+        print(f"FAIL  {finding}")
+    print(
+        ", ".join(f"{check} × {count:,}" for check, count in verdict.compared.items())
+        + (": all hold" if verdict.holds else "")
+    )
+    facts = {
+        "holds": verdict.holds,
+        "compared": dict(verdict.compared),
+        "findings": [vars(f) for f in verdict.findings],
+    }
+    return facts | {"exit": 0 if verdict.holds else 1}
+
+
+def sizes(facts: dict[str, Any]) -> None:
+    size = room("inspect").size
+    before, after = facts["source_bytes"], facts["bytes"]
+    print(f"{size(before)} -> {size(after)}, {1 - after / before:.1%} saved, in {facts['out']}")
+    if "verified" in facts:
+        print("verified: " + ", ".join(f"{check} × {count:,}" for check, count in facts["verified"].items()))
+
+
+def show(renderable: Any) -> None:
+    importlib.import_module("rich.console").Console().print(renderable)
+
+
+def bytes_of(text: str) -> int:
+    """Bytes as people write them: 90GB, 89GiB, 500_000_000."""
+    number = text.rstrip("BbKkMmGgTtIi ")
+    unit = text[len(number) :].strip().upper() or "B"
+    try:
+        return int(float(number.replace("_", "")) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 90GB or 89GiB") from None
+
+
+def text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="text, one domain a file (code.txt, math.jsonl); else the text of this Python",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        metavar="DIR",
+        help="text to judge by; else a part of --data that calibration never sees",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65_536, metavar="N", help="tokens to calibrate on (default %(default)s)"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default 2048, or the model's context)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
+
+
+def inspect_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
+    p.add_argument("--base", type=Path, metavar="MODEL", help="find which experts of this model were kept")
+
+
+def prune_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--experts", type=int, required=True, metavar="K", help="experts to keep in every layer")
+    p.add_argument("--criterion", default="reap", help="reap, mass, frequency, … (default %(default)s)")
+    p.add_argument(
+        "--policy",
+        default="pooled",
+        help="how domains are weighed: pooled, mean, union, intersection (default %(default)s)",
+    )
+    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    text_options(p)
+
+
+def quantize_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--format", required=True, help="mxfp4, nvfp4, int4_g128, mxfp8, …")
+    p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
+    p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
+    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument("--rounding", default="rtn", help="rtn, or search for better scales (default %(default)s)")
+    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+
+
+def verify_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    p.add_argument(
+        "--source", type=Path, metavar="MODEL", help="compare every tensor with what the plan makes of this model"
+    )
+
+
+Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], dict[str, Any]]]
+
+COMMANDS: dict[str, Command] = {
+    "inspect": (
+        "what a model holds, from headers alone",
+        "moesaic inspect MiniMax-M3-MXFP8",
+        inspect_options,
+        run_inspect,
+    ),
+    "prune": (
+        "drop experts; what stays is copied byte for byte",
+        "moesaic prune MiniMax-M3-MXFP8 M3-64e --experts 64 --data texts/",
+        prune_options,
+        run_prune,
+    ),
+    "quantize": (
+        "round experts to one format, without data",
+        "moesaic quantize MiniMax-M2.7 M2.7-MXFP4 --format mxfp4 --rest bf16",
+        quantize_options,
+        run_quantize,
+    ),
+    "verify": (
+        "reopen an export and check everything",
+        "moesaic verify M3-64e --source MiniMax-M3-MXFP8",
+        verify_options,
+        run_verify,
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="moesaic", description="Make a giant mixture-of-experts model fit, and prove what that cost."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, example, options, _) in COMMANDS.items():
+        p = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        options(p)
+        p.add_argument(
+            "--json", action="store_true", help="print the facts as one JSON object, last on standard output"
+        )
+        p.add_argument("--quiet", action="store_true", help="no progress")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = parser().parse_args(argv)
+    try:
+        facts = COMMANDS[a.command][3](a)
+    except MoesaicError as error:
+        print(f"moesaic {a.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except FileNotFoundError as error:
+        print(f"moesaic {a.command}: {InputError(f'{error.filename} is not there; check the path')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmoesaic {a.command}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    code = facts.pop("exit", 0)
+    if a.json:
+        print(json.dumps(facts, default=str))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

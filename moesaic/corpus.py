@@ -1,0 +1,71 @@
+"""Which text a command works on: the user's folder, or what this Python brings along; to calibrate on and to judge by.
+
+One choice, made once: the two never share a document or a paragraph. Leaves out tokenizing (tokens).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .errors import InputError
+from .tokens import Text, Tokenizer, TokenSet, python_texts, read_texts, split
+
+LENGTH = 2048  # tokens a row, unless the model's context is shorter
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `--data`, `--tokens`, `--length` and `--seed` say.
+
+    data     folder of text, one domain a file; None: the text of the Python installation that runs this
+    heldout  folder of text to judge by; None: a part of `data` that calibration never sees
+    tokens   to calibrate on; a quarter of them is a quarter of the time
+    length   tokens a row; None: 2048, or the model's context if that is shorter
+    """
+
+    data: Path | None = None
+    heldout: Path | None = None
+    tokens: int = 65_536
+    length: int | None = None
+    seed: int = 0
+
+    def calibration(self, model: Checkpoint, file: Path) -> TokenSet:
+        """Rows to calibrate on, kept in `file`; there already, they are read and not chosen again."""
+        return self.rows(model, file, heldout=False)
+
+    def evaluation(self, model: Checkpoint, file: Path, tokens: int | None = None) -> TokenSet:
+        """Rows to judge by, disjoint from calibration's. Raises `InputError` when a text overlaps all the same."""
+        return replace(self, tokens=tokens or self.tokens).rows(model, file, heldout=True)
+
+    def rows(self, model: Checkpoint, file: Path, heldout: bool) -> TokenSet:
+        tokenizer = Tokenizer.open(model.path)
+        texts, origin = self.texts(tokenizer, heldout)
+        length = self.length or min(LENGTH, model.architecture.context)
+        if length > model.architecture.context:
+            raise InputError(
+                f"rows of {length:,} tokens are longer than the model's context, {model.architecture.context:,}"
+            )
+        chosen = TokenSet.build(
+            texts, tokenizer, rows=max(1, self.tokens // length), length=length,
+            vocab=model.architecture.vocab, seed=self.seed, origin=origin,
+        )  # fmt: skip
+        if not file.exists() or TokenSet.load(file).identity != chosen.identity:
+            chosen.save(file)
+        return chosen
+
+    def texts(self, tokenizer: Tokenizer, heldout: bool) -> tuple[list[Text], str]:
+        if heldout and self.heldout is not None:
+            return read_texts(self.heldout, tokenizer), str(self.heldout.name)
+        whole, origin = python_texts() if self.data is None else (read_texts(self.data, tokenizer), self.data.name)
+        if self.heldout is not None:
+            return whole, origin
+        return split(whole)[int(heldout)], origin
+
+    @cached_property
+    def is_own(self) -> bool:
+        """Whether the text is the user's. Otherwise models have read it, and no score on it may be called held out."""
+        return self.data is not None
+
+
+PYTHON_TEXT = Corpus()

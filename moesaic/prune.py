@@ -1,0 +1,64 @@
+"""Experts only: calibrate, rank, cut, and copy what stays byte for byte. The source's format is the result's.
+
+Its working files stand in OUT/moesaic/, so a run can be looked into, and continued, later.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .artifact import write_json
+from .calibrate import calibrate
+from .checkpoint import Checkpoint
+from .corpus import PYTHON_TEXT, Corpus
+from .errors import CheckError, InputError
+from .export import check_free, export
+from .plan import Plan
+from .select import select_experts
+from .verify import verify
+
+
+def prune(
+    model: Path, out: Path, experts: int, criterion: str = "reap", policy: str = "pooled",
+    corpus: Corpus = PYTHON_TEXT, check: bool = True, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write to `out` the model that keeps `experts` experts in every layer; returns JSON-able facts.
+
+    Raises `InputError` before anything is read when the count cannot be, `CheckError` when the result
+    does not verify.
+    """
+    source = Checkpoint.open(model)
+    check_count(source, experts)
+    work = out / "moesaic"
+    check_free(out)
+    tokens = corpus.calibration(source, work / "tokens.safetensors")
+    statistics = calibrate(source, tokens, work / "stats", quiet)
+    selection = select_experts(statistics, criterion, experts, policy)
+    plan = Plan(container=source.container.name, kept=selection.cut.kept)
+    result = export(source, plan, out, quiet)
+    facts = selection.facts() | {
+        "model": str(model),
+        "out": str(out),
+        "experts": experts,
+        "source_experts": source.architecture.experts,
+        "source_bytes": sum(t.bytes for t in source.inventory),
+        "bytes": sum(t.bytes for t in result.inventory),
+        "tokens": dict(tokens.facts),
+    }
+    if check:
+        verdict = verify(out, source, quiet)
+        facts["verified"] = dict(verdict.compared)
+        if not verdict.holds:
+            raise CheckError(
+                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and prune again"
+            )
+    write_json(work / "prune.json", "prune", facts, {"source": source.identity, "tokens": tokens.identity})
+    return facts
+
+
+def check_count(source: Checkpoint, experts: int) -> None:
+    a = source.architecture
+    if not a.top_k <= experts < a.experts:
+        raise InputError(
+            f"asked to keep {experts} experts; wanted at least {a.top_k}, which each token selects, "
+            f"and fewer than the {a.experts} there are"
+        )

@@ -1,0 +1,63 @@
+"""One format for one class of matrices, without a token of data: as fast as the disk.
+
+Router, embeddings, norms, head and vision stay as they are: no tool that rounded a router was right.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .artifact import write_json
+from .checkpoint import Checkpoint
+from .containers import CONTAINERS
+from .errors import CheckError, InputError
+from .export import check_free, export
+from .formats import FORMATS
+from .plan import SOURCE, Plan
+from .verify import verify
+
+SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
+
+
+def quantize(
+    model: Path, out: Path, format: str, only: str = "experts", rest: str = SOURCE,
+    to: str = "compressed_tensors", rounding: str = "rtn", check: bool = True, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
+
+    only  "experts" (routed experts) or "linears" (attention, shared and dense too)
+    rest  "source": the others keep their bytes; "bf16": they are written out in BF16
+    Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
+    """
+    for what, name, there_are in (("format", format, FORMATS), ("scope", only, SCOPES), ("container", to, CONTAINERS)):
+        if name not in there_are:
+            raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
+    source = Checkpoint.open(model)
+    check_free(out)
+    plan = Plan(container=to, formats=formats_of(source, format, only, rest), rounding=rounding)
+    result = export(source, plan, out, quiet)
+    facts: dict[str, Any] = {
+        "model": str(model),
+        "out": str(out),
+        "format": format,
+        "only": only,
+        "rest": rest,
+        "container": to,
+        "rounding": rounding,
+        "source_bytes": sum(t.bytes for t in source.inventory),
+        "bytes": sum(t.bytes for t in result.inventory),
+    }
+    if check:
+        verdict = verify(out, source, quiet)
+        facts["verified"] = dict(verdict.compared)
+        if not verdict.holds:
+            raise CheckError(
+                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and quantize again"
+            )
+    write_json(out / "moesaic" / "quantize.json", "quantize", facts, {"source": source.identity})
+    return facts
+
+
+def formats_of(source: Checkpoint, format: str, only: str, rest: str) -> dict[str, str]:
+    """A format for every unit of a model: `format` inside the scope, `rest` outside it."""
+    roles = {unit: members[0].role for unit, members in source.architecture.units.items()}
+    return {unit: format if role in SCOPES[only] else rest for unit, role in roles.items()}

@@ -1,0 +1,99 @@
+"""Which experts stay: a criterion's ranking, what it was told to protect, and how far to trust it.
+
+Leaves out prices in nats (measure, allocate): this is the choice for a kept count that is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .calibrate import Statistics
+from .criteria import CRITERIA, Cut, combine, cut
+from .errors import InputError
+
+FEW_TOKENS = 32  # an expert that fewer tokens reached has a score, but not one to rely on
+STABLE = 0.8  # mean Jaccard of the two halves' kept sets below which the calibration is called too small
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A cut, and what a reader must know to believe it."""
+
+    criterion: str
+    policy: str
+    layers: tuple[int, ...]
+    score_LE: np.ndarray
+    cut: Cut
+    protected: tuple[tuple[int, int], ...]  # super experts, (layer, id): kept whatever their score
+    few: tuple[tuple[int, int], ...]  # reached by fewer than FEW_TOKENS tokens
+    nonfinite: tuple[tuple[int, int, int], ...]  # (layer, id, tokens) with infinite or NaN outputs
+    jaccard_L: np.ndarray  # of the kept sets that the two halves alone would give
+    tokens: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """One plain sentence for each thing that makes the choice doubtful."""
+        found = []
+        if self.nonfinite:
+            bad = f"{len(self.nonfinite)} experts gave values that are no numbers ({listed(self.nonfinite)})"
+            found.append(f"{bad}; those tokens count for nothing")
+        if self.few:
+            rare = f"{len(self.few)} experts were reached by fewer than {FEW_TOKENS} of {self.tokens:,} tokens"
+            found.append(f"{rare} ({listed(self.few)}); their rank is a guess")
+        if (stability := float(self.jaccard_L.mean())) < STABLE:
+            small = f"the calibration is small: its two halves agree on only {stability:.0%} of the kept experts"
+            found.append(f"{small}; more text would choose others")
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able: what is kept, margins, stability, guards, warnings."""
+        return {
+            "criterion": self.criterion,
+            "reference": CRITERIA[self.criterion].reference,
+            "policy": self.policy,
+            "calibration_tokens": self.tokens,
+            "kept": {str(layer): list(ids) for layer, ids in self.cut.kept.items()},
+            "margins": {str(layer): margin for layer, margin in self.cut.margins.items()},
+            "jaccard": dict(zip(map(str, self.layers), self.jaccard_L.tolist())),
+            "protected": [list(p) for p in self.protected],
+            "few_tokens": [list(p) for p in self.few],
+            "nonfinite": [list(p) for p in self.nonfinite],
+            "warnings": self.warnings,
+        }
+
+
+def select_experts(statistics: Statistics, criterion: str, keep: int, policy: str = "pooled") -> Selection:
+    """Keep the `keep` best experts of each layer.
+
+    policy  "pooled": all domains' sums as one; or one of criteria.POLICIES over ranks by domain.
+    Super experts are kept before all others. Raises `InputError` for a name there is not.
+    """
+    score_LE = scores(statistics, criterion, policy)
+    protected = statistics.super_experts()
+    halves = [cut(scores(statistics, criterion, policy, half), statistics.layers, keep) for half in (0, 1)]
+    jaccard_L = np.array([jaccard(halves[0].kept[layer], halves[1].kept[layer]) for layer in statistics.layers])
+    return Selection(
+        criterion, policy, statistics.layers, score_LE, cut(score_LE, statistics.layers, keep, frozenset(protected)),
+        tuple(protected), tuple(statistics.few(FEW_TOKENS)), tuple(statistics.nonfinite()), jaccard_L, statistics.tokens,
+    )  # fmt: skip
+
+
+def scores(statistics: Statistics, criterion: str, policy: str, half: int | None = None) -> np.ndarray:
+    """Scores [L, E] by one criterion, over all text or one half of it."""
+    if criterion not in CRITERIA:
+        raise InputError(f"no criterion {criterion!r}; there are {', '.join(sorted(CRITERIA))}")
+    score = CRITERIA[criterion].score
+    if policy == "pooled":
+        return score(statistics.totals(half=half))
+    return combine(np.stack([score(statistics.totals(d, half)) for d in range(len(statistics.domains))]), policy)
+
+
+def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
+    return len(set(a) & set(b)) / len(set(a) | set(b))
+
+
+def listed(places: Sequence[tuple[int, ...]], most: int = 4) -> str:
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return ", ".join(f"layer {p[0]} expert {p[1]}" for p in places[:most]) + more
