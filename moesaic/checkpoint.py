@@ -145,16 +145,19 @@ class Checkpoint:
         linear = self.architecture.by_name.get(name.removesuffix(".weight"))
         if linear is None:
             return self.read(name).to(device).float()
+        return self.value(linear, self.parts(linear), device)
+
+    def value(self, linear: Linear, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Tensor:
+        """What `parts(linear)` mean, for a caller that reads ahead of decoding. Raises as `decode` does."""
         packing = self.container.packing(self.formats[linear.name])
-        parts = {key: part.to(device) for key, part in self.parts(linear).items()}
-        w_OI = packing.decode(parts, linear.shape)
+        w_OI = packing.decode({key: part.to(device) for key, part in parts.items()}, linear.shape)
         check_magnitude(f"{self.path}: {linear.name}", w_OI)
         return w_OI
 
 
 def check_magnitude(what: str, w_OI: Tensor) -> None:
     """Refuse weights that are not finite, or as large or small as only a misread scale makes them."""
-    rms = float(w_OI.square().mean(dtype=torch.float64).sqrt())
+    rms = float(torch.linalg.vector_norm(w_OI)) / max(1, w_OI.numel()) ** 0.5
     low, high = PLAUSIBLE_RMS
     if not (rms == 0.0 or low < rms < high):
         raise CheckpointError(

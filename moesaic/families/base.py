@@ -121,6 +121,28 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What a server has to know of one model beyond its tensors: what it caches, how it cuts them, which words it wants.
+
+    Between devices a tensor is cut along its "rows" or "columns" or not at all; one cut along "kv" rows is
+    cut no finer than a key/value head. `cuts` says so of tensors that are no linears, by the end of their
+    name; one that it does not name is whole on every device.
+    """
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    cached_layers: int  # layers that keep a key and a value of every kv head
+    cuts: Mapping[str, str]
+    block_tokens: int  # tokens of a cache page
+    tool_parser: str  # vLLM's name for the model's tool calls
+    reasoning_parser: str
+    index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
+    index_width: int = 0
+    attention_backend: str = ""  # vLLM's name; "" leaves the choice to it
+
+
+@dataclass(frozen=True)
 class Family:
     """All facts of one family. Functions see config.json as it is on disk."""
 
@@ -139,6 +161,7 @@ class Family:
     # (architecture, layer) -> parameter of the decoder layer -> tensors on disk that make it, stacked by rows;
     # of a MoE block only the shared expert's
     parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
+    serving: Callable[[Config], Serving]
     reference: str
 
 

@@ -5,7 +5,7 @@ The configs promise three MTP modules and no released file holds a tensor of the
 
 from typing import Any
 
-from .base import Architecture, Config, Family, Linear, TensorInfo, expect
+from .base import Architecture, Config, Family, Linear, Serving, TensorInfo, expect
 
 PREFIX = "model.layers."
 
@@ -102,6 +102,14 @@ def engine_name(name: str) -> str:
     return name.replace(".block_sparse_moe.", ".mlp.")
 
 
+def serving(config: Config) -> Serving:
+    return Serving(
+        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=config["head_dim"],
+        cached_layers=config["num_hidden_layers"], cuts={"q_norm.weight": "rows", "k_norm.weight": "kv"},
+        block_tokens=16, tool_parser="minimax_m2", reasoning_parser="minimax_m2",
+    )  # fmt: skip
+
+
 MINIMAX_M2 = Family(
     name="minimax_m2",
     read=read,
@@ -116,5 +124,6 @@ MINIMAX_M2 = Family(
     norm_class="MiniMaxM2RMSNorm",
     shared="",
     parameters=parameters,
+    serving=serving,
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M2.7",
 )

@@ -7,7 +7,7 @@ holds a tensor of them, so none is expected.
 
 from typing import Any
 
-from .base import Architecture, Config, Family, Linear, TensorInfo, expect
+from .base import Architecture, Config, Family, Linear, Serving, TensorInfo, expect
 
 PREFIX = "language_model.model.layers."
 
@@ -188,6 +188,21 @@ def engine_name(name: str) -> str:
     return name
 
 
+def serving(config: Config) -> Serving:
+    """A page of the cache is one block of the sparse attention; FlashInfer, which vLLM prefers, has no pages of 128."""
+    t = text(config)
+    s = t["sparse_attention_config"]
+    rows = ("q_proj", "k_proj", "v_proj", "fc1", "linear_1")  # of the vision tower; a matrix cut by rows cuts its bias
+    cuts = {f"{name}.{part}": "rows" for name in rows for part in ("weight", "bias")}
+    return Serving(
+        heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"], head_width=t["head_dim"],
+        cached_layers=t["num_hidden_layers"], index_layers=sum(s["sparse_attention_freq"]), index_width=s["sparse_index_dim"],
+        cuts=cuts | {f"{name}.weight": "columns" for name in ("out_proj", "fc2", "linear_2")},
+        block_tokens=s["sparse_block_size"], attention_backend="TRITON_ATTN",
+        tool_parser="minimax_m3", reasoning_parser="minimax_m3",
+    )  # fmt: skip
+
+
 MINIMAX_M3_VL = Family(
     name="minimax_m3_vl",
     read=read,
@@ -202,5 +217,6 @@ MINIMAX_M3_VL = Family(
     norm_class="MiniMaxM3VLRMSNorm",
     shared="mlp.shared_experts",
     parameters=parameters,
+    serving=serving,
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M3",
 )

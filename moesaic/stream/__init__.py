@@ -1,0 +1,11 @@
+"""A model run one layer, and within it one expert, in memory at a time. Leaves out going backward.
+
+`LayerRun` (layer.py) is the whole of it from outside, with the `State`s that it advances and the
+`Observer`s that watch (state.py). Inside: attention in chunks (attention.py), router and experts
+(experts.py), and what bounds the memory of both (memory.py).
+"""
+
+from .layer import LayerRun
+from .state import BlockPass, ExpertPass, Observer, Routing, State
+
+__all__ = ["BlockPass", "ExpertPass", "LayerRun", "Observer", "Routing", "State"]

@@ -1,0 +1,53 @@
+"""The attention half of a decoder layer, by transformers' own modules, fed in rows and chunks of queries.
+
+Leaves out padding: rows of one state are equally long, and rows of another length are another state.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .memory import spans
+
+SCORE_COPIES = 3  # F32 tensors of [heads, queries, keys] that block-sparse selection makes on the way to its mask
+ROW_COPIES = 8  # F32 tensors of [heads, queries, head_dim]: q, k, v, their norms and rotations
+
+
+def attend(block: nn.Module, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffer_bytes: int) -> Tensor:
+    """hidden + attention(norm(hidden)), [B, T, D], with `block`'s `input_layernorm` and `self_attn`.
+
+    A mask of [heads, queries, keys] may exist only for what `buffer_bytes` holds: whole rows if they
+    fit, else one row in chunks of queries through transformers' cache, which is the same sum in
+    another order. Beside the buffer a chunk needs the keys and values of its row, once as cached and
+    once repeated for every query head: 8 · heads · T · head_dim bytes in F32.
+    """
+    rows, length, _ = hidden_BTD.shape
+    heads = config.num_attention_heads
+    query_bytes = 4 * heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
+    out_BTD = torch.empty_like(hidden_BTD)
+    for row in spans(rows, query_bytes * length, buffer_bytes):
+        chunks = list(spans(length, query_bytes * (row.stop - row.start), buffer_bytes))
+        cache = DynamicCache(config=config) if len(chunks) > 1 else None
+        for chunk in chunks:
+            x_BQD = hidden_BTD[row, chunk]
+            positions_1Q = torch.arange(chunk.start, chunk.stop, device=x_BQD.device)[None]
+            attended_BQD, _ = block.self_attn(
+                hidden_states=block.input_layernorm(x_BQD),
+                position_embeddings=rotary(x_BQD, positions_1Q),
+                attention_mask=causal(positions_1Q) if chunk.start else None,
+                position_ids=positions_1Q,
+                past_key_values=cache,
+            )
+            torch.add(x_BQD, attended_BQD, out=out_BTD[row, chunk])
+    return out_BTD
+
+
+def causal(positions_1Q: Tensor) -> Tensor:
+    """True [1, 1, Q, K] where a key is not in the query's future.
+
+    Only a first chunk goes without: there transformers' shortcut for "no mask" means the same.
+    """
+    keys_K = torch.arange(int(positions_1Q[0, -1]) + 1, device=positions_1Q.device)
+    return (keys_K <= positions_1Q[0, :, None])[None, None]

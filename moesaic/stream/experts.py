@@ -1,0 +1,119 @@
+"""Router and experts of a MoE block: exact F32 routing, then one expert at a time over the tokens of all branches.
+
+transformers' router is not used because it keeps the correction bias in BF16, which routes other
+tokens; its experts are not used because they are one tensor a layer. Leaves out the shared expert,
+which is an ordinary module.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import PlanError
+from .memory import ahead, spans
+from .state import ExpertPass, Observer, Routing
+
+Stored = TypeVar("Stored")
+
+INNER_COPIES = 8  # F32 tensors of [tokens, inner width] that gate, up and activation make
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The three matrices of one expert, as the server multiplies with them."""
+
+    gate: Tensor  # [I, D]
+    up: Tensor  # [I, D]
+    down: Tensor  # [D, I]
+
+
+def route(
+    layer: int, x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, dropped: Sequence[int] = ()
+) -> Routing:
+    """Sigmoid routing with a correction bias that takes part in the choice and not in the gates, all in F32.
+
+    Ties go to the lower id (a stable sort), on every device. Raises `PlanError` when `dropped` leaves
+    fewer experts than a token needs.
+    """
+    experts = router_ED.shape[0]
+    if experts - len(set(dropped)) < top_k:
+        raise PlanError(
+            f"layer {layer} has {experts} experts and {len(set(dropped))} of them are dropped; "
+            f"a token needs {top_k}, so keep at least as many"
+        )
+    affinity_TE = F.linear(x_TD.float(), router_ED).sigmoid()
+    selection_TE = affinity_TE + bias_E
+    selection_TE[:, list(dropped)] = -torch.inf
+    experts_Tk = selection_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    gates_Tk = affinity_TE.gather(1, experts_Tk)
+    return Routing(layer, affinity_TE, experts_Tk, gates_Tk / gates_Tk.sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One branch's part in a layer's experts: what goes in, where it goes, who watches, and what has come out."""
+
+    x_TD: Tensor
+    routing: Routing
+    observer: Observer | None
+    routed_TD: Tensor  # F32; each expert adds to it
+    order: Tensor  # [T·k]: positions in `routing.experts_Tk`, by expert, then token
+    ends: list[int]  # expert -> where its part of `order` ends
+
+    @staticmethod
+    def of(x_TD: Tensor, routing: Routing, observer: Observer | None) -> "Share":
+        chosen = routing.experts_Tk.flatten()
+        ends = chosen.bincount(minlength=routing.affinity_TE.shape[1]).cumsum(0).tolist()
+        routed_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends)
+
+    def of_expert(self, expert: int) -> Tensor:
+        """Positions in `routing.experts_Tk` of the tokens that chose `expert`, by token."""
+        return self.order[self.ends[expert - 1] if expert else 0 : self.ends[expert]]
+
+
+def run_experts(
+    shares: Sequence[Share],
+    read: Callable[[int], Stored],
+    decode: Callable[[Stored], ExpertWeights],
+    activate: Callable[[Tensor, Tensor], Tensor],
+    buffer_bytes: int,
+) -> None:
+    """Add to each share's `routed_TD` the sum of gate · expert(x) over the experts that its tokens selected.
+
+    An expert that nobody selected is not read. One that was is read and decoded once for all shares; each
+    share is multiplied by itself, so that what a branch gets does not depend on which others ride along.
+    """
+    experts = range(len(shares[0].ends))
+    selected = [e for e in experts if any(len(share.of_expert(e)) for share in shares)]
+    for expert, stored in ahead(read, selected):
+        weights = decode(stored)
+        for share in shares:
+            pass_expert(share, expert, weights, activate, buffer_bytes)
+        del stored, weights  # before the next but one is read
+
+
+def pass_expert(
+    share: Share,
+    expert: int,
+    weights: ExpertWeights,
+    activate: Callable[[Tensor, Tensor], Tensor],
+    buffer_bytes: int,
+) -> None:
+    width, inner = share.x_TD.shape[1], weights.gate.shape[0]
+    positions = share.of_expert(expert)
+    gates = share.routing.gates_Tk.flatten()
+    for span in spans(len(positions), 4 * (INNER_COPIES * inner + 2 * width), buffer_bytes):
+        tokens_n = positions[span] // share.routing.experts_Tk.shape[1]
+        gates_n = gates[positions[span]]
+        x_nD = share.x_TD[tokens_n]
+        inner_nI = activate(F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up))
+        f_nD = F.linear(inner_nI, weights.down)
+        share.routed_TD.index_add_(0, tokens_n, f_nD.float() * gates_n[:, None])
+        if share.observer is not None:
+            layer = share.routing.layer
+            share.observer.expert(ExpertPass(layer, expert, tokens_n, gates_n, x_nD, inner_nI, f_nD))

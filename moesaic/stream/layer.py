@@ -1,0 +1,244 @@
+"""`LayerRun`: hidden states advanced by one layer, whose weights are read and decoded for that and then dropped.
+
+transformers is the reference for arithmetic. Norms, attention, rotary and dense MLP are its own
+modules, built without memory and filled with exactly the values that the checkpoint means; router and
+experts are in experts.py. What a family has to say comes from `Family`. Leaves out going backward.
+"""
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, FamilyError, InputError
+from ..families import Linear
+from .attention import attend
+from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
+from .memory import default_buffer_bytes, spans
+from .state import BlockPass, State
+
+StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
+
+ATTENTION = ("input_layernorm", "self_attn")  # modules of a decoder layer that run before its feed-forward half
+
+
+class LayerRun:
+    """One checkpoint, source or export, as a model that never is in memory whole.
+
+    `advance` depends on its arguments alone: a caller may save hidden states between any two layers and
+    go on later, or let several branches ride one reading of the weights.
+
+    Memory: the largest of one layer's attention and its dense or shared MLP, or two experts (one at
+    work, one as stored, being read); `buffer_bytes` of working memory; and, for T tokens, four times T · D (before,
+    after, normed, and the experts' sum). Never the embedding or the head, which pass by in blocks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        buffer_bytes: int | None = None,
+    ) -> None:
+        """Raises `CheckpointError` for a folder without weights.
+
+        device        where to compute; by itself CUDA where there is one, else CPU
+        dtype         of weights, activations and hidden states; routers, gates and the experts' sum stay F32
+        buffer_bytes  working memory; less of it only makes smaller steps
+        """
+        if not checkpoint.has_weights:
+            raise CheckpointError(f"{checkpoint.path} has no weights, only a config; a forward pass needs the whole checkpoint")
+        family = checkpoint.family
+        self.checkpoint, self.family, self.architecture = checkpoint, family, checkpoint.architecture
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype
+        self.buffer_bytes = buffer_bytes or default_buffer_bytes(self.device)
+        self.config = text_config(family.configuration, checkpoint.config)
+        self.text = family.text(checkpoint.config)  # as on disk
+        self.modeling = importlib.import_module(family.modeling)
+        self.rotary = getattr(self.modeling, family.rotary_class)(config=self.config).to(self.device)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids to hidden states [B, T, D]. Raises `InputError` for an id outside the vocabulary."""
+        vocab, name = self.architecture.vocab, self.architecture.embedding
+        if tokens_BT.numel() and not 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < vocab:
+            raise InputError(
+                f"token ids reach from {int(tokens_BT.min())} to {int(tokens_BT.max())}, and {self.checkpoint.path} "
+                f"has {vocab} of them; tokenize with the model's own tokenizer"
+            )
+        tokens_BT = tokens_BT.to(self.device)
+        hidden_BTD = torch.empty(*tokens_BT.shape, self.architecture.hidden, dtype=self.dtype, device=self.device)
+        for block in self.vocabulary_spans():
+            inside = (tokens_BT >= block.start) & (tokens_BT < block.stop)
+            if inside.any():
+                hidden_BTD[inside] = self.rows(name, block)[tokens_BT[inside] - block.start]
+        return hidden_BTD
+
+    @torch.no_grad()
+    def advance(self, layer: int, states: Sequence[State]) -> list[State]:
+        """`states` after one layer; every weight that any of them needs is read and decoded once.
+
+        Each state's result is to the bit what it would be alone.
+        """
+        middle = self.attention(layer, states)
+        after = self.feed_forward(layer, states, middle)
+        return [passed(layer, state, hidden_BTD) for state, hidden_BTD in zip(states, after)]
+
+    def sweep(self, states: Sequence[State], start: int = 0) -> Iterator[tuple[int, list[State]]]:
+        """Advance through every layer from `start` on; yields the layer that was done and the states after it."""
+        current = list(states)
+        for layer in range(start, self.architecture.layers):
+            current = self.advance(layer, current)
+            yield layer, current
+
+    @torch.no_grad()
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """Final norm and head: [n, D] -> [n, V] in F32. The head passes by in blocks, once a call: see `logit_spans`."""
+        norm = self.norm()
+        x_nD = norm(hidden_nD)
+        logits_nV = torch.empty(len(x_nD), self.architecture.vocab, device=self.device)
+        for block in self.vocabulary_spans():
+            logits_nV[:, block] = F.linear(x_nD, self.rows(self.architecture.head, block))
+        return logits_nV
+
+    def logit_spans(self, tokens: int, copies: int = 4) -> Iterator[slice]:
+        """`tokens` in slices of which `copies` tensors [n, V] in F32 fit the buffer, at least 64 at a time."""
+        limit = max(self.buffer_bytes, 64 * 4 * copies * self.architecture.vocab)
+        return spans(tokens, 4 * copies * self.architecture.vocab, limit)
+
+    # The two halves of a layer. Each builds and fills its own modules, which are gone when it returns.
+
+    def attention(self, layer: int, states: Sequence[State]) -> list[Tensor]:
+        names = self.family.parameters(self.architecture, layer)
+        block = self.block(layer, {p: disk for p, disk in names.items() if p.split(".")[0] in ATTENTION})
+        return [attend(block, s.hidden_BTD, self.rotary, self.config, self.buffer_bytes) for s in states]
+
+    def feed_forward(self, layer: int, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Tensor]:
+        names = self.family.parameters(self.architecture, layer)
+        block = self.block(layer, {p: disk for p, disk in names.items() if p.split(".")[0] not in ATTENTION})
+        flat = [hidden_BTD.flatten(0, 1) for hidden_BTD in hidden]
+        normed = [self.in_spans(block.post_attention_layernorm, h_TD, 4) for h_TD in flat]
+        if layer in self.architecture.moe_layers:
+            self.moe(layer, states, normed, flat, block)
+        else:
+            for x_TD, h_TD in zip(normed, flat):
+                h_TD += self.in_spans(block.mlp, x_TD, self.widening(block.mlp))
+        return list(hidden)
+
+    def moe(
+        self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor], block: nn.Module
+    ) -> None:
+        """Add a MoE block's output to each of `hidden`."""
+        router_ED, bias_E = (self.checkpoint.read(n).to(self.device) for n in self.architecture.routers[layer])
+        shares = []
+        for state, x_TD in zip(states, normed):
+            routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, state.dropped.get(layer, ()))
+            if state.observer is not None:
+                state.observer.route(routing)
+            shares.append(Share.of(x_TD, routing, state.observer))
+        run_experts(
+            shares,
+            lambda expert: self.read_expert(layer, expert),
+            self.decode_expert,
+            lambda gate, up: self.family.activate(self.text, gate, up),
+            self.buffer_bytes,
+        )
+        scale = self.family.routed_scale(self.text)
+        shared = block.get_submodule(self.family.shared) if self.family.shared else None
+        for share, h_TD in zip(shares, hidden):
+            routed_TD = share.routed_TD.mul_(scale)
+            shared_TD = None if shared is None else self.in_spans(shared, share.x_TD, self.widening(shared))
+            if share.observer is not None:
+                share.observer.block(BlockPass(layer, h_TD, share.x_TD, routed_TD, shared_TD))
+            h_TD += routed_TD
+            if shared_TD is not None:
+                h_TD += shared_TD
+
+    def in_spans(self, module: nn.Module, x_TD: Tensor, widening: int) -> Tensor:
+        """`module` on each token, a span at a time; it needs `widening` times the memory of its input."""
+        out_TD = torch.empty_like(x_TD)
+        for span in spans(len(x_TD), widening * x_TD.shape[1] * x_TD.itemsize, self.buffer_bytes):
+            out_TD[span] = module(x_TD[span])
+        return out_TD
+
+    def widening(self, mlp: nn.Module) -> int:
+        width = sum(p.shape[0] for p in mlp.parameters())
+        return INNER_COPIES * width // self.architecture.hidden
+
+    # Weights, from disk to the device.
+
+    def block(self, layer: int, names: Mapping[str, Sequence[str]]) -> Any:
+        """transformers' decoder layer in which the parameters `names` are filled and all others have no memory.
+
+        Raises `FamilyError` when a module in use is left without values: the family's `parameters` is wrong.
+        """
+        with torch.device("meta"):
+            block = getattr(self.modeling, self.family.layer_class)(self.config, layer).eval()
+        filled = {name: self.parameter(stacked) for name, stacked in names.items()}
+        unknown = block.load_state_dict(filled, strict=False, assign=True).unexpected_keys
+        homes = {name.rsplit(".", 1)[0] for name in names}
+        empty = [f"{h}.{n}" for h in homes for n, p in block.get_submodule(h).named_parameters() if p.is_meta]
+        if unknown or empty:
+            raise FamilyError(
+                f"layer {layer} of {self.family.name} has no module for {unknown} and no values for {empty}; "
+                f"families/{self.family.name}.py names its parameters wrongly for this transformers"
+            )
+        return block
+
+    def parameter(self, names: Sequence[str]) -> Tensor:
+        """Matrices or vectors from disk, stacked by rows, in the run's dtype; one of them in F32 at a time."""
+        if len(names) == 1:
+            return self.weight(names[0])
+        sizes = [self.architecture.by_name[name.removesuffix(".weight")].shape for name in names]
+        stacked = torch.empty(sum(o for o, _ in sizes), sizes[0][1], dtype=self.dtype, device=self.device)
+        start = 0
+        for name, (o, _) in zip(names, sizes):
+            stacked[start : start + o] = self.weight(name)
+            start += o
+        return stacked
+
+    def weight(self, name: str) -> Tensor:
+        return self.checkpoint.decode(name, self.device).to(self.dtype)
+
+    def read_expert(self, layer: int, expert: int) -> StoredExpert:
+        linears = self.architecture.experts_of[layer, expert]
+        return {p: (linears[p], self.checkpoint.parts(linears[p])) for p in ("gate", "up", "down")}
+
+    def decode_expert(self, stored: StoredExpert) -> ExpertWeights:
+        values = {p: self.checkpoint.value(linear, parts, self.device) for p, (linear, parts) in stored.items()}
+        return ExpertWeights(**{f"{p}": w.to(self.dtype) for p, w in values.items()})
+
+    def norm(self) -> nn.Module:
+        weight_D = self.weight(self.architecture.norm)
+        norm = getattr(self.modeling, self.family.norm_class)(len(weight_D), eps=self.config.rms_norm_eps)
+        norm.load_state_dict({"weight": weight_D}, assign=True)
+        return norm
+
+    def vocabulary_spans(self) -> Iterator[slice]:
+        return spans(self.architecture.vocab, 8 * self.architecture.hidden, self.buffer_bytes // 4)
+
+    def rows(self, name: str, span: slice) -> Tensor:
+        """Rows of the embedding or the head."""
+        return self.checkpoint.rows(name, span.start, span.stop).to(self.device, self.dtype)
+
+
+def text_config(where: str, config: Mapping[str, Any]) -> Any:
+    """transformers' config of the language model. What it says of quantization is left out: values come decoded."""
+    module, name = where.split(":")
+    whole = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
+    text = getattr(importlib.import_module(module), name).from_dict(whole).get_text_config()
+    text._attn_implementation = "sdpa"
+    return text
+
+
+def passed(layer: int, state: State, hidden_BTD: Tensor) -> State:
+    """`state` with its new hidden states, and what of them is not finite on record."""
+    suspects_nD = hidden_BTD[~hidden_BTD.sum(-1).isfinite()]  # a sum hides no inf or NaN, and is one pass
+    bad = int((~suspects_nD.isfinite().all(-1)).sum())
+    return replace(state, hidden_BTD=hidden_BTD, nonfinite={**state.nonfinite, layer: bad} if bad else state.nonfinite)

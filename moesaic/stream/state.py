@@ -1,0 +1,78 @@
+"""What travels through the layers, and what may be seen on the way. Plain data; no arithmetic.
+
+T is B·T here: tokens of all rows of a state in row-major order, so that token t stands in row t // T.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts the tokens of one MoE layer go to, and with which weights. All F32 but the ids.
+
+    `experts_Tk` holds the k ids of the highest selection scores (affinity + correction bias), highest
+    first; of equal scores the lower id wins. `gates_Tk` are their affinities over the sum of the k.
+    """
+
+    layer: int
+    affinity_TE: Tensor  # sigmoid of the router's logits, before the correction bias
+    experts_Tk: Tensor
+    gates_Tk: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPass:
+    """One expert on the tokens that chose it. A popular expert's tokens may come in several passes."""
+
+    layer: int
+    expert: int
+    tokens_n: Tensor  # ascending
+    gates_n: Tensor  # F32
+    x_nD: Tensor  # what gate and up projection multiply
+    inner_nI: Tensor  # what the down projection multiplies
+    f_nD: Tensor  # what comes out, not yet multiplied by the gate
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """A whole MoE block: the residual stream gains `routed_TD` + `shared_TD`."""
+
+    layer: int
+    h_TD: Tensor  # the residual stream before it gains
+    x_TD: Tensor
+    routed_TD: Tensor  # Σ gate · f over the selected experts, times the family's factor; F32
+    shared_TD: Tensor | None  # None where the family has no shared expert
+
+
+def ignore(seen: Any) -> None:
+    """The observer's answer to what it does not care for."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Called while a MoE layer is computed: `route` once, then `expert` for each that was selected, then `block`.
+
+    Tensors are on the run's device and must not be changed; whoever keeps one keeps its memory.
+    """
+
+    route: Callable[[Routing], None] = ignore
+    expert: Callable[[ExpertPass], None] = ignore
+    block: Callable[[BlockPass], None] = ignore
+
+
+@dataclass(frozen=True)
+class State:
+    """The hidden states of some rows between two layers, and how this branch of the run differs from others.
+
+    dropped    MoE layer -> ids of experts that cannot be selected there (score −inf), as if pruned
+    nonfinite  layer -> tokens whose hidden state is infinite or NaN after it; layers with none are left out
+    """
+
+    hidden_BTD: Tensor
+    dropped: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    observer: Observer | None = None
+    nonfinite: Mapping[int, int] = field(default_factory=dict)
