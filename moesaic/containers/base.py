@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PlanError
 from ..families import Architecture, Linear, TensorInfo
 from ..formats import FORMATS, NumberFormat, Scales
 
@@ -38,6 +38,12 @@ class Part:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+Pack = Callable[[Tensor, Scales], dict[str, Tensor]]
+Unpack = Callable[[Mapping[str, Tensor], Sequence[int]], tuple[Tensor, Scales]]
+Read = Callable[[Architecture, Mapping[str, Any], frozenset[str] | None], dict[str, str]]
+Config = Callable[[Architecture, Mapping[str, str], Mapping[str, Any]], dict[str, Any] | None]
+
+
 @dataclass(frozen=True)
 class Packing:
     """How one format lies in one container.
@@ -51,8 +57,8 @@ class Packing:
     format: str
     layout: str
     parts: Callable[[Sequence[int]], dict[str, Part]]
-    pack: Callable[[Tensor, Scales], dict[str, Tensor]]
-    unpack: Callable[[Mapping[str, Tensor], Sequence[int]], tuple[Tensor, Scales]]
+    pack: Pack
+    unpack: Unpack
 
     @property
     def number_format(self) -> NumberFormat:
@@ -77,14 +83,14 @@ class Container:
     formats  (architecture, config.json, names on disk) -> the format of every linear, by name; raises
              CheckpointError for a matrix whose tensors make none of its packings
     config   (architecture, format of every linear, config.json of the source) -> quantization_config,
-             or None where this container writes none
+             or None where this container writes none; raises PlanError for what its engines would not load
     """
 
     name: str
     quant_method: str
     packings: Mapping[str, Packing]
-    formats: Callable[[Architecture, Mapping[str, Any], frozenset[str] | None], dict[str, str]]
-    config: Callable[[Architecture, Mapping[str, str], Mapping[str, Any]], dict[str, Any] | None]
+    formats: Read
+    config: Config
     reference: str
 
     def packing(self, format: str) -> Packing:
@@ -114,9 +120,21 @@ def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def codes_as_bytes(stored: Tensor) -> Tensor:
-    """E4M3 elements as the uint8 codes that formats speak of; the same memory."""
-    return stored.view(torch.uint8)
+def released(quant_method: str, read: Read) -> Config:
+    """`Container.config` of a source's own container: the source's words, for a model that they still describe."""
+
+    def config(
+        architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        quantization = source.get("quantization_config", {})
+        if quantization.get("quant_method") != quant_method or read(architecture, source, None) != formats:
+            raise PlanError(
+                f"the {quant_method} container writes models that are {quant_method} throughout, as their source is; "
+                "choose compressed_tensors for any other"
+            )
+        return dict(quantization)
+
+    return config
 
 
 def stream_bytes(columns: int, bits: int, word: int = 1) -> int:
@@ -149,7 +167,8 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
     stream = torch.nn.functional.pad(stream, (0, max(0, groups * span - stream.shape[1])))[:, : groups * span]
     joined = stream
     if span > 1:
-        joined = torch.nn.functional.pad(stream.reshape(rows, groups, span), (0, 8 - span)).view(torch.int64).squeeze(-1)
+        spans = stream.reshape(rows, groups, span)
+        joined = torch.nn.functional.pad(spans, (0, 8 - span)).view(torch.int64).squeeze(-1)
     codes = [((joined >> (lane * bits)) & (2**bits - 1)).to(torch.uint8) for lane in range(lanes)]
     return torch.stack(codes, -1).reshape(rows, -1)[:, :columns].contiguous()
 

@@ -7,14 +7,11 @@ by 2^(b-127). Tools that multiply by the byte itself write weights 917,929 times
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import CheckpointError
 from ..families import Architecture
-from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, codes_as_bytes
-from .fp8 import covers
+from ..formats import FORMATS
+from .base import Container, Packing, Part, released
+from .fp8 import pack_e4m3, skipped, unpack_e4m3
 from .unquantized import BF16
 
 
@@ -25,16 +22,7 @@ def parts(shape: Sequence[int]) -> dict[str, Part]:
     }
 
 
-def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
-    assert scales.blocks is not None
-    return {"codes": codes_OI.view(torch.float8_e4m3fn), "blocks": scales.blocks}
-
-
-def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
-    return codes_as_bytes(stored["codes"]), Scales(stored["blocks"])
-
-
-MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack, unpack)
+MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack_e4m3, unpack_e4m3)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
@@ -44,18 +32,11 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         raise CheckpointError(
             f"config.json says mxfp8 in blocks {quantization.get('weight_block_size')}; moesaic reads [1, 32]"
         )
-    kept = quantization.get("ignored_layers", [])
-    return {
-        linear.name: "bf16" if any(covers(entry, linear.name) for entry in kept) else "mxfp8"
-        for linear in architecture.linears
-    }
-
-
-def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
-    return dict(source["quantization_config"])
+    kept = skipped(architecture, quantization.get("ignored_layers", []))
+    return {linear.name: "bf16" if linear.name in kept else "mxfp8" for linear in architecture.linears}
 
 
 MXFP8 = Container(
-    "mxfp8", "mxfp8", {"mxfp8": MXFP8_PACKING, "bf16": BF16}, formats, config,
+    "mxfp8", "mxfp8", {"mxfp8": MXFP8_PACKING, "bf16": BF16}, formats, released("mxfp8", formats),
     "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
 )  # fmt: skip

@@ -34,4 +34,6 @@ def config(architecture: Architecture, formats: Mapping[str, str], source: Mappi
     return None
 
 
-UNQUANTIZED = Container("unquantized", "", {"bf16": BF16}, formats, config, "https://github.com/huggingface/safetensors")
+UNQUANTIZED = Container(
+    "unquantized", "", {"bf16": BF16}, formats, config, "https://github.com/huggingface/safetensors"
+)

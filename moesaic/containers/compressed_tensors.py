@@ -1,0 +1,369 @@
+"""compressed-tensors: what vLLM, SGLang and transformers read, with a format for each fused matrix of a model.
+
+A config group says how weights lie and names modules by regular expression. The names are a trap,
+because nobody means those on disk: vLLM matches its own (`mlp.experts.0.w1` where M2's disk says
+`block_sparse_moe`, `experts.0.gate_proj` where M3's says `w1`), asks for expert 0 alone, and leaves a layer
+unquantized, with garbage in it, where nothing matches. transformers matches a third set (`gate_up_proj`), and
+takes the first group that says "experts" for the one of all experts. So each target lists every name that
+a module goes by, expert groups come first, and no other target says "experts".
+
+Activations: 4-bit and integer weights are declared weight-only, FP8 and MXFP8 with activations rounded as they
+come, as the sources are served. (vLLM's MXFP4 kernels for Blackwell round activations whatever is declared.)
+Leaves out zero points, and activation scales that need calibrating (`input_global_scale`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, PlanError
+from ..families import FAMILIES, Architecture, Linear
+from ..formats import FORMATS, Scales
+from .base import Container, Pack, Packing, Part, Unpack, pack_bits, stream_bytes, unpack_bits
+from .fp8 import FP8_BLOCK, pack_e4m3, unpack_e4m3
+from .mxfp8 import MXFP8_PACKING
+from .unquantized import BF16
+
+Parts = dict[str, Part]
+
+
+# What lies on disk -----------------------------------------------------------------------------------------------
+
+
+def nibble_parts(shape: Sequence[int], *, format: str, scale_dtype: str) -> Parts:
+    parts = {
+        "codes": Part("weight_packed", "U8", (shape[0], stream_bytes(shape[1], 4))),
+        "blocks": Part("weight_scale", scale_dtype, FORMATS[format].grid(shape)),
+    }
+    return parts | ({"shared": Part("weight_global_scale", "F32", (1,))} if FORMATS[format].share else {})
+
+
+def pack_nibbles(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+    assert scales.blocks is not None
+    stored = {"codes": pack_bits(codes_OI, 4), "blocks": scales.blocks}
+    return stored | ({} if scales.shared is None else {"shared": scales.shared})
+
+
+def unpack_nibbles(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return unpack_bits(stored["codes"], 4, shape[1]), Scales(stored["blocks"], stored.get("shared"))
+
+
+def integer_parts(shape: Sequence[int], *, format: str, bits: int) -> Parts:
+    return {
+        "codes": Part("weight_packed", "I32", (shape[0], stream_bytes(shape[1], bits, 4) // 4)),
+        "blocks": Part("weight_scale", "BF16", FORMATS[format].grid(shape)),
+        "shape": Part("weight_shape", "I64", (2,)),
+    }
+
+
+def pack_integers(codes_OI: Tensor, scales: Scales, *, bits: int) -> dict[str, Tensor]:
+    assert scales.blocks is not None
+    stream = pack_bits(codes_OI, bits, 4).view(torch.int32)
+    return {"codes": stream, "blocks": scales.blocks, "shape": torch.tensor(codes_OI.shape)}
+
+
+def unpack_integers(stored: Mapping[str, Tensor], shape: Sequence[int], *, bits: int) -> tuple[Tensor, Scales]:
+    """Raises `CheckpointError` when `weight_shape`, which transformers believes, is not the matrix's."""
+    if (said := stored["shape"].tolist()) != list(shape):
+        raise CheckpointError(f"weight_shape says {said} of a matrix {list(shape)}; export it again")
+    return unpack_bits(stored["codes"].view(torch.uint8), bits, shape[1]), Scales(stored["blocks"])
+
+
+def channel_parts(shape: Sequence[int], *, code_dtype: str, scale_dtype: str) -> Parts:
+    return {
+        "codes": Part("weight", code_dtype, tuple(shape)),
+        "blocks": Part("weight_scale", scale_dtype, (shape[0], 1)),
+    }
+
+
+def pack_int8(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+    """int8_channel: q itself, where a code is q + 128."""
+    assert scales.blocks is not None
+    return {"codes": (codes_OI ^ 0x80).view(torch.int8), "blocks": scales.blocks}
+
+
+def unpack_int8(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return stored["codes"].view(torch.uint8) ^ 0x80, Scales(stored["blocks"])
+
+
+def renamed(packing: Packing) -> Packing:
+    """A source's packing under this container's name for scales; the bytes stay."""
+
+    def parts(shape: Sequence[int]) -> Parts:
+        source = packing.parts(shape)
+        return source | {"blocks": replace(source["blocks"], suffix="weight_scale")}
+
+    return replace(packing, parts=parts)
+
+
+def channel(format: str, codes: str, scales: str, pack: Pack, unpack: Unpack) -> Packing:
+    parts = partial(channel_parts, code_dtype=codes, scale_dtype=scales)
+    return Packing(format, f"{codes} + {scales} of a row", parts, pack, unpack)
+
+
+def nibbles(format: str, scale_dtype: str, layout: str) -> Packing:
+    parts = partial(nibble_parts, format=format, scale_dtype=scale_dtype)
+    return Packing(format, layout, parts, pack_nibbles, unpack_nibbles)
+
+
+def integers(format: str, bits: int) -> Packing:
+    return Packing(
+        format,
+        f"int{bits} i32 stream + bf16 + shape",
+        partial(integer_parts, format=format, bits=bits),
+        partial(pack_integers, bits=bits),
+        partial(unpack_integers, bits=bits),
+    )
+
+
+GROUPED = tuple(f"int{bits}_g{group}" for bits in (2, 3, 4, 8) for group in (32, 64, 128))
+PACKINGS = {
+    "mxfp4": nibbles("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
+    "nvfp4": nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor"),
+    "mxfp8": renamed(MXFP8_PACKING),
+    "fp8_block": renamed(FP8_BLOCK),
+    "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", pack_e4m3, unpack_e4m3),
+    "int8_channel": channel("int8_channel", "I8", "BF16", pack_int8, unpack_int8),
+    **{name: integers(name, FORMATS[name].element_bits) for name in GROUPED},
+    "bf16": BF16,
+}
+
+
+# What config.json says -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a config group describes one format: its `format`, `weights`, and `input_activations` (None: weight-only)."""
+
+    wire: str
+    weights: Mapping[str, Any]
+    activations: Mapping[str, Any] | None = None
+
+    def group(self, targets: Sequence[str]) -> dict[str, Any]:
+        return {
+            "targets": list(targets),
+            "weights": {**self.weights, "symmetric": True, "dynamic": False},
+            "input_activations": self.activations and {**self.activations, "symmetric": True, "dynamic": True},
+            "output_activations": None,
+            "format": self.wire,
+        }
+
+
+def number(bits: int, type: str, strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": type, "strategy": strategy, **more}
+
+
+MX = {"group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+SCHEMES = {
+    "mxfp4": Scheme("mxfp4-pack-quantized", number(4, "float", "group", **MX)),
+    "nvfp4": Scheme(
+        "nvfp4-pack-quantized", number(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+    ),
+    "mxfp8": Scheme("mxfp8-quantized", number(8, "float", "group", **MX), number(8, "float", "group", **MX)),
+    "fp8_block": Scheme(
+        "float-quantized",
+        number(8, "float", "block", block_structure=[128, 128]),
+        number(8, "float", "group", group_size=128),
+    ),
+    "fp8_channel": Scheme("float-quantized", number(8, "float", "channel"), number(8, "float", "token")),
+    "int8_channel": Scheme("int-quantized", number(8, "int", "channel"), number(8, "int", "token")),
+    **{
+        name: Scheme(
+            "pack-quantized", number(FORMATS[name].element_bits, "int", "group", group_size=FORMATS[name].block[1])
+        )
+        for name in GROUPED
+    },
+}
+DECIDES = ("num_bits", "type", "strategy", "group_size", "block_structure")
+
+
+def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of a model whose linears have `formats`; None when all of them are BF16.
+
+    Raises `PlanError`, naming the unit, for what no engine would load: two formats in one fused matrix, NVFP4
+    under a sparse-attention indexer, rows that are not whole groups. Costs nothing: plans may ask it first.
+    """
+    modules = module_names(architecture)
+    layers: dict[tuple[bool, str], dict[tuple[str, str], list[int]]] = {}  # (dense, format) -> module -> its layers
+    for unit, members in architecture.units.items():
+        group = layers.setdefault((members[0].expert is None, unit_format(unit, members, formats)), {})
+        for module in modules[unit]:
+            group.setdefault(module, []).append(members[0].layer)
+    ordered = sorted(layers, key=lambda key: key[0])  # experts first
+    targets = {key: patterns(architecture, layers[key]) for key in ordered}
+    groups = [SCHEMES[format].group(found) for (_, format), found in targets.items() if format != "bf16"]
+    if not groups:
+        return None
+    wires = {group["format"] for group in groups}
+    kept = [pattern for (_, format), found in targets.items() if format == "bf16" for pattern in found]
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": wires.pop() if len(wires) == 1 else "mixed-precision",
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": kept + small_modules(architecture),
+    }
+
+
+def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]) -> str:
+    """The one format of a unit's matrices. Raises `PlanError`."""
+    found = sorted({formats[linear.name] for linear in members})
+    if len(found) > 1:
+        raise PlanError(f"{unit} would mix {' and '.join(found)}, and engines fuse its matrices; give them one format")
+    format = FORMATS[found[0]]
+    if format.name == "nvfp4" and any(linear.projection.startswith("index_") for linear in members):
+        raise PlanError(f"{unit} holds an indexer, which vLLM does not load in NVFP4; give it mxfp8, fp8_block or bf16")
+    rows, columns = format.block
+    for linear in members:
+        if rows == 1 and columns and linear.shape[1] % columns:
+            raise PlanError(
+                f"{unit} has rows of {linear.shape[1]} weights, no whole groups of {format.name}'s {columns}; "
+                "give it a format of smaller groups, or bf16"
+            )
+    return format.name
+
+
+def module_names(architecture: Architecture) -> dict[str, list[tuple[str, str]]]:
+    """Unit -> (parent, leaf) of every name by which vLLM, the disk or transformers knows its modules.
+
+    Names start after the layer's number; the parent is a regular expression.
+    """
+    family = FAMILIES[architecture.family]
+    theirs = {
+        tensor.removesuffix(".weight"): parameter.removesuffix(".weight")
+        for layer in range(architecture.layers)
+        for parameter, tensors in family.parameters(architecture, layer).items()
+        for tensor in tensors
+    }
+    found = {}
+    for unit, members in architecture.units.items():
+        found[unit] = list(
+            dict.fromkeys(
+                parent_and_leaf(linear, name)
+                for linear in firsts(members)
+                for name in (family.engine_name(linear.name), linear.name, theirs.get(linear.name, linear.name))
+            )
+        )
+    return found
+
+
+def firsts(members: Sequence[Linear]) -> list[Linear]:
+    """A unit's matrices, of routed experts the first alone: the others go by its names, and get its format."""
+    return [linear for linear in members if not linear.expert]
+
+
+def parent_and_leaf(linear: Linear, name: str) -> tuple[str, str]:
+    parent, leaf = name.split(f"layers.{linear.layer}.")[-1].rsplit(".", 1)
+    if linear.expert is not None:
+        return re.sub(r"\d+$", r"\\d+", re.escape(parent)), leaf
+    # A dense target that says "experts" would make transformers read all routed experts by its group
+    return re.escape(parent).replace("experts", "exper[t]s"), leaf
+
+
+def patterns(architecture: Architecture, modules: Mapping[tuple[str, str], Iterable[int]]) -> list[str]:
+    """A regular expression for each parent and set of layers: `re:(model\\.)+layers\\.(0|1)\\.mlp\\.(gate_proj|up_proj)$`.
+
+    What stands before `layers` is spelled out, since a vision tower may have layers and projections of the
+    same names; engines nest the words in orders of their own.
+    """
+    above = "|".join(rf"{re.escape(word)}\." for word in architecture.layer_prefix.split(".")[:-2])
+    leaves: dict[tuple[str, str], list[str]] = {}
+    for (parent, leaf), layers in modules.items():
+        leaves.setdefault((parent, "|".join(map(str, layers))), []).append(leaf)
+    return [
+        rf"re:({above})+layers\.({layers})\.{parent}\.({'|'.join(names)})$"
+        for (parent, layers), names in leaves.items()
+    ]
+
+
+def small_modules(architecture: Architecture) -> list[str]:
+    """`ignore` entries for the matrices that are no linears: embedding, head, routers, vision."""
+    found: dict[str, None] = {}
+    for tensor in architecture.tensors:
+        words = tensor.name.removesuffix(".weight").split(".")
+        if tensor.role == "vision":
+            found[rf"re:(.*\.)?{re.escape(words[0])}\..*"] = None
+        elif tensor.role in ("embedding", "head", "router"):
+            found[rf"re:(.*\.)?{re.escape(words[-1])}$"] = None
+    return list(found)
+
+
+# What a config.json on disk says ----------------------------------------------------------------------------------
+
+
+def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
+    """The format of every linear as vLLM would take it: by its own names, by expert 0 for all, one for a fused unit.
+
+    Raises `CheckpointError` where a fused matrix would get two formats, or where the tensors on disk are
+    not those of the format that it would get.
+    """
+    quantization = config["quantization_config"]
+    ignore = quantization.get("ignore") or []
+    rules = {
+        target: format_of(group, quantization)
+        for group in quantization.get("config_groups", {}).values()
+        for target in group["targets"]
+    }
+    engine_name = FAMILIES[architecture.family].engine_name
+    found: dict[str, str] = {}
+    for unit, members in architecture.units.items():
+        asked = {n.name: asked_format(engine_name(n.name), rules, ignore) for n in firsts(members)}
+        if len(set(asked.values())) > 1:
+            raise CheckpointError(
+                f"config.json gives {unit}, which engines fuse, several formats: {asked}; export it again"
+            )
+        found |= dict.fromkeys((n.name for n in members), next(iter(asked.values())))
+    if names is not None:
+        compare(architecture, found, names)
+    return found
+
+
+def asked_format(name: str, rules: Mapping[str, str], ignore: Iterable[str]) -> str:
+    """The format that vLLM gives a module of this (engine's) name: names come before classes, the first match wins."""
+    if any(matches(entry, name) for entry in ignore):
+        return "bf16"
+    by_name = next((format for target, format in rules.items() if matches(target, name)), None)
+    return by_name or rules.get("Linear", "bf16")
+
+
+def matches(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
+    """The format that a config group describes. Raises `CheckpointError` for one nobody wrote code for."""
+    wire, weights = group.get("format") or quantization.get("format"), group["weights"]
+    for format, scheme in SCHEMES.items():
+        same = all(weights.get(key) == scheme.weights.get(key) for key in DECIDES)
+        if wire == scheme.wire and same and weights.get("symmetric", True):
+            return format
+    asked = {key: weights[key] for key in (*DECIDES, "symmetric") if weights.get(key) is not None}
+    raise CheckpointError(f"config.json has weights as {wire} {asked}; moesaic reads {', '.join(SCHEMES)}")
+
+
+def compare(architecture: Architecture, formats: Mapping[str, str], names: frozenset[str]) -> None:
+    """Whether each linear's tensors are those of its format. One with none at all is left to the inventory."""
+    present: dict[str, set[str]] = {}
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        present.setdefault(module, set()).add(suffix)
+    for linear in architecture.linears:
+        format, there = formats[linear.name], present.get(linear.name)
+        wanted = {part.suffix for part in PACKINGS[format].parts(linear.shape).values()}
+        if there is not None and there != wanted:
+            raise CheckpointError(
+                f"config.json makes {linear.name} {format} for an engine, which takes {', '.join(sorted(wanted))}; "
+                f"the files hold {', '.join(sorted(there))}. Export it again with targets in the engine's names"
+            )
+
+
+COMPRESSED_TENSORS = Container(
+    "compressed_tensors", "compressed-tensors", PACKINGS, formats, config,
+    "https://github.com/vllm-project/compressed-tensors",
+)  # fmt: skip

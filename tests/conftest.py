@@ -1,0 +1,46 @@
+"""Options and checkpoints that several test files share. Small models are made on the fly: a clone needs nothing beside it."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from moesaic.checkpoint import Checkpoint
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    engines = parser.getgroup("engines", "stock engines that load what was exported (tests/engines)")
+    engines.addoption("--vllm-python", metavar="PATH", help="python of an environment that has vLLM's CPU build")
+    engines.addoption("--mlx-python", metavar="PATH", help="python of an environment that has mlx[cpu] and mlx-lm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def m2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """MiniMax-M2 in FP8 blocks, a few layers and experts, random."""
+    return made(tmp_path_factory, "minimax_m2")
+
+
+@pytest.fixture(scope="session")
+def m3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """MiniMax-M3 in MXFP8 with its vision tower, random."""
+    return made(tmp_path_factory, "minimax_m3_vl")
+
+
+@pytest.fixture(params=("m2", "m3"))
+def source(request: pytest.FixtureRequest) -> Checkpoint:
+    """Each family in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def made(tmp_path_factory: pytest.TempPathFactory, family: str) -> Checkpoint:
+    path = tmp_path_factory.mktemp("tiny") / family
+    tiny.make(path, family)
+    return Checkpoint.open(path)

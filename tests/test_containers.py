@@ -1,0 +1,161 @@
+"""What every container promises: bits to and fro, headers as announced, and a config that reads back as the plan."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.containers import CONTAINERS, Packing, container_of
+from moesaic.containers.base import DTYPES, pack_bits, siblings, stream_bytes, unpack_bits
+from moesaic.errors import CheckpointError, PlanError
+from moesaic.formats import Scales
+from folders import write_folder
+
+EVERY = [pytest.param(p, id=f"{c.name}-{p.format}") for c in CONTAINERS.values() for p in c.packings.values()]
+SHAPES = [(256, 384), (130, 160), (3, 33), (5, 7), (1, 1)]  # whole groups, ragged ones, less than one
+
+
+def rounded(packing: Packing, shape: tuple[int, int]) -> tuple[torch.Tensor, Scales]:
+    format = packing.number_format
+    w_OI = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    scales = format.scales(w_OI)
+    return format.encode(w_OI, scales), scales
+
+
+@pytest.mark.parametrize("packing", EVERY)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpack_undoes_pack(packing: Packing, shape: tuple[int, int]) -> None:
+    codes_OI, scales = rounded(packing, shape)
+    stored = packing.pack(codes_OI, scales)
+    for key, part in packing.parts(shape).items():
+        assert (stored[key].dtype, stored[key].shape) == (DTYPES[part.dtype], part.shape), key
+    assert stored.keys() == packing.parts(shape).keys()
+    assert packing.bytes(shape) == sum(t.nbytes for t in stored.values())
+    again, found = packing.unpack(stored, shape)
+    assert torch.equal(again, codes_OI) and again.dtype == codes_OI.dtype
+    for ours, theirs in ((scales.blocks, found.blocks), (scales.shared, found.shared), (scales.offsets, found.offsets)):
+        assert (ours is None and theirs is None) or torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize("packing", [p for p in EVERY if p.values[0].number_format.element_bits <= 8])
+def test_every_code_survives(packing: Packing) -> None:
+    """Also the codes that rounding seldom or never gives: −0, NaN, the lowest integer."""
+    bits_each = packing.number_format.element_bits
+    codes_OI = torch.arange(2**bits_each, dtype=torch.uint8).repeat(3, 1 + 256 // 2**bits_each)
+    _, scales = rounded(packing, tuple(codes_OI.shape))
+    assert torch.equal(packing.unpack(packing.pack(codes_OI, scales), codes_OI.shape)[0], codes_OI)
+
+
+def test_one_layout_is_one_run_of_bytes() -> None:
+    """`Packing.layout` promises that bytes may be copied from one container to another."""
+    by_layout: dict[tuple[str, str], list[Packing]] = {}
+    for container in CONTAINERS.values():
+        for packing in container.packings.values():
+            by_layout.setdefault((packing.format, packing.layout), []).append(packing)
+    pairs = [(a, b) for group in by_layout.values() for a in group for b in group if a is not b]
+    assert {a.format for a, _ in pairs} >= {"fp8_block", "mxfp8"}  # source bytes, under another name for the scale
+    for a, b in pairs:
+        stored, other = (p.pack(*rounded(a, (64, 128))) for p in (a, b))
+        assert stored.keys() == other.keys() and all(torch.equal(bits(stored[k]), bits(other[k])) for k in stored)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def test_bit_streams_by_hand() -> None:
+    assert pack_bits(codes([1, 2, 15, 0]), 4).tolist() == [[0x21, 0x0F]]  # the even column is the low nibble
+    assert pack_bits(codes([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [
+        [0xD1, 0x58, 0x1F]
+    ]  # 0b000_111_110_101_100_011_010_001
+    assert pack_bits(codes([7, 7]), 3, word=4).tolist() == [[0x3F, 0, 0, 0]]  # a row ends in a whole word
+    assert pack_bits(codes([3, 0, 1]), 2).tolist() == [[0b00_01_00_11]]
+    assert pack_bits(codes([200, 7]), 8).tolist() == [[200, 7]]
+
+
+def codes(row: list[int]) -> torch.Tensor:
+    return torch.tensor([row], dtype=torch.uint8)
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.sampled_from((1, 4)), st.integers(0, 2**31))
+def test_bit_streams_are_the_binary_number(bits_each: int, rows: int, columns: int, word: int, seed: int) -> None:
+    codes_OI = torch.randint(0, 2**bits_each, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(
+        torch.uint8
+    )
+    stream = pack_bits(codes_OI, bits_each, word)
+    for row, packed in zip(codes_OI.tolist(), stream.tolist()):
+        number = sum(code << (i * bits_each) for i, code in enumerate(row))
+        assert bytes(packed) == number.to_bytes(stream_bytes(columns, bits_each, word), "little")
+    assert torch.equal(unpack_bits(stream, bits_each, columns), codes_OI)
+
+
+def test_siblings_are_what_servers_fuse(source: Checkpoint) -> None:
+    linears = source.architecture.linears
+    groups = siblings(linears)
+    assert sorted(n.name for group in groups for n in group) == sorted(n.name for n in linears)
+    projections = {tuple(n.projection for n in group) for group in groups}
+    assert projections <= {("q", "k", "v"), ("q", "k", "v", "index_q", "index_k"), ("gate", "up"), ("o",), ("down",)}
+    assert all(len({(n.unit, n.expert) for n in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("container", ["compressed_tensors"])
+def test_a_whole_model_opens_as_planned(source: Checkpoint, container: str, tmp_path) -> None:
+    """Names, dtypes and shapes on disk, as the safetensors library sees them, are the inventory's."""
+    formats = {n.name: "mxfp4" if n.expert is not None else "source" for n in source.architecture.linears}
+    decoded = write_folder(source, formats, container, tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.formats == {n: source.formats[n] if f == "source" else f for n, f in formats.items()}
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        seen = {n: (file.get_slice(n).get_dtype(), tuple(file.get_slice(n).get_shape())) for n in file.keys()}  # noqa: SIM118
+    assert seen == {t.name: (t.dtype, t.shape) for t in out.inventory}
+    for name, w_OI in decoded.items():
+        assert torch.equal(out.decode(name), w_OI)
+
+
+def test_sources_keep_their_config_and_refuse_another(source: Checkpoint) -> None:
+    container, formats = source.container, dict(source.formats)
+    assert container.config(source.architecture, formats, source.config) == source.config["quantization_config"]
+    some = source.architecture.linears[0].name
+    with pytest.raises(PlanError, match="compressed_tensors"):
+        container.config(source.architecture, formats | {some: "bf16"}, source.config)
+    with pytest.raises(PlanError, match="as their source is"):
+        container.config(
+            source.architecture, formats, {k: v for k, v in source.config.items() if k != "quantization_config"}
+        )
+
+
+def test_a_skip_list_names_whole_words(m2: Checkpoint) -> None:
+    config = json.loads(json.dumps(m2.config))
+    skip = config["quantization_config"]["modules_to_not_convert"]
+    assert "gate" in skip and set(m2.formats.values()) == {"fp8_block"}  # not gate_proj, not w1
+    skip.append("self_attn.k_proj")
+    formats = m2.container.formats(m2.architecture, config, None)
+    assert {n.rsplit(".", 1)[1] for n, f in formats.items() if f == "bf16"} == {"k_proj"}
+
+
+@pytest.mark.parametrize(("family", "key", "value"), [("m2", "weight_block_size", [1, 128]), ("m2", "fmt", "float8_e5m2"), ("m3", "weight_block_size", [128, 128])])  # fmt: skip
+def test_another_block_is_refused(family: str, key: str, value: object, request) -> None:
+    source = request.getfixturevalue(family)
+    config = source.config | {"quantization_config": source.config["quantization_config"] | {key: value}}
+    with pytest.raises(CheckpointError, match="moesaic reads"):
+        source.container.formats(source.architecture, config, None)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="'awq'"):
+        container_of({"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(CheckpointError, match="cannot carry affine4_g64"):
+        CONTAINERS["compressed_tensors"].packing("affine4_g64")
+
+
+def test_a_planted_fault_is_seen() -> None:
+    """The round trip would not notice a packing that stores nothing; this one drops a bit."""
+    packing = CONTAINERS["compressed_tensors"].packing("mxfp4")
+    faulty = replace(packing, pack=lambda codes_OI, scales: packing.pack(codes_OI & 7, scales))
+    with pytest.raises(AssertionError):
+        test_unpack_undoes_pack(faulty, (64, 64))
