@@ -23,7 +23,6 @@ from ..errors import PlanError
 Steps = tuple[Tensor, ...]  # F32 [OB, IB] each: what a block's codes are multiplied by (and, if affine, offset with)
 
 LARGEST = float(torch.finfo(torch.bfloat16).max)  # no checkpoint stores more; below it no format's arithmetic overflows
-LANES = 16  # how many partial sums a block's error is added up in
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,7 @@ class NumberFormat:
         w_OI = w_OI.float()
         amax = w_OI.abs().max()
         if not amax <= LARGEST:  # so put, a NaN is caught too
-            raise PlanError(
-                f"a matrix {list(w_OI.shape)} holds infinities, NaNs or magnitudes no BF16 reaches, and {self.name} "
-                "has to be fitted to finite weights; check that the source is whole and was decoded with its scales"
-            )
+            raise not_finite(self.name, w_OI.shape)
         if shared is None and self.share is not None:
             shared = self.share(amax)
         return self.fit(self.blocks(w_OI), shared)
@@ -137,21 +133,25 @@ class NumberFormat:
         return self.value(codes_OI, *self.spread(self.steps(scales), codes_OI.shape))
 
 
+def not_finite(name: str, shape: Sequence[int]) -> PlanError:
+    """The refusal of weights beyond `LARGEST`, for whoever fits them."""
+    return PlanError(
+        f"a matrix {list(shape)} holds infinities, NaNs or magnitudes no BF16 reaches, and {name} has to be "
+        "fitted to finite weights; check that the source is whole and was decoded with its scales"
+    )
+
+
 def quotient(x: Tensor, by: float) -> Tensor:
     """`x / by`, correctly rounded on every device: CUDA turns division by a Python number into a multiplication."""
     return x / torch.full_like(x, by)
 
 
 def block_sums(terms: Tensor) -> Tensor:
-    """Sum over the last axis in one fixed order: `LANES` running sums, then those folded in half until one is left."""
-    terms = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
-    lanes = terms[..., 0, :]
-    for k in range(1, terms.shape[-2]):
-        lanes = lanes + terms[..., k, :]
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
+    """Sum over the last axis from first to last, each step rounded to F32: an order that a kernel can keep."""
+    total = terms[..., 0]
+    for k in range(1, terms.shape[-1]):
+        total = total + terms[..., k]
+    return total
 
 
 def _pick(better: Tensor, ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
