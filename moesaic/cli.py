@@ -8,6 +8,8 @@ same command continues.
 import argparse
 import importlib
 import json
+import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,6 +89,79 @@ def run_verify(a: Arguments) -> dict[str, Any]:
     return facts | {"exit": 0 if verdict.holds else 1}
 
 
+def run_calibrate(a: Arguments) -> dict[str, Any]:
+    source = room("checkpoint").Checkpoint.open(a.model)
+    tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
+    statistics = room("calibrate").calibrate(source, tokens, a.run / "stats", a.quiet)
+    few, least = statistics.few(room("select").FEW_TOKENS), room("select").FEW_TOKENS
+    print(
+        f"{statistics.tokens:,} tokens of {', '.join(statistics.domains)} through {len(statistics.layers)} MoE layers"
+    )
+    print(f"experts reached by fewer than {least} tokens: {len(few)}")
+    print(f"experts with values that are no numbers: {len(statistics.nonfinite())}")
+    print(f"statistics: {a.run / 'stats'}")
+    return {
+        "tokens": statistics.tokens,
+        "domains": statistics.domains,
+        "few_tokens": few,
+        "nonfinite": statistics.nonfinite(),
+    }
+
+
+def run_compress(a: Arguments) -> dict[str, Any]:
+    recipe = room("compress").Recipe(a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to)
+    return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))
+
+
+def run_demo(a: Arguments) -> dict[str, Any]:
+    return told(room("demo").demo(a.run, a.quiet))
+
+
+def run_evaluate(a: Arguments) -> dict[str, Any]:
+    checkpoint, evaluate = room("checkpoint").Checkpoint, room("evaluate")
+    source, export = checkpoint.open(a.against), checkpoint.open(a.export)
+    out = a.out or a.export / "moesaic"
+    rows = corpus(a).evaluation(source, out / "evaluation.safetensors")
+    scores = evaluate.evaluate(source, export, [evaluate.Reading.of(rows)], out, quiet=a.quiet)
+    found = {s.name: vars(s) for s in scores.scores if not s.part}
+    tell_scores(found)
+    print(f"every figure: {out / 'scores.json'}")
+    return {"scores": found, "nonfinite": scores.facts["readings"][0]["nonfinite"]}
+
+
+def told(facts: dict[str, Any]) -> dict[str, Any]:
+    """The end of a whole path: what was saved, what it cost, where the page is."""
+    size, before, after = room("inspect").size, facts["source_bytes"], facts["bytes"]
+    if facts["experts"] != facts["source_experts"]:
+        print(f"experts  {facts['source_experts']} -> {facts['experts']} in every layer")
+    print(f"size     {size(before)} -> {size(after)}: {1 - after / before:.1%} saved")
+    tell_scores(facts["scores"])
+    for warning in facts["warnings"]:
+        print(f"note     {warning}")
+    print(f"model    {Path(facts['run']) / 'model'}")
+    print(f"report   {facts['report']}")
+    return facts
+
+
+def tell_scores(scores: dict[str, dict[str, Any]]) -> None:
+    kl, ppl, before = scores["kl_mean"], scores["ppl_export"], scores["ppl_source"]
+    top, ratio = scores["top1_agreement"], scores["delta_ln_ppl"]
+    print(
+        f"cost     KL(source‖export) {plus_minus(kl)} nats a token, over {kl['tokens']:,} tokens in {kl['rows']} rows"
+    )
+    print(f"         perplexity {plus_minus(before)} -> {plus_minus(ppl)}; paired Δ ln {plus_minus(ratio)}")
+    print(f"         top-1 agreement {top['value']:.1%} ± {top['error']:.1%}")
+
+
+def plus_minus(score: dict[str, Any]) -> str:
+    """A value with as many digits as its error deserves."""
+    value, error = score["value"], score["error"]
+    if value is None or not error:
+        return f"{value}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def sizes(facts: dict[str, Any]) -> None:
     size = room("inspect").size
     before, after = facts["source_bytes"], facts["bytes"]
@@ -159,6 +234,41 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
 
 
+def calibrate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder; more text later adds to what is there")
+    text_options(p)
+
+
+def compress_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+    p.add_argument("--experts", type=int, metavar="K", help="experts to keep in every layer (default: all)")
+    p.add_argument(
+        "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"
+    )
+    p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
+    p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
+    p.add_argument("--policy", default="pooled", help="how domains are weighed (default %(default)s)")
+    p.add_argument("--rounding", default="rtn", help="how codes are chosen (default %(default)s)")
+    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument(
+        "--evaluation-tokens", type=int, default=65_536, metavar="N", help="tokens to judge by (default %(default)s)"
+    )
+    text_options(p)
+
+
+def demo_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", type=Path, nargs="?", default=Path("moesaic-demo"), help="run folder (default %(default)s)")
+
+
+def evaluate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    p.add_argument("--against", type=Path, required=True, metavar="MODEL", help="the source")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where scores go (default EXPORT/moesaic)")
+    text_options(p)
+
+
 def verify_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("export", type=Path)
     p.add_argument(
@@ -169,11 +279,18 @@ def verify_options(p: argparse.ArgumentParser) -> None:
 Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], dict[str, Any]]]
 
 COMMANDS: dict[str, Command] = {
+    "demo": ("the whole path on the small model that comes along", "moesaic demo", demo_options, run_demo),
     "inspect": (
         "what a model holds, from headers alone",
         "moesaic inspect MiniMax-M3-MXFP8",
         inspect_options,
         run_inspect,
+    ),
+    "compress": (
+        "the whole path: choose, export, verify, evaluate, report",
+        "moesaic compress MiniMax-M3-MXFP8 run --experts 64 --format mxfp4 --data texts/",
+        compress_options,
+        run_compress,
     ),
     "prune": (
         "drop experts; what stays is copied byte for byte",
@@ -213,6 +330,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = parser().parse_args(argv)
+    a.line = shlex.join(["moesaic", *(sys.argv[1:] if argv is None else argv)])
     try:
         facts = COMMANDS[a.command][3](a)
     except MoesaicError as error:

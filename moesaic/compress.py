@@ -1,0 +1,143 @@
+"""The whole path, as a story: from a checkpoint to a smaller one, and to a page that says what it cost.
+
+    calibrate → select → plan → export → verify → evaluate → report
+
+Every step leaves a file in the run folder and reads what the steps before it left, so the same call
+continues wherever it was stopped.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .artifact import write_json
+from .calibrate import calibrate
+from .checkpoint import Checkpoint
+from .containers import CONTAINERS
+from .corpus import PYTHON_TEXT, Corpus
+from .errors import CheckError, InputError
+from .evaluate import Reading, Scores, evaluate
+from .export import export
+from .formats import FORMATS
+from .plan import SOURCE, Plan
+from .report import report
+from .select import Selection, select_experts
+from .verify import Verdict, verify
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make: how many experts stay, in which format they are written, and what becomes of the rest."""
+
+    experts: int | None = None  # None: all stay
+    format: str = SOURCE  # of routed experts
+    rest: str = SOURCE  # of every other matrix
+    criterion: str = "reap"
+    policy: str = "pooled"
+    rounding: str = "rtn"
+    container: str = "compressed_tensors"
+
+
+def compress(
+    model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, evaluation_tokens: int = 65_536,
+    command: str = "", quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress `model` by `recipe` into the folder `run`; returns JSON-able facts.
+
+    Leaves run/model (the export), run/report.html and every number behind it. Raises `InputError`
+    before the first sweep for what cannot be, `CheckError` when the export does not verify.
+    """
+    source = Checkpoint.open(model)
+    check(source, recipe)
+    write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
+
+    selection = choose(source, run, recipe, corpus, quiet)
+    plan = Plan(
+        container=source.container.name if keeps_formats(recipe) else recipe.container,
+        kept=selection.cut.kept if selection else {},
+        formats={
+            unit: recipe.format if m[0].role == "experts" else recipe.rest
+            for unit, m in source.architecture.units.items()
+        },
+        rounding=recipe.rounding,
+    )
+    plan.save(run / "plan.json", {"source": source.identity})
+
+    result = export(source, plan, run / "model", quiet)
+    verdict = verify(run / "model", source, quiet)
+    write_json(run / "verify.json", "verify", findings(verdict), {"source": source.identity, "export": result.identity})
+    if not verdict.holds:
+        raise CheckError(f"{run / 'model'} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings)")
+
+    rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
+    scores = evaluate(source, result, [Reading.of(rows)], run, quiet=quiet)
+    page = report(run)
+    return summary(source, result, scores, selection) | {
+        "run": str(run),
+        "report": str(page),
+        "verified": dict(verdict.compared),
+    }
+
+
+def check(source: Checkpoint, recipe: Recipe) -> None:
+    """Refuse in the first second what would fail in the last hour."""
+    a = source.architecture
+    if recipe.experts is not None and not a.top_k <= recipe.experts <= a.experts:
+        raise InputError(
+            f"asked to keep {recipe.experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}"
+        )
+    for name in (recipe.format, recipe.rest):
+        if name != SOURCE and name not in FORMATS:
+            raise InputError(f"no format {name!r}; there are source, {', '.join(FORMATS)}")
+    if recipe.container not in CONTAINERS:
+        raise InputError(f"no container {recipe.container!r}; there are {', '.join(CONTAINERS)}")
+
+
+def keeps_formats(recipe: Recipe) -> bool:
+    return recipe.format == SOURCE and recipe.rest == SOURCE
+
+
+def choose(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:
+    """Which experts stay; None when all do, and then no text is read."""
+    if recipe.experts is None or recipe.experts == source.architecture.experts:
+        return None
+    tokens = corpus.calibration(source, run / "tokens.safetensors")
+    statistics = calibrate(source, tokens, run / "stats", quiet)
+    selection = select_experts(statistics, recipe.criterion, recipe.experts, recipe.policy)
+    facts = selection.facts() | {"scores": selection.score_LE.tolist(), "tokens": dict(tokens.facts)}
+    write_json(run / "selection.json", "selection", facts, {"source": source.identity, "tokens": tokens.identity})
+    return selection
+
+
+def describe(source: Checkpoint) -> dict[str, Any]:
+    return {
+        "model": str(source.path),
+        "family": source.family.name,
+        "container": source.container.name,
+        "identity": source.identity,
+        "experts": source.architecture.experts,
+        "bytes": sum(t.bytes for t in source.inventory),
+    }
+
+
+def findings(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "holds": verdict.holds,
+        "compared": dict(verdict.compared),
+        "findings": [asdict(f) for f in verdict.findings],
+    }
+
+
+def summary(source: Checkpoint, result: Checkpoint, scores: Scores, selection: Selection | None) -> dict[str, Any]:
+    """What the run came to: bytes before and after, and each headline score with its error."""
+    found = {
+        name: scores.find(name) for name in ("kl_mean", "ppl_source", "ppl_export", "delta_ln_ppl", "top1_agreement")
+    }
+    return {
+        "source_bytes": sum(t.bytes for t in source.inventory),
+        "bytes": sum(t.bytes for t in result.inventory),
+        "experts": result.architecture.experts,
+        "source_experts": source.architecture.experts,
+        "scores": {name: asdict(score) for name, score in found.items() if score is not None},
+        "warnings": selection.warnings if selection else [],
+    }
