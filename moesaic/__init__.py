@@ -17,8 +17,9 @@ FLOORS = (
     ("calibrate", "criteria", "rounding", "divergence"),
     ("measure", "allocate"),
     ("fit", "export"),
-    ("verify", "evaluate"),
+    ("verify", "evaluate", "inspect"),
     ("select", "report", "serve"),
-    ("inspect", "compress", "prune", "quantize", "demo"),
+    ("preview",),
+    ("compress", "prune", "quantize", "demo"),
     ("cli",),
 )

@@ -49,7 +49,15 @@ def run_inspect(a: Arguments) -> dict[str, Any]:
 
 
 def run_prune(a: Arguments) -> dict[str, Any]:
-    facts = room("prune").prune(a.model, a.out, a.experts, a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet)
+    if a.preview:
+        outlooks = room("prune").preview_cuts(a.model, a.out, a.experts, a.criterion, corpus(a), a.quiet)
+        show(room("preview").table(outlooks))
+        return {"candidates": [o.facts() for o in outlooks]}
+    if len(a.experts) > 1:
+        raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
+    facts = room("prune").prune(
+        a.model, a.out, a.experts[0], a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet
+    )
     margins = sorted(facts["margins"].values())
     print(
         f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
@@ -184,6 +192,14 @@ def bytes_of(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 90GB or 89GiB") from None
 
 
+def counts_of(text: str) -> list[int]:
+    """Kept counts: 64, or 64,80,96."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of experts; write 64, or 64,80,96") from None
+
+
 def text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
@@ -212,8 +228,13 @@ def inspect_options(p: argparse.ArgumentParser) -> None:
 def prune_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     p.add_argument("out", type=Path)
-    p.add_argument("--experts", type=int, required=True, metavar="K", help="experts to keep in every layer")
-    p.add_argument("--criterion", default="reap", help="reap, mass, frequency, … (default %(default)s)")
+    p.add_argument("--experts", type=counts_of, required=True, metavar="K", help="experts to keep in every layer")
+    p.add_argument(
+        "--criterion", default="reap", help="reap, mass, …, or auto: the best by preview (default %(default)s)"
+    )
+    p.add_argument(
+        "--preview", action="store_true", help="measure what cuts would cost (K may be 64,96), and write no model"
+    )
     p.add_argument(
         "--policy",
         default="pooled",

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import write_json
-from .calibrate import calibrate
+from .calibrate import Statistics, calibrate
 from .checkpoint import Checkpoint
 from .corpus import PYTHON_TEXT, Corpus
 from .errors import CheckError, InputError
 from .export import check_free, export
 from .plan import Plan
+from .preview import Outlook, candidates, preview
 from .select import select_experts
 from .verify import verify
+
+PREVIEW_TOKENS = 8_192  # enough to tell criteria apart; the verdict on what ships is evaluate's
 
 
 def prune(
@@ -22,6 +25,8 @@ def prune(
     corpus: Corpus = PYTHON_TEXT, check: bool = True, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model that keeps `experts` experts in every layer; returns JSON-able facts.
+
+    criterion  one of criteria/, or "auto": the one whose cut has the smallest KL on text not calibrated on
 
     Raises `InputError` before anything is read when the count cannot be, `CheckError` when the result
     does not verify.
@@ -32,6 +37,9 @@ def prune(
     check_free(out)
     tokens = corpus.calibration(source, work / "tokens.safetensors")
     statistics = calibrate(source, tokens, work / "stats", quiet)
+    if criterion == "auto":
+        outlooks = look_ahead(source, statistics, [experts], corpus, work, quiet)
+        criterion = outlooks[0].candidate.criterion
     selection = select_experts(statistics, criterion, experts, policy)
     plan = Plan(container=source.container.name, kept=selection.cut.kept)
     result = export(source, plan, out, quiet)
@@ -53,6 +61,35 @@ def prune(
             )
     write_json(work / "prune.json", "prune", facts, {"source": source.identity, "tokens": tokens.identity})
     return facts
+
+
+def preview_cuts(
+    model: Path,
+    out: Path,
+    counts: list[int],
+    criterion: str = "auto",
+    corpus: Corpus = PYTHON_TEXT,
+    quiet: bool = False,
+) -> list[Outlook]:
+    """Measure cuts to each of `counts`, by every criterion ("auto") or one, and write no model."""
+    source = Checkpoint.open(model)
+    for count in counts:
+        check_count(source, count)
+    work = out / "moesaic"
+    statistics = calibrate(source, corpus.calibration(source, work / "tokens.safetensors"), work / "stats", quiet)
+    return look_ahead(source, statistics, counts, corpus, work, quiet, () if criterion == "auto" else (criterion,))
+
+
+def look_ahead(
+    source: Checkpoint, statistics: Statistics, counts: list[int], corpus: Corpus, work: Path, quiet: bool,
+    criteria: tuple[str, ...] = (),
+) -> list[Outlook]:  # fmt: skip
+    """Candidates measured on text that calibration did not see, best first; kept in preview.json."""
+    rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS)
+    outlooks = preview(source, candidates(statistics, counts, criteria), rows, corpus.seed, quiet)
+    facts = {"candidates": [o.facts() for o in outlooks], "seed": corpus.seed, "text": dict(rows.facts)}
+    write_json(work / "preview.json", "preview", facts, {"source": source.identity, "tokens": rows.identity})
+    return outlooks
 
 
 def check_count(source: Checkpoint, experts: int) -> None:

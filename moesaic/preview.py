@@ -1,0 +1,126 @@
+"""What a cut would cost, before any byte is written: candidates measured by masking, all in one sweep of the weights.
+
+Masking an expert gives the logits of the model without it, so the figures are those of the pruned
+model. Leaves out generation: text that loops is a matter of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from .calibrate import Statistics
+from .checkpoint import Checkpoint
+from .criteria import CRITERIA
+from .divergence import Bootstrap, Divergence, Estimate, against
+from .progress import progress
+from .select import select_experts
+from .stream import LayerRun, State
+from .tokens import TokenSet
+
+Kept = dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to cut."""
+
+    criterion: str
+    experts: int
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one candidate would cost on the text that was read."""
+
+    candidate: Candidate
+    kl_nats: Estimate
+    delta_ln_ppl: Estimate
+    top1: Estimate
+    overlap: Estimate  # Σ min(p, q): share of drafts that speculative sampling would accept
+    tokens: int
+    nonfinite: int
+
+    def facts(self) -> dict[str, Any]:
+        figures = {n: vars(getattr(self, n)) for n in ("kl_nats", "delta_ln_ppl", "top1", "overlap")}
+        return {
+            "criterion": self.candidate.criterion,
+            "experts": self.candidate.experts,
+            "tokens": self.tokens,
+            "nonfinite": self.nonfinite,
+        } | figures
+
+
+def candidates(
+    statistics: Statistics, counts: Sequence[int], criteria: Sequence[str] = (), seeds: int = 0
+) -> list[Candidate]:
+    """Every criterion (all there are, unless named) at every count; and `seeds` random cuts, to compare with."""
+    found = [
+        Candidate(name, k, select_experts(statistics, name, k).cut.kept)
+        for k in counts
+        for name in criteria or sorted(CRITERIA)
+    ]
+    experts = next(iter(statistics.sums.values())).shape[-1]
+    for k in counts:
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            kept = {n: tuple(sorted(rng.choice(experts, k, replace=False).tolist())) for n in statistics.layers}
+            found.append(Candidate(f"random {seed}", k, kept))
+    return found
+
+
+def preview(
+    checkpoint: Checkpoint, found: Sequence[Candidate], tokens: TokenSet, seed: int = 0, quiet: bool = False
+) -> list[Outlook]:
+    """Measure candidates on `tokens`, best first within each count. One sweep reads each weight once for all.
+
+    Memory: hidden states of all candidates, F32 [candidates + 1, tokens, D].
+    """
+    run = LayerRun(checkpoint)
+    hidden_BTD = run.embed(tokens.ids_BT)
+    everyone = range(checkpoint.architecture.experts)
+    states = [State(hidden_BTD)]
+    for candidate in found:
+        dropped = {layer: sorted(set(everyone) - set(ids)) for layer, ids in candidate.kept.items()}
+        states.append(State(hidden_BTD.clone(), dropped))
+    with progress("preview", checkpoint.architecture.layers, "layers", quiet) as meter:
+        for _, after in run.sweep(states):
+            states = after
+            meter.advance(1)
+    divergences = against(run, states[0].hidden_BTD, [s.hidden_BTD for s in states[1:]], tokens.ids_BT)
+    outlooks = [outlook(c, d, seed) for c, d in zip(found, divergences)]
+    return sorted(outlooks, key=lambda o: (-o.candidate.experts, o.kl_nats.value))
+
+
+def outlook(candidate: Candidate, divergence: Divergence, seed: int) -> Outlook:
+    bootstrap = Bootstrap(divergence, seed)
+    return Outlook(
+        candidate,
+        bootstrap.mean(divergence["kl_nats"], within=(0.0, np.inf)),
+        bootstrap.mean(divergence["nll_export"] - divergence["nll_source"]),
+        bootstrap.mean(divergence["same_top1"], within=(0.0, 1.0)),
+        bootstrap.mean(divergence["overlap"], within=(0.0, 1.0)),
+        divergence.tokens,
+        sum(divergence.nonfinite.values()),
+    )
+
+
+def table(outlooks: Sequence[Outlook]) -> Table:
+    """Candidates to look at, best first."""
+    tokens = outlooks[0].tokens if outlooks else 0
+    shown = Table(
+        title=f"measured by masking, {tokens:,} tokens, ± one standard error over rows",
+        title_justify="left",
+        show_edge=False,
+    )
+    for heading in ("experts", "criterion", "KL, nats", "Δ ln perplexity", "top-1", "overlap"):
+        shown.add_column(heading, justify="left" if heading == "criterion" else "right")
+    for o in outlooks:
+        shown.add_row(
+            str(o.candidate.experts), o.candidate.criterion,
+            *(f"{e.value:.4f} ± {e.error or 0:.4f}" for e in (o.kl_nats, o.delta_ln_ppl, o.top1, o.overlap)),
+        )  # fmt: skip
+    return shown
