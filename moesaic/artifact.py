@@ -5,6 +5,7 @@ says what kind it is, which program wrote it, and the identities of its inputs; 
 other inputs is a `StaleError`, never a silent reuse. Leaves out what is in them: each stage knows.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,17 +25,42 @@ SCHEMA = 1
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well; otherwise nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence why `path` cannot be written: a full disk above all. For blocks that only write."""
     try:
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
+        remedy = "make room" if full else "make it writable"
+        raise InputError(f"{path} cannot be written: {why}; {remedy}, and the same command continues") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends well; otherwise nothing is left behind.
+
+    Raises `InputError` when the disk is full or refuses.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode  # what this user gives to new files; safetensors gives less
+            yield partial
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            partial.chmod(mode)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Remove what killed writers left in a folder that is this command's own."""
+    for leftover in folder.rglob(".*.partial"):
+        leftover.unlink(missing_ok=True)
 
 
 def identity(*parts: Any) -> str:
@@ -46,14 +72,15 @@ def identity(*parts: Any) -> str:
 def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
     """Write `body` as one JSON artifact of `kind`, made from `inputs` (name -> identity)."""
     with atomic(path) as partial:
-        partial.write_text(json.dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Read a JSON artifact. Raises `InputError` for another kind, `StaleError` for other inputs."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
     check(path, found, kind, inputs)
     return found
@@ -81,7 +108,7 @@ def read_tensors(
             found = json.loads((file.metadata() or {}).get("moesaic", "{}"))
             check(path, found, kind, inputs)
             return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
 
 
@@ -89,7 +116,9 @@ def header(kind: str, inputs: Mapping[str, str]) -> dict[str, Any]:
     return {"kind": kind, "schema": SCHEMA, "maker": f"moesaic {__version__}", "inputs": dict(inputs)}
 
 
-def check(path: Path, found: Mapping[str, Any], kind: str, inputs: Mapping[str, str] | None) -> None:
+def check(path: Path, found: Any, kind: str, inputs: Mapping[str, str] | None) -> None:
+    if not isinstance(found, dict) or not isinstance(found.get("inputs"), dict):
+        raise InputError(f"{path} is no {kind} file of moesaic's; run the stage that writes it")
     if found.get("kind") != kind or found.get("schema") != SCHEMA:
         raise InputError(
             f"{path} is a {found.get('kind')!r} file of schema {found.get('schema')}, wanted {kind!r} of {SCHEMA}"

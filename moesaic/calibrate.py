@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .artifact import read_tensors, write_tensors
+from .artifact import read_tensors, sweep_partials, write_tensors
 from .checkpoint import Checkpoint
 from .criteria import Totals
 from .errors import InputError
@@ -144,16 +144,21 @@ class Statistics:
 
     def layer(self, layer: int, name: str) -> Tensor:
         """A layer's "mean_ED", "inputs_ED", "inner_EI" or "together_EE", summed over all text seen."""
-        parts = [read_tensors(folder / f"{layer:03d}.safetensors", KIND)[0][name] for folder in self.folders]
+        parts = [read_tensors(layer_file(folder, layer), KIND)[0][name] for folder in self.folders]
         return torch.stack(parts).sum(0)
 
     @staticmethod
     def load(folder: Path, checkpoint: Checkpoint) -> "Statistics":
-        """Everything that stands in a stats folder, summed. Raises `InputError` when a layer is missing."""
-        layers = checkpoint.architecture.moe_layers
+        """Everything that stands in a stats folder, summed. Raises `InputError` when a sweep of it is unfinished."""
         chunks = tuple(sorted(p for p in folder.iterdir() if p.is_dir())) if folder.exists() else ()
         if not chunks:
             raise InputError(f"{folder} holds no statistics; run `moesaic calibrate` first")
+        return Statistics.of(chunks, checkpoint)
+
+    @staticmethod
+    def of(chunks: tuple[Path, ...], checkpoint: Checkpoint) -> "Statistics":
+        """The sums of these texts, one folder each."""
+        layers = checkpoint.architecture.moe_layers
         parts = [read_chunk(chunk, layers, checkpoint.identity) for chunk in chunks]
         domains = tuple(dict.fromkeys(d for part in parts for d in part[1]))
         shape = (len(layers), len(domains), 2, checkpoint.architecture.experts)
@@ -170,45 +175,56 @@ class Statistics:
 def read_chunk(
     folder: Path, layers: Sequence[int], source: str
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...], np.ndarray]:
+    if missing := [layer for layer in layers if not layer_file(folder, layer).exists()]:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(layers)} layers: its sweep was not finished; "
+            "give the command that began it again, or remove the folder"
+        )
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*SUMS, "peak", "nonfinite")}
     body: dict[str, Any] = {}
     for layer in layers:
-        tensors, body = read_tensors(folder / f"{layer:03d}.safetensors", KIND, {"source": source})
+        tensors, body = read_tensors(layer_file(folder, layer), KIND, {"source": source})
         for name, stack in found.items():
             stack.append(tensors[name].reshape(len(body["domains"]), 2, -1).numpy())
     return {n: np.stack(s) for n, s in found.items()}, tuple(body["domains"]), np.array(body["positions"])
 
 
-def calibrate(checkpoint: Checkpoint, tokens: TokenSet, folder: Path, quiet: bool = False) -> Statistics:
-    """Sweep `tokens` through the model once and store each MoE layer's statistics under `folder`.
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"{layer:03d}.safetensors"
 
-    Interrupted, the same call goes on at the layer it had reached; done before, it only reads. Memory:
-    that of `LayerRun` and two F64 numbers a token and selected expert. Raises `InputError` when the
-    tokens routed in a layer are not `top_k` a token.
+
+def calibrate(checkpoint: Checkpoint, tokens: TokenSet, folder: Path, quiet: bool = False) -> Statistics:
+    """Sweep `tokens` through the model once, store each MoE layer's statistics under `folder`, and return them.
+
+    Interrupted, the same call goes on at the layer it had reached; done before, it only reads. What other
+    texts left in `folder` stays apart: `Statistics.load` sums them all. Memory: that of `LayerRun` and two
+    F64 numbers a token and selected expert. Raises `InputError` when the tokens routed in a layer are not
+    `top_k` a token.
     """
     architecture, chunk = checkpoint.architecture, folder / tokens.identity
     inputs = {"source": checkpoint.identity, "tokens": tokens.identity}
     group_T, positions = groups(tokens)
+    sweep_partials(chunk)
     start, hidden = resume(chunk, architecture, inputs)
     if start < architecture.layers:
         run = LayerRun(checkpoint)
-        state = State(run.embed(tokens.ids_BT) if hidden is None else hidden.to(run.device))
-        left = architecture.layers - start
-        saved = time.monotonic()
+        reached = start - 1, State(run.embed(tokens.ids_BT) if hidden is None else hidden.to(run.device))
+        left, saved = architecture.layers - start, time.monotonic()
         with progress("calibrate", left * tokens.tokens, "token-layers", quiet) as meter:
-            layer = start - 1
             try:
                 for layer in range(start, architecture.layers):
-                    state = observe(run, layer, state, group_T.to(run.device), tokens, positions, chunk, inputs)
+                    after = observe(run, layer, reached[1], group_T.to(run.device), tokens, positions, chunk, inputs)
+                    reached = layer, after  # one assignment: an interrupt finds a layer and its own states
                     meter.advance(tokens.tokens)
                     if time.monotonic() - saved > SAVE_SECONDS:
-                        save_hidden(chunk, layer, state, inputs)
+                        save_hidden(chunk, reached, inputs)
                         saved = time.monotonic()
             except KeyboardInterrupt:
-                save_hidden(chunk, finished(chunk, architecture, layer), state, inputs)
+                if reached[0] >= start:
+                    save_hidden(chunk, reached, inputs)
                 raise
-        (chunk / "hidden.safetensors").unlink(missing_ok=True)
-    return Statistics.load(folder, checkpoint)
+    (chunk / "hidden.safetensors").unlink(missing_ok=True)
+    return Statistics.of((chunk,), checkpoint)
 
 
 def observe(
@@ -230,9 +246,9 @@ def observe(
         "domains": tokens.domains,
         "positions": positions,
         "routed": routed,
-        "nonfinite_tokens": dict(after.nonfinite),
+        "nonfinite_tokens": after.nonfinite.get(layer, 0),
     }
-    write_tensors(chunk / f"{layer:03d}.safetensors", KIND, sums.tensors(), inputs, body)
+    write_tensors(layer_file(chunk, layer), KIND, sums.tensors(), inputs, body)
     return State(after.hidden_BTD, after.dropped, None, after.nonfinite)
 
 
@@ -250,20 +266,17 @@ def groups(tokens: TokenSet) -> tuple[Tensor, list[list[int]]]:
 
 def resume(chunk: Path, architecture: Architecture, inputs: dict[str, str]) -> tuple[int, Tensor | None]:
     """The first layer still to do, and the hidden states before it (None: from the embedding)."""
-    if all((chunk / f"{layer:03d}.safetensors").exists() for layer in architecture.moe_layers):
+    missing = [layer for layer in architecture.moe_layers if not layer_file(chunk, layer).exists()]
+    if not missing:
         return architecture.layers, None
     if (chunk / "hidden.safetensors").exists():
         tensors, body = read_tensors(chunk / "hidden.safetensors", "hidden", inputs)
-        return body["layer"] + 1, tensors["hidden_BTD"]
+        if body["layer"] < missing[0]:
+            return body["layer"] + 1, tensors["hidden_BTD"]
     return 0, None
 
 
-def finished(chunk: Path, architecture: Architecture, layer: int) -> int:
-    """The last layer whose result `state` holds when a sweep is interrupted during `layer`."""
-    return layer - 1
-
-
-def save_hidden(chunk: Path, layer: int, state: State, inputs: dict[str, str]) -> None:
-    if layer >= 0:
-        tensors = {"hidden_BTD": state.hidden_BTD.cpu()}
-        write_tensors(chunk / "hidden.safetensors", "hidden", tensors, inputs, {"layer": layer})
+def save_hidden(chunk: Path, reached: tuple[int, State], inputs: dict[str, str]) -> None:
+    layer, state = reached
+    tensors = {"hidden_BTD": state.hidden_BTD.cpu()}
+    write_tensors(chunk / "hidden.safetensors", "hidden", tensors, inputs, {"layer": layer})

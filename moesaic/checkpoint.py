@@ -8,7 +8,10 @@ Leaves out writing (shards.py).
 """
 
 import json
-from collections.abc import Mapping
+import os
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +27,9 @@ from .containers.base import DTYPES, inventory
 from .errors import CheckpointError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
 
+INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
+MOST_AXES = 16  # of a tensor
 PLAUSIBLE_RMS = (1e-7, 1e3)  # of a decoded matrix; M3's scales read as plain numbers land at 1e4 and above
 
 
@@ -87,8 +92,10 @@ class Checkpoint:
     @cached_property
     def identity(self) -> str:
         """Stands for headers, config and file sizes; the payload is never read."""
-        files = sorted({s.file for s in self.stored.values()})
-        sizes = [(f, (self.path / f).stat().st_size) for f in files]
+        ends: dict[str, int] = {}
+        for s in self.stored.values():
+            ends[s.file] = max(ends.get(s.file, 0), s.end)
+        sizes = sorted(ends.items())  # the last tensor ends where its file does
         places = sorted((n, s.info.dtype, s.info.shape, s.file, s.offset) for n, s in self.stored.items())
         return identity(self.config, sizes, places)
 
@@ -120,10 +127,12 @@ class Checkpoint:
     def load(self, name: str, offset: int, count: int) -> Tensor:
         """`count` bytes of a tensor from its byte `offset`, flat, in its dtype."""
         where = self.where(name)
-        flat = np.fromfile(self.path / where.file, np.uint8, count, offset=where.offset + offset)
+        with reading(self.path / where.file):
+            flat = np.fromfile(self.path / where.file, np.uint8, count, offset=where.offset + offset)
         if flat.size != count:
             raise CheckpointError(f"{self.path / where.file} ends inside {name}; fetch the file again")
-        return torch.from_numpy(flat).view(DTYPES[where.info.dtype])
+        dtype = DTYPES[where.info.dtype]
+        return torch.from_numpy(flat).view(dtype) if count else torch.empty(0, dtype=dtype)
 
     def where(self, name: str) -> Stored:
         if name not in self.stored:
@@ -133,8 +142,11 @@ class Checkpoint:
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
         """The stored tensors of one matrix, by meaning (see `Packing`)."""
-        packing = self.container.packing(self.formats[linear.name])
-        return {key: self.read(f"{linear.name}.{part.suffix}") for key, part in packing.parts(linear.shape).items()}
+        packing, place = self.container.packing(self.formats[linear.name]), self.container.place(self.architecture, linear)
+        return {
+            key: self.load(place.tensor(part).name, place.start(part), part.bytes).reshape(part.shape)
+            for key, part in packing.parts(linear.shape).items()
+        }
 
     def decode(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """A linear's weights [O, I], or a small tensor, in F32 on `device`: exactly the values that the file means.
@@ -159,48 +171,63 @@ def check_magnitude(what: str, w_OI: Tensor) -> None:
     """Refuse weights that are not finite, or as large or small as only a misread scale makes them."""
     rms = float(torch.linalg.vector_norm(w_OI)) / max(1, w_OI.numel()) ** 0.5
     low, high = PLAUSIBLE_RMS
-    if not (rms == 0.0 or low < rms < high):
+    if not low < rms < high and bool(w_OI.any()):  # a norm of nought may be an underflow
         raise CheckpointError(
             f"{what} decodes to a root mean square of {rms:.3g}, wanted {low:g} to {high:g}; "
             "its scales are damaged or not of the kind that config.json says"
         )
 
 
-def read_config(path: Path) -> dict[str, Any]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in one sentence why a file of a checkpoint cannot be read."""
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no config.json; name the folder of a model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}; fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'} holds a {type(config).__name__}, wanted an object")
-    return config
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the path, or fetch it again") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    with reading(path):
+        there = (path / "config.json").exists()
+    if not there:
+        raise CheckpointError(f"{path} has no config.json; name the folder of a model")
+    return read_object(path / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises `CheckpointError`."""
+    try:
+        with reading(path):
+            found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted an object; fetch it again")
+    return found
 
 
 def read_shards(path: Path) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files, and a check that the index names the same ones."""
     found: dict[str, Stored] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    files = sorted(path.glob("*.safetensors"))
+    for file in files:
         for info, start in read_header(file):
             if info.name in found:
                 raise CheckpointError(
                     f"{info.name} stands in {found[info.name].file} and in {file.name}; remove the stale file"
                 )
             found[info.name] = Stored(info, file.name, start)
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            mapped = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again") from error
-        compare_index(path, mapped, found)
+    if (path / INDEX).exists():
+        mapped = read_object(path / INDEX).get("weight_map")
+        if not isinstance(mapped, dict) or not all(isinstance(file, str) for file in mapped.values()):
+            raise CheckpointError(f"{path / INDEX} has no weight_map of tensors to shards; fetch it again")
+        compare_index(path, mapped, {f.name for f in files}, found)
     return found
 
 
-def compare_index(path: Path, mapped: Mapping[str, str], found: Mapping[str, Stored]) -> None:
-    lost = sorted({f for f in mapped.values() if not (path / f).exists()})
-    if lost:
+def compare_index(path: Path, mapped: Mapping[str, str], files: set[str], found: Mapping[str, Stored]) -> None:
+    if lost := sorted(set(mapped.values()) - files):
         raise CheckpointError(f"{path} lacks the shard {sample(lost)} that its index names; fetch it")
     for name, file in mapped.items():
         if name not in found or found[name].file != file:
@@ -216,33 +243,52 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
     The header is taken for hostile: lengths, dtypes, shapes and offsets are checked before use, and the
     ranges have to fill the file exactly. Raises `CheckpointError`.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as f:
+    with reading(file), open(file, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise CheckpointError(f"{file} is no whole safetensors file ({size:,} bytes); fetch it again")
-        try:
-            header = json.loads(f.read(length))
-            entries = [
-                (n, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file} has a header that is no safetensors header ({error!r}); fetch it again"
-            ) from error
+        text = f.read(length)
     base, at, found = 8 + length, 0, []
-    for name, dtype, shape, start, end in sorted(entries, key=lambda e: (e[3], e[4])):
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{file} stores {name} as {dtype}, which moesaic does not read")
-        info = TensorInfo(name, dtype, shape)
+    for info, start, end in sorted(parse_header(file, text), key=lambda e: e[1:]):
         if start != at or end - start != info.bytes:
             raise CheckpointError(
-                f"{file} gives {name} {end - start:,} bytes at {start:,}, wanted {info.bytes:,} at {at:,}"
+                f"{file} gives {info.name} the bytes {start:,} to {end:,}, wanted {info.bytes:,} bytes at {at:,}; "
+                "fetch it again"
             )
         found.append((info, base + start))
         at = end
     if base + at != size:
         raise CheckpointError(f"{file} has {size:,} bytes, and its header describes {base + at:,}; fetch it again")
+    return found
+
+
+def parse_header(file: Path, text: bytes) -> list[tuple[TensorInfo, int, int]]:
+    """Each tensor with its range, in plain and plausible numbers. Raises `CheckpointError`."""
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a header that is no JSON ({error}); fetch it again") from error
+    found = []
+    for name, entry in header.items() if isinstance(header, dict) else [("the header", header)]:
+        if name == "__metadata__" and isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()):
+            continue
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+                if dtype not in DTYPES:
+                    raise CheckpointError(f"{file} stores {name} as {dtype}, which moesaic does not read")
+                if len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
+                    found.append((TensorInfo(name, dtype, tuple(shape)), start, end))
+                    continue
+        raise CheckpointError(f"{file} describes {name} as {reprlib.repr(entry)}, which is no tensor; fetch it again")
+    return found
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names all differ."""
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands there twice")
     return found
 
 

@@ -35,7 +35,7 @@ class Corpus:
         return self.rows(model, file, heldout=False)
 
     def evaluation(self, model: Checkpoint, file: Path, tokens: int | None = None) -> TokenSet:
-        """Rows to judge by, disjoint from calibration's. Raises `InputError` when a text overlaps all the same."""
+        """Rows to judge by: of `heldout`, or of what calibration leaves of `data`."""
         return replace(self, tokens=tokens or self.tokens).rows(model, file, heldout=True)
 
     def rows(self, model: Checkpoint, file: Path, heldout: bool) -> TokenSet:

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .artifact import atomic
-from .checkpoint import Checkpoint
+from .artifact import atomic, writing
+from .checkpoint import INDEX, Checkpoint, Stored
 from .containers import siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
 from .plan import Plan
 from .progress import progress
 from .rounding import ROUNDINGS, Rounding
-from .shards import INDEX, SHARD_BYTES, Piece, index_of, plan_shards, write_shards
+from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
 from .target import Target, keeps_bytes
 
 NOTE = "moesaic/plan.json"
@@ -39,8 +39,8 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False) -> Ch
     too small. Interrupted at any byte, the same call continues.
     """
     target = Target.of(source, plan)
-    claim(out, source, plan)
     shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
+    claim(out, source, plan)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         written = write_shards(out, shards, meter)
         if not written == meter.done == target.payload_bytes:
@@ -55,19 +55,32 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False) -> Ch
 
 def claim(out: Path, source: Checkpoint, plan: Plan) -> None:
     """Make `out` this export's folder, or find that it already is."""
+    check_free(out, source)
     note = out / NOTE
-    if note.exists():
-        if Plan.load(note, {"source": source.identity}) != plan:
-            raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
-    else:
-        check_free(out)
+    if not note.exists():
         plan.save(note, {"source": source.identity})
+    elif Plan.load(note) != plan:
+        raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
 
 
-def check_free(out: Path) -> None:
-    """Raises `InputError` when `out` holds what moesaic did not write. Call it before the hours, not after."""
-    if out.exists() and not (out / NOTE).exists() and any(f.name != "moesaic" for f in out.iterdir()):
+def check_free(out: Path, source: Checkpoint) -> None:
+    """Refuse an `out` that holds what moesaic did not write from `source`. Call it before the hours, not after.
+
+    Raises `InputError`, or `StaleError` for an export of another source.
+    """
+    if source.path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"{out} lies in the source's own folder; name a folder outside of {source.path}")
+    if (out / NOTE).exists():
+        Plan.load(out / NOTE, {"source": source.identity})
+    elif out.exists() and (not out.is_dir() or any(f.name != "moesaic" for f in out.iterdir())):
         raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
+
+
+def rounding_of(plan: Plan) -> Rounding:
+    """The plan's rounding. Raises `PlanError` for one that there is not."""
+    if plan.rounding not in ROUNDINGS:
+        raise PlanError(f"no rounding {plan.rounding!r}; there are {', '.join(ROUNDINGS)}")
+    return ROUNDINGS[plan.rounding]
 
 
 def sorted_pieces(target: Target) -> list[Piece]:
@@ -105,20 +118,29 @@ def linear_pieces(target: Target) -> Iterator[Placed]:
     for linear in target.architecture.linears:
         if keeps_bytes(target, linear):
             yield from copies(target, linear)
-    rounding = ROUNDINGS[target.plan.rounding]
+    rounding = rounding_of(target.plan)
+    if changed and rounding.needs:
+        raise PlanError(
+            f"rounding {rounding.name} needs {', '.join(rounding.needs)}, and this export knows no data; use rtn"
+        )
     for group in siblings(changed):
         tensors = [t for n in group for t in target.packing(n).tensors(n.name, n.shape)]
-        first = target.source.where(f"{target.origin[group[0].name].name}.weight")
+        first = stored_parts(target, group[0])["codes"]
         yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_together, target, group, rounding))
 
 
 def copies(target: Target, linear: Linear) -> Iterator[Placed]:
-    source, origin, format = target.source, target.origin[linear.name], target.formats[linear.name]
-    theirs = source.container.packing(format).parts(origin.shape)
-    for key, part in target.container.packing(format).parts(linear.shape).items():
-        stored = source.where(f"{origin.name}.{theirs[key].suffix}")
+    theirs = stored_parts(target, linear)
+    for key, part in target.packing(linear).parts(linear.shape).items():
         info = TensorInfo(f"{linear.name}.{part.suffix}", part.dtype, part.shape)
-        yield (stored.file, stored.offset), Piece((info,), copy=(source.path, stored))
+        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy=(target.source.path, theirs[key]))
+
+
+def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
+    """Where the source has the tensors of a matrix of the target, by meaning."""
+    source, origin = target.source, target.origin[linear.name]
+    parts = source.container.packing(source.formats[origin.name]).parts(origin.shape)
+    return {key: source.where(f"{origin.name}.{part.suffix}") for key, part in parts.items()}
 
 
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
@@ -148,10 +170,11 @@ def carried(source: Path) -> list[Path]:
 
 def carry_along(source: Path, out: Path) -> None:
     for file in carried(source):
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, out / file)
+        with writing(out / file):
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, out / file)
 
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as partial_path:
-        partial_path.write_text(text)
+        partial_path.write_text(text, encoding="utf-8")

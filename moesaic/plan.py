@@ -6,7 +6,6 @@ Leaves out how a plan is found (allocate, select) and what it costs to make it t
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .artifact import read_json, write_json
 from .errors import PlanError
@@ -30,11 +29,13 @@ class Plan:
     rounding: str = "rtn"
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in (self.container, self.rounding, *self.formats.values())):
+            raise PlanError("the plan's container, rounding and formats are no names; make it again")
         counts = {len(ids) for ids in self.kept.values()}
         if len(counts) > 1:
             raise PlanError(f"the plan keeps {sorted(counts)} experts in different layers; engines want one count")
         for layer, ids in self.kept.items():
-            if list(ids) != sorted(set(ids)):
+            if list(ids) != sorted(set(ids)) or not all(type(i) is int for i in ids):
                 raise PlanError(f"layer {layer} keeps experts {ids}; wanted distinct ids in ascending order")
 
     def experts(self, source: int) -> int:
@@ -47,9 +48,10 @@ class Plan:
 
     @staticmethod
     def load(path: Path, inputs: Mapping[str, str] | None = None) -> "Plan":
-        return Plan.of(read_json(path, "plan", inputs))
-
-    @staticmethod
-    def of(body: Mapping[str, Any]) -> "Plan":
-        kept = {int(layer): tuple(ids) for layer, ids in body["kept"].items()}
-        return Plan(body["container"], kept, body["formats"], body["rounding"])
+        """Read what `save` wrote. Raises `PlanError` for what is no plan, `StaleError` for other inputs."""
+        body = read_json(path, "plan", inputs)
+        try:
+            kept = {int(layer): tuple(ids) for layer, ids in body["kept"].items()}
+            return Plan(body["container"], kept, dict(body["formats"]), body["rounding"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error

@@ -4,6 +4,7 @@ Leaves out results: those go to standard output, progress to standard error.
 """
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ PLAIN_SECONDS = 10.0  # between two plain lines
 
 @dataclass
 class Meter:
-    """Counts what is done of what there is. `done` equals `total` when the stage ends well: callers compare."""
+    """Counts what is done of what there is, from any thread. `done` equals `total` when the stage ends well: callers compare."""
 
     title: str
     total: int
@@ -29,9 +30,14 @@ class Meter:
     bar: Progress | None = None
     task: int = 0
     plain: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, amount: int) -> None:
-        self.done += amount
+        with self.lock:
+            self.done += amount
+            self.show()
+
+    def show(self) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done)  # type: ignore[arg-type]
         elif self.plain and time.monotonic() - self.shown > PLAIN_SECONDS:

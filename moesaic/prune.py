@@ -11,7 +11,7 @@ from .calibrate import Statistics, calibrate
 from .checkpoint import Checkpoint
 from .corpus import PYTHON_TEXT, Corpus
 from .errors import CheckError, InputError
-from .export import check_free, export
+from .export import NOTE, check_free, export
 from .plan import Plan
 from .preview import Outlook, candidates, preview
 from .select import select_experts
@@ -34,7 +34,9 @@ def prune(
     source = Checkpoint.open(model)
     check_count(source, experts)
     work = out / "moesaic"
-    check_free(out)
+    check_free(out, source)
+    if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:
+        raise InputError(f"{out} holds an export of {there} experts a layer; name another folder or remove it")
     tokens = corpus.calibration(source, work / "tokens.safetensors")
     statistics = calibrate(source, tokens, work / "stats", quiet)
     if criterion == "auto":

@@ -32,7 +32,7 @@ def quantize(
         if name not in there_are:
             raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
     source = Checkpoint.open(model)
-    check_free(out)
+    check_free(out, source)
     plan = Plan(container=to, formats=formats_of(source, format, only, rest), rounding=rounding)
     result = export(source, plan, out, quiet)
     facts: dict[str, Any] = {

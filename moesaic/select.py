@@ -68,8 +68,10 @@ def select_experts(statistics: Statistics, criterion: str, keep: int, policy: st
     """Keep the `keep` best experts of each layer.
 
     policy  "pooled": all domains' sums as one; or one of criteria.POLICIES over ranks by domain.
-    Super experts are kept before all others. Raises `InputError` for a name there is not.
+    Super experts are kept before all others. Raises `InputError` for a name there is not, and for an
+    expert that gave no finite value: there is nothing to rank it by.
     """
+    check_ranked(statistics)
     score_LE = scores(statistics, criterion, policy)
     protected = statistics.super_experts()
     halves = [cut(scores(statistics, criterion, policy, half), statistics.layers, keep) for half in (0, 1)]
@@ -78,6 +80,16 @@ def select_experts(statistics: Statistics, criterion: str, keep: int, policy: st
         criterion, policy, statistics.layers, score_LE, cut(score_LE, statistics.layers, keep, frozenset(protected)),
         tuple(protected), tuple(statistics.few(FEW_TOKENS)), tuple(statistics.nonfinite()), jaccard_L, statistics.tokens,
     )  # fmt: skip
+
+
+def check_ranked(statistics: Statistics) -> None:
+    totals = statistics.totals()
+    lost = np.argwhere((totals["nonfinite"] > 0) & (totals["tokens"] == 0))
+    if len(lost):
+        places = listed([(statistics.layers[i], int(e)) for i, e in lost])
+        raise InputError(
+            f"{len(lost)} experts gave no finite value ({places}) and cannot be ranked; check the source's files"
+        )
 
 
 def scores(statistics: Statistics, criterion: str, policy: str, half: int | None = None) -> np.ndarray:

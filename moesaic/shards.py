@@ -10,21 +10,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Stored, read_header
+from .artifact import sweep_partials, writing
+from .checkpoint import Stored, read_header, reading
 from .errors import CheckpointError, InputError
 from .families import DTYPE_BYTES, TensorInfo
 from .progress import Meter
 
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 COPY_CHUNK = 64 << 20
+BUFFER = 1 << 20
+OTHER_WAY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # two file systems, or one that cannot
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,13 @@ def write_shards(out: Path, shards: Sequence[Shard], meter: Meter, threads: int 
     """Write every shard that does not stand complete in `out`; returns the payload's bytes.
 
     Raises `InputError` when the disk cannot hold them, `CheckpointError` when a file under a shard's
-    name is not that shard. What was written stays, and the same call continues.
+    name is another shard. What was written stays, and the same call continues.
     """
+    sweep_partials(out)
     missing = [s for s in shards if not is_complete(out / s.file, s)]
     need, free = sum(s.payload_bytes for s in missing), shutil.disk_usage(out).free
     if need > free:
         raise InputError(f"{out} has {free:,} bytes free and the model needs {need:,} more; make room, then run again")
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
     meter.advance(sum(s.payload_bytes for s in shards) - need)
     with ThreadPoolExecutor(threads) as pool:
         for shard in missing:
@@ -92,40 +93,50 @@ def write_shards(out: Path, shards: Sequence[Shard], meter: Meter, threads: int 
 
 
 def is_complete(path: Path, shard: Shard) -> bool:
-    """Whether `path` is this shard. Raises `CheckpointError` if it is something else."""
-    if not path.exists():
+    """Whether `path` is this shard, whole. Raises `CheckpointError` if it is another."""
+    try:
+        found = {info: start for info, start in read_header(path)}
+    except CheckpointError:  # not there, or torn by a power cut: to be written
         return False
-    wanted = sorted((t.name, t.dtype, t.shape) for p in shard.pieces for t in p.tensors)
-    if sorted((i.name, i.dtype, i.shape) for i, _ in read_header(path)) != wanted:
+    starts = shard.layout()[1]
+    wanted = {TensorInfo(t.name, t.dtype, t.shape): starts[t.name] for p in shard.pieces for t in p.tensors}
+    if found != wanted:
         raise CheckpointError(f"{path} is not the shard that this command writes; use another folder or remove it")
     return True
 
 
 def write_shard(out: Path, shard: Shard, pool: ThreadPoolExecutor, meter: Meter) -> None:
+    """One shard under a hidden name, renamed when its length is right.
+
+    Not synced: the header gives the file's length away, so one that a power cut tore is written again.
+    """
     head, starts = shard.layout()
     partial = out / f".{shard.file}.partial"
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        write_at(fd, head, 0)
-        jobs = [pool.submit(fill, fd, piece, starts, meter) for piece in shard.pieces]
+    with writing(out / shard.file):
         try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            with open(partial, "w+b", buffering=0) as file:
+                write_at(file.fileno(), head, 0)
+                fill_all([pool.submit(fill, file.fileno(), piece, starts, meter) for piece in shard.pieces])
+            if (size := partial.stat().st_size) != len(head) + shard.payload_bytes:
+                raise CheckpointError(
+                    f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}"
+                )
+            os.replace(partial, out / shard.file)
         finally:
-            for job in jobs:
-                job.cancel()
-            wait(jobs)
-        for job in done:
-            job.result()
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"the disk of {out} is full; make room, then run the same command to continue") from error
-        raise
+            partial.unlink(missing_ok=True)
+
+
+def fill_all(jobs: Sequence[Future[None]]) -> None:
+    """Wait for all jobs; at the first error, or Ctrl-C, drop those not yet begun and wait for the rest."""
+    try:
+        wait(jobs, return_when=FIRST_EXCEPTION)
     finally:
-        os.close(fd)
-    if (size := partial.stat().st_size) != len(head) + shard.payload_bytes:
-        raise CheckpointError(f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}")
-    os.replace(partial, out / shard.file)
+        for job in jobs:
+            job.cancel()
+        wait(jobs)
+    for job in jobs:
+        if not job.cancelled():
+            job.result()
 
 
 def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
@@ -136,30 +147,37 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
     else:
         assert piece.make is not None
         for info, tensor in zip(piece.tensors, piece.make(), strict=True):
-            data = (
-                tensor.contiguous().view(torch.uint8).numpy()
-                if tensor.dim()
-                else tensor.reshape(1).view(torch.uint8).numpy()
-            )
+            data = tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
             if data.nbytes != info.bytes:
                 raise CheckpointError(f"{info.name} came out as {data.nbytes:,} bytes, wanted {info.bytes:,}")
-            write_at(fd, data.reshape(-1).data, starts[info.name])
+            write_at(fd, data.data, starts[info.name])
     meter.advance(piece.bytes)
 
 
 def copy_range(source: Path, offset: int, count: int, fd: int, at: int) -> None:
     """Copy bytes from file to file inside the kernel where it can, through a buffer where it cannot."""
-    with open(source, "rb") as f:
-        end = offset + count
-        while offset < end:
-            if hasattr(os, "copy_file_range"):
-                moved = os.copy_file_range(f.fileno(), fd, min(end - offset, COPY_CHUNK), offset, at)
-            else:
-                chunk = os.pread(f.fileno(), min(end - offset, COPY_CHUNK), offset)
-                moved = write_at(fd, chunk, at)
+    move = os.copy_file_range if hasattr(os, "copy_file_range") else through_buffer
+    with reading(source):
+        theirs = os.open(source, os.O_RDONLY)
+    try:
+        while count:
+            try:
+                moved = move(theirs, fd, min(count, COPY_CHUNK), offset, at)
+            except OSError as error:
+                if error.errno not in OTHER_WAY or move is through_buffer:
+                    raise
+                move = through_buffer
+                continue
             if not moved:
-                raise CheckpointError(f"{source} ended {end - offset:,} bytes early; fetch it again")
-            offset, at = offset + moved, at + moved
+                raise CheckpointError(f"{source} ended {count:,} bytes early; fetch it again")
+            offset, at, count = offset + moved, at + moved, count - moved
+    finally:
+        os.close(theirs)
+
+
+def through_buffer(source: int, fd: int, count: int, offset: int, at: int) -> int:
+    """`os.copy_file_range`, but through memory."""
+    return write_at(fd, os.pread(source, min(count, BUFFER), offset), at)
 
 
 def write_at(fd: int, data: bytes | memoryview, at: int) -> int:
@@ -173,4 +191,7 @@ def write_at(fd: int, data: bytes | memoryview, at: int) -> int:
 def index_of(shards: Sequence[Shard]) -> dict[str, object]:
     """The content of model.safetensors.index.json, with a total_size that is true."""
     weight_map = {t.name: s.file for s in shards for p in s.pieces for t in p.tensors}
-    return {"metadata": {"total_size": sum(s.payload_bytes for s in shards)}, "weight_map": dict(sorted(weight_map.items()))}
+    return {
+        "metadata": {"total_size": sum(s.payload_bytes for s in shards)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }

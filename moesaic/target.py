@@ -35,6 +35,8 @@ class Target:
         unknown = sorted(set(plan.formats) - set(old.units))
         if unknown:
             raise PlanError(f"the plan names units that the model lacks: {sample(unknown)}")
+        if plan.container not in CONTAINERS:
+            raise PlanError(f"no container {plan.container!r}; there are {', '.join(CONTAINERS)}")
         container = CONTAINERS[plan.container]
         config = (
             with_experts(source.config, old.experts, plan.experts(old.experts)) if plan.kept else dict(source.config)

@@ -2,41 +2,46 @@
 
 Tensors are read by the safetensors library, not by the code that wrote them. Without the source,
 everything that a folder can say about itself is checked; with it, every tensor is compared with what
-the plan says it is: copied bytes, sliced rows, or codes that rounding again gives again. Leaves out
-quality (evaluate) and engines (tests/engines).
+the plan says it is: copied bytes, sliced rows, or what rounding the source again gives again. Leaves
+out quality (evaluate) and engines (tests/engines).
 """
 
 import filecmp
-import json
+import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import Checkpoint
-from .containers import siblings
+from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
+from .containers import Packing, siblings
+from .containers.base import inventory
 from .errors import InputError, MoesaicError
-from .export import NOTE, carried
+from .export import NOTE, carried, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
-from .rounding import ROUNDINGS
-from .shards import INDEX
 from .target import Target, keeps_bytes
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
+SAMPLE_ROWS = 32  # decoded of a matrix whose magnitude its codes and scales already bound
+THREADS = 4
+CHUNK = 1 << 24  # elements looked at in one go: an embedding can be gigabytes
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong: which check, where, what."""
 
-    check: str  # "structure", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "codes"
+    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "codes"
     where: str
     what: str
 
@@ -58,24 +63,39 @@ class Verdict:
     def add(self, check: str, where: str, what: str) -> None:
         self.findings.append(Finding(check, where, what))
 
+    def take(self, other: "Verdict") -> None:
+        self.findings += other.findings
+        self.compared += other.compared
+
 
 class Reader:
-    """Tensors of a folder, by the safetensors library, each file opened once."""
+    """Tensors of a folder, by the safetensors library; may be used by several threads."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
         self.checkpoint = checkpoint
-        self.files: dict[str, Any] = {}
-        self.stack = stack
+        names = {s.file for s in checkpoint.stored.values()}
+        self.files: dict[str, Any] = {n: stack.enter_context(safe_open(checkpoint.path / n, "pt")) for n in names}
 
     def tensor(self, name: str) -> Tensor:
-        file = self.checkpoint.where(name).file
-        if file not in self.files:
-            self.files[file] = self.stack.enter_context(safe_open(self.checkpoint.path / file, "pt"))
-        return self.files[file].get_tensor(name)
+        tensor: Tensor = self.files[self.checkpoint.where(name).file].get_tensor(name)
+        return tensor
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
-        packing = self.checkpoint.container.packing(self.checkpoint.formats[linear.name])
-        return {key: self.tensor(f"{linear.name}.{p.suffix}") for key, p in packing.parts(linear.shape).items()}
+        parts = self.packing(linear).parts(linear.shape)
+        return {key: self.tensor(f"{linear.name}.{part.suffix}") for key, part in parts.items()}
+
+    def packing(self, linear: Linear) -> Packing:
+        return self.checkpoint.container.packing(self.checkpoint.formats[linear.name])
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The export, and beside it the source and what the plan makes of it, if they are known."""
+
+    export: Reader
+    source: Reader | None
+    target: Target | None
+    bad: Mapping[str, str]  # tensors whose header entry already has a finding
 
 
 def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> Verdict:
@@ -97,16 +117,17 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
         verdict.add("structure", name, what)
     verdict.compared["structure"] = len(export.inventory)
     check_folder(export, verdict)
-    target = target_of(export, source, verdict) if source is not None else None
-    with (
-        ExitStack() as stack,
-        progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter,
-    ):
-        reader = Reader(export, stack)
-        theirs = Reader(source, stack) if source is not None else None
-        check_small(reader, theirs, target, bad, verdict, meter)
-        check_linears(reader, theirs, target, bad, verdict, meter)
-    check_coverage(export, target, bad, verdict)
+    target = target_of(export, source, bad, verdict) if source is not None else None
+    with ExitStack() as stack:
+        try:
+            theirs = Reader(source, stack) if source is not None and target is not None else None
+            sides = Sides(Reader(export, stack), theirs, target, bad)
+        except (OSError, SafetensorError) as error:
+            verdict.add("structure", str(out), f"is refused by the safetensors library: {error}")
+            return verdict
+        with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
+            check_tensors(sides, verdict, meter)
+    check_coverage(sides, verdict)
     return verdict
 
 
@@ -117,29 +138,38 @@ def check_folder(export: Checkpoint, verdict: Verdict) -> None:
         verdict.compared["counts"] += 1
         if count != experts:
             verdict.add("counts", f"config.json {where}", f"is {count}, and the layers hold {experts} experts")
-    if export.architecture.top_k > experts:
-        verdict.add("counts", "config.json num_experts_per_tok", f"is {export.architecture.top_k} of {experts} experts")
-    for leftover in sorted(export.path.glob(".*.partial")):
-        verdict.add("files", leftover.name, "is half-written; run the export again")
+    for leftover in sorted(export.path.rglob(".*.partial")):
+        verdict.add("files", str(leftover.relative_to(export.path)), "is half-written; run the export again")
     index, payload = export.path / INDEX, sum(s.info.bytes for s in export.stored.values())
     if index.exists():
         verdict.compared["index"] += 1
-        total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
+        metadata = read_object(index).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != payload and (export.path / NOTE).exists():  # released files lie here; exports must not
-            verdict.add("index", INDEX, f"says total_size {total:,}, and the shards hold {payload:,} bytes")
+            verdict.add("index", INDEX, f"says total_size {total}, and the shards hold {payload} bytes")
     elif len({s.file for s in export.stored.values()}) > 1:
         verdict.add("index", INDEX, "is missing, and the model has several shards")
 
 
-def target_of(export: Checkpoint, source: Checkpoint, verdict: Verdict) -> Target | None:
-    """What the export should be, by the plan that travels in it."""
+def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdict: Verdict) -> Target | None:
+    """What the export should be, by the plan that travels in it. None where that plan cannot be believed."""
     note = export.path / NOTE
     if not note.exists():
         raise InputError(f"{export.path} has no {NOTE}, so what it should be is unknown; verify it without a source")
-    target = Target.of(source, Plan.load(note, {"source": source.identity}))
-    if target.config != export.config:
-        keys = sorted(k for k in {*target.config, *export.config} if target.config.get(k) != export.config.get(k))
-        verdict.add("counts", f"config.json {', '.join(keys)}", "is not what the plan makes of the source's")
+    try:
+        target = Target.of(source, Plan.load(note, {"source": source.identity}))
+        rounding_of(target.plan)
+    except MoesaicError as error:
+        verdict.add("plan", NOTE, f"is not this export's: {error}")
+        return None
+    wanted = {t.name for t in inventory(target.architecture, target.container, target.formats)}
+    for name in sorted((wanted ^ set(export.stored)) - set(bad)):
+        bad[name] = (
+            "is missing, and the plan makes it" if name in wanted else "is not in what the plan makes of the source"
+        )
+        verdict.add("structure", name, bad[name])
+    for key in differing(target.config, export.config):
+        verdict.add("counts", f"config.json {key}", "is not what the plan makes of the source's")
     for file in carried(source.path):
         verdict.compared["files"] += 1
         if not (export.path / file).exists():
@@ -149,122 +179,166 @@ def target_of(export: Checkpoint, source: Checkpoint, verdict: Verdict) -> Targe
     return target
 
 
-def check_small(
-    reader: Reader, theirs: Reader | None, target: Target | None, bad: dict[str, str], verdict: Verdict, meter: Meter
-) -> None:
-    """Norms, embeddings, routers, vision: finite, and the source's own bytes or rows."""
-    export = reader.checkpoint
-    rows = (
-        {n: target.plan.kept[layer] for layer, ns in export.architecture.routers.items() for n in ns}
-        if target and target.plan.kept
-        else {}
-    )
-    for info in export.architecture.tensors:
-        if info.name in bad:
-            continue
-        tensor = reader.tensor(info.name)
-        meter.advance(info.bytes)
-        verdict.compared["finite"] += 1
-        if not torch.isfinite(tensor).all():
-            verdict.add(
-                "finite", info.name, f"holds {int((~torch.isfinite(tensor)).sum()):,} values that are no numbers"
-            )
-        if theirs is None or target is None:
-            continue
-        wanted = theirs.tensor(info.name)
-        check = "rows" if info.name in rows else "bytes"
-        wanted = wanted[list(rows[info.name])] if check == "rows" else wanted
-        verdict.compared[check] += 1
-        if not same_bytes(tensor, wanted):
-            verdict.add(check, info.name, "differs from the source's" + (" kept rows" if check == "rows" else ""))
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted names of the keys that differ between two configs."""
+    for key in sorted({*a, *b}):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            yield from differing(x, y, f"{path}{key}.")
+        elif x != y or (key in a) != (key in b):
+            yield path + key
 
 
-def check_linears(
-    reader: Reader, theirs: Reader | None, target: Target | None, bad: dict[str, str], verdict: Verdict, meter: Meter
-) -> None:
-    """Matrices: finite, of a weight's magnitude, and what the plan says they are."""
-    export = reader.checkpoint
-    for group in siblings(export.architecture.linears):
-        whole = [n for n in group if not any(t.name in bad for t in packed(export, n))]
-        for linear in whole:
-            stored = reader.parts(linear)
-            meter.advance(sum(t.nbytes for t in stored.values()))
-            check_values(export, linear, stored, verdict)
-            if theirs is not None and target is not None and keeps_bytes(target, linear):
-                verdict.compared["bytes"] += len(stored)
-                for key, tensor in theirs.parts(target.origin[linear.name]).items():
-                    if not same_bytes(stored[key], tensor):
-                        verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
-            elif theirs is not None and target is not None and len(whole) == len(group) and linear is group[-1]:
-                check_codes(reader, theirs, target, group, verdict)
-
-
-def check_values(export: Checkpoint, linear: Linear, stored: dict[str, Tensor], verdict: Verdict) -> None:
-    """Decoded weights are finite, and neither all zero nor of an impossible size."""
-    w_OI = export.container.packing(export.formats[linear.name]).decode(stored, linear.shape)
-    verdict.compared["finite"] += len(stored)
-    if not torch.isfinite(w_OI).all():
-        verdict.add(
-            "finite", linear.name, f"decodes to {int((~torch.isfinite(w_OI)).sum()):,} values that are no numbers"
-        )
-        return
-    rms = float(w_OI.square().mean(dtype=torch.float64).sqrt())
-    if not 1e-7 < rms < 1e3:
-        verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
-
-
-def check_codes(reader: Reader, theirs: Reader, target: Target, group: tuple[Linear, ...], verdict: Verdict) -> None:
-    """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
-    packings = [target.container.packing(target.formats[n.name]) for n in group]
-    weights = [
-        target.source.container.packing(target.source.formats[o.name]).decode(theirs.parts(o), o.shape)
-        for o in (target.origin[n.name] for n in group)
+def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
+    """Every tensor that its header entry does not already condemn, by several threads, reported in the model's order."""
+    architecture = sides.export.checkpoint.architecture
+    work = [
+        partial(check_small, sides, info.name, meter) for info in architecture.tensors if info.name not in sides.bad
     ]
+    work += [partial(check_linears, sides, group, meter) for group in siblings(architecture.linears)]
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for found in pool.map(lambda job: job(), work):
+            verdict.take(found)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
+    """A norm, embedding, router or vision tensor: finite, and the source's own bytes or rows."""
+    verdict, tensor = Verdict(), sides.export.tensor(name)
+    verdict.compared["finite"] += 1
+    if bad := not_finite(tensor):
+        verdict.add("finite", name, f"holds {bad:,} values that are no numbers")
+    if sides.source is not None and sides.target is not None:
+        rows, wanted = kept_rows(sides.target, name), sides.source.tensor(name)
+        check = "bytes" if rows is None else "rows"
+        verdict.compared[check] += 1
+        if not same_bytes(tensor, wanted if rows is None else wanted[list(rows)]):
+            verdict.add(check, name, "differs from the source's" + ("" if rows is None else " kept rows"))
+    meter.advance(tensor.nbytes)
+    return verdict
+
+
+def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:
+    """Which rows of the source's tensor stand in the export's; None: all."""
+    plan, routers = target.plan, target.architecture.routers
+    return next((plan.kept[layer] for layer, names in routers.items() if name in names and plan.kept), None)
+
+
+def check_linears(sides: Sides, group: tuple[Linear, ...], meter: Meter) -> Verdict:
+    """Matrices that share a second level of scale: finite, of a weight's magnitude, and what the plan says they are."""
+    verdict, target = Verdict(), sides.target
+    whole = [n for n in group if not any(t.name in sides.bad for t in sides.export.packing(n).tensors(n.name, n.shape))]
+    stored = {linear.name: sides.export.parts(linear) for linear in whole}
+    sound = [check_values(n, sides.export.packing(n), stored[n.name], verdict) for n in whole]
+    if sides.source is not None and target is not None:
+        for linear in whole:
+            if keeps_bytes(target, linear):
+                wanted = sides.source.parts(target.origin[linear.name])
+                verdict.compared["bytes"] += len(stored[linear.name])
+                for key in differing_parts(stored[linear.name], wanted):
+                    verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
+        if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
+            check_rounded(sides.source, target, group, stored, verdict)
+    meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
+    return verdict
+
+
+def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor], verdict: Verdict) -> bool:
+    """Decoded weights are finite, and neither too small nor of an impossible size. False where nothing decodes."""
+    verdict.compared["finite"] += len(stored)
+    try:
+        if bounded(linear, packing, stored):
+            return True
+        w_OI = packing.decode(stored, linear.shape)
+    except MoesaicError as error:
+        verdict.add("structure", linear.name, f"does not decode: {error}")
+        return False
+    rms, (low, high) = root_mean_square(w_OI), PLAUSIBLE_RMS
+    if bad := not_finite(w_OI):
+        verdict.add("finite", linear.name, f"decodes to {bad:,} values that are no numbers")
+    elif not low < rms < high and bool(w_OI.any()):
+        verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
+    return True
+
+
+def bounded(linear: Linear, packing: Packing, stored: Mapping[str, Tensor]) -> bool:
+    """Whether codes and scales alone prove a matrix finite and of a plausible size, in a fraction of decoding's time.
+
+    No weight exceeds the largest value of a code in use times the largest step, and the energy of a few
+    rows is part of the whole's. A matrix for which that proves nothing has to be decoded.
+    """
+    codes_OI, scales = packing.unpack(stored, linear.shape)
+    steps, format = packing.number_format.steps(scales), packing.number_format
+    if codes_OI.dtype != torch.uint8 or len(steps) != 1:
+        return False
+    used = codes_OI.flatten().bincount().nonzero().flatten().to(torch.uint8)
+    largest = float(format.value(used, torch.ones(1)).abs().max() * steps[0].abs().max())
+    (rows, columns), at_n = format.block, torch.arange(0, linear.shape[0], -(-linear.shape[0] // SAMPLE_ROWS))
+    steps_nI = steps[0][at_n // (rows or linear.shape[0])].repeat_interleave(columns or linear.shape[1], 1)
+    sampled_nI = format.value(codes_OI[at_n], steps_nI[:, : linear.shape[1]])
+    energy = float(torch.linalg.vector_norm(sampled_nI)) ** 2
+    low, high = PLAUSIBLE_RMS
+    return largest < high and math.sqrt(energy / linear.elements) > low
+
+
+def check_rounded(
+    source: Reader,
+    target: Target,
+    group: tuple[Linear, ...],
+    stored: Mapping[str, Mapping[str, Tensor]],
+    verdict: Verdict,
+) -> None:
+    """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
+    weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
     amax = torch.stack([w.abs().max() for w in weights]).max()
-    rounding = ROUNDINGS[target.plan.rounding]
-    for linear, packing, w_OI in zip(group, packings, weights):
-        format = packing.number_format
-        mine = packing.decode(reader.parts(linear), linear.shape)
-        ratio = float(mine.square().mean().sqrt() / w_OI.square().mean().sqrt().clamp(min=1e-30))
-        if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and float(w_OI.abs().max()):
+    rounding = rounding_of(target.plan)
+    for linear, w_OI in zip(group, weights):
+        packing, parts = target.packing(linear), stored[linear.name]
+        format, mine = packing.number_format, packing.decode(parts, linear.shape)
+        ratio = root_mean_square(mine) / max(root_mean_square(w_OI), 1e-30)
+        if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
             verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
         if rounding.needs:
             continue
-        wanted = format.decode(*rounding.round(w_OI, format, format.share(amax) if format.share else None, {}))
-        verdict.compared["codes"] += len(packing.parts(linear.shape))
-        if not torch.equal(mine, wanted):
-            wrong = int((mine != wanted).sum())
+        verdict.compared["codes"] += len(parts)
+        wanted = packing.pack(*rounding.round(w_OI, format, format.share(amax) if format.share else None, {}))
+        if wrong := differing_parts(parts, wanted):
+            count = int((mine != packing.decode(wanted, linear.shape)).sum())
+            what = f"has {', '.join(wrong)} and {count:,} of {mine.numel():,} weights that rounding the source does not give"
+            verdict.add("codes", linear.name, what)
+
+
+def check_coverage(sides: Sides, verdict: Verdict) -> None:
+    """Where no header entry was condemned, every tensor was looked at, and compared with the source if there is one."""
+    there, compared = len(sides.export.checkpoint.inventory), verdict.compared
+    looked = {"looked at": compared["finite"]}
+    if sides.target is not None and not rounding_of(sides.target.plan).needs:
+        looked["compared with the source"] = compared["bytes"] + compared["rows"] + compared["codes"]
+    for what, count in looked.items() if not sides.bad else ():
+        if count != there and not any(f.check == "structure" for f in verdict.findings):
             verdict.add(
-                "codes",
-                linear.name,
-                f"has {wrong:,} of {mine.numel():,} weights that rounding the source does not give",
+                "structure", str(sides.export.checkpoint.path), f"has {there:,} tensors and {count:,} were {what}"
             )
 
 
-def check_coverage(export: Checkpoint, target: Target | None, bad: dict[str, str], verdict: Verdict) -> None:
-    """Every tensor was looked at, or has a finding that says why not."""
-    looked = verdict.compared["finite"]
-    if looked + len(bad) < len(export.inventory):
-        verdict.add(
-            "structure", str(export.path), f"has {len(export.inventory):,} tensors and only {looked:,} were checked"
-        )
-    if target is not None and not ROUNDINGS[target.plan.rounding].needs:
-        compared = verdict.compared["bytes"] + verdict.compared["rows"] + verdict.compared["codes"]
-        if compared + len(bad) < len(export.inventory) and not bad:
-            verdict.add(
-                "structure",
-                str(export.path),
-                f"has {len(export.inventory):,} tensors and {compared:,} were compared with the source",
-            )
-
-
-def packed(checkpoint: Checkpoint, linear: Linear) -> list[Any]:
-    return checkpoint.container.packing(checkpoint.formats[linear.name]).tensors(linear.name, linear.shape)
+def differing_parts(mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in mine if key not in wanted or not same_bytes(mine[key], wanted[key])]
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-    )
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def root_mean_square(w: Tensor) -> float:
+    return float(torch.linalg.vector_norm(w)) / max(1, w.numel()) ** 0.5
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many values are no numbers. A norm hides none of them, and is far quicker than looking at each."""
+    chunks = tensor.reshape(-1).split(CHUNK)
+    suspects = [c for c in chunks if not torch.linalg.vector_norm(c, dtype=torch.float32).isfinite()]
+    return sum(int((~torch.isfinite(c)).sum()) for c in suspects)

@@ -42,13 +42,23 @@ def per_token(sums: Array, totals: Totals) -> Array:
     return sums / np.maximum(totals["tokens"], 1)
 
 
+def per_position(sums: Array, totals: Totals) -> Array:
+    """Mean over all tokens of the text, whoever got them; 0 where there is no text."""
+    return sums / np.maximum(totals["positions"], 1)
+
+
 def cut(
     score_LE: Array, layers: tuple[int, ...], keep: int, protected: frozenset[tuple[int, int]] = frozenset()
 ) -> Cut:
     """Keep the `keep` best of each layer; ties go to the lower index, `protected` (layer, expert) before all.
 
-    Raises `InputError` for a score that is not a number: such an expert cannot be ranked.
+    Raises `InputError` for a count that drops none or all, and for a score that is not a number: such an
+    expert cannot be ranked.
     """
+    if not 0 < keep < score_LE.shape[1]:
+        raise InputError(
+            f"asked to keep {keep} of {score_LE.shape[1]} experts; wanted at least 1 and fewer than there are"
+        )
     if not np.isfinite(score_LE).all():
         bad = [f"layer {layers[i]} expert {e}" for i, e in np.argwhere(~np.isfinite(score_LE))[:5]]
         raise InputError(
@@ -65,9 +75,10 @@ def cut(
 
 
 def ranks(score_LE: Array) -> Array:
-    """Scores as ranks in [0, 1] within each layer, so that domains of different loudness compare."""
-    order = np.argsort(np.argsort(score_LE, axis=1, kind="stable"), axis=1, kind="stable")
-    return order / max(score_LE.shape[1] - 1, 1)
+    """Scores as ranks in [0, 1] within each layer, so that domains of different loudness compare; equals share a rank."""
+    below_LE = (score_LE[:, None, :] < score_LE[:, :, None]).sum(2)
+    equal_LE = (score_LE[:, None, :] == score_LE[:, :, None]).sum(2) - 1
+    return (below_LE + equal_LE / 2) / max(score_LE.shape[1] - 1, 1)
 
 
 POLICIES: dict[str, Callable[[Array], Array]] = {

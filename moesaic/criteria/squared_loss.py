@@ -4,11 +4,11 @@ The saliency of Optimal Brain Damage for a whole expert, with the layer's output
 the unit that rounding errors have.
 """
 
-from .base import Array, Criterion, Totals
+from .base import Array, Criterion, Totals, per_position
 
 
 def score(totals: Totals) -> Array:
-    return totals["gated2"] / totals["positions"]
+    return per_position(totals["gated2"], totals)
 
 
 SQUARED_LOSS = Criterion(

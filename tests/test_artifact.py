@@ -1,0 +1,157 @@
+"""Artifacts: whole or not there, of one kind, made from these inputs. What is checked against: plain files and signals."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.artifact import atomic, identity, read_json, read_tensors, sweep_partials, write_json, write_tensors, writing
+from moesaic.errors import InputError, PlanError, StaleError
+from moesaic.plan import Plan
+
+MADE_FROM = {"source": "abc"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_json_and_tensors_come_back(tmp_path):
+    write_json(tmp_path / "a.json", "note", {"x": [1, "é"]}, MADE_FROM)
+    assert read_json(tmp_path / "a.json", "note", MADE_FROM)["x"] == [1, "é"]
+    t = {"w": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor([1.5])}
+    write_tensors(tmp_path / "a.safetensors", "note", t, MADE_FROM, {"y": 2})
+    found, body = read_tensors(tmp_path / "a.safetensors", "note", MADE_FROM)
+    assert body["y"] == 2 and torch.equal(found["w"], t["w"]) and torch.equal(found["b"], t["b"])
+    assert names(tmp_path) == ["a.json", "a.safetensors"]
+
+
+def test_same_content_same_bytes(tmp_path):
+    t = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.int32)}
+    for name in ("one", "two"):
+        write_json(tmp_path / f"{name}.json", "note", {"x": 1}, MADE_FROM)
+        write_tensors(tmp_path / f"{name}.safetensors", "note", t, MADE_FROM)
+    for suffix in ("json", "safetensors"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
+
+
+def test_new_files_have_the_users_usual_mode(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", "note", {"w": torch.ones(1)}, {})
+    assert stat.filemode((tmp_path / "a.safetensors").stat().st_mode) == stat.filemode((tmp_path / "plain").stat().st_mode)
+
+
+def test_other_inputs_are_stale_and_name_both(tmp_path):
+    write_json(tmp_path / "a.json", "note", {}, MADE_FROM)
+    with pytest.raises(StaleError, match=r"a\.json was made from source abc, and this is xyz"):
+        read_json(tmp_path / "a.json", "note", {"source": "xyz"})
+    with pytest.raises(StaleError, match="made from tokens None"):
+        read_json(tmp_path / "a.json", "note", {"tokens": "xyz"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"kind": "note"}', b'{"kind": "note", "inputs": 3}', b"[" * 100_000],
+)
+def test_what_is_no_artifact_is_one_sentence(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json"):
+        read_json(tmp_path / "a.json", "note", MADE_FROM)
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.safetensors"):
+        read_tensors(tmp_path / "a.safetensors", "note", MADE_FROM)
+
+
+def test_another_kind_or_schema_is_refused(tmp_path):
+    write_json(tmp_path / "a.json", "plan", {}, {})
+    with pytest.raises(InputError, match="is a 'plan' file of schema 1, wanted 'note' of 1"):
+        read_json(tmp_path / "a.json", "note")
+    body = json.loads((tmp_path / "a.json").read_text()) | {"schema": 2}
+    (tmp_path / "a.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match="schema 2, wanted 'plan' of 1"):
+        read_json(tmp_path / "a.json", "plan")
+
+
+def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_json(tmp_path / "a.json", "note", {"x": 1}, {})
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a.json") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert read_json(tmp_path / "a.json", "note")["x"] == 1 and names(tmp_path) == ["a.json"]
+
+
+def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_is_swept(tmp_path):
+    write_json(tmp_path / "sub" / "a.json", "note", {"x": 1}, {})
+    code = f"""
+from pathlib import Path; import os, signal
+from moesaic.artifact import atomic
+with atomic(Path({str(tmp_path / "sub" / "a.json")!r})) as partial:
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert read_json(tmp_path / "sub" / "a.json", "note")["x"] == 1
+    assert len(names(tmp_path / "sub")) == 2, "the kill came too late to leave anything"
+    sweep_partials(tmp_path)
+    assert names(tmp_path / "sub") == ["a.json"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="the disk is full; make room, and the same command continues"), writing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if Path("/dev/full").exists():  # a device that is always full
+        with pytest.raises(InputError, match="the disk is full"), writing(tmp_path / "a"), open("/dev/full", "wb", 0) as f:
+            f.write(b"x")
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written: .*; make it writable"):
+        write_json(tmp_path / "file" / "a.json", "note", {}, {})
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text(), max_size=5))
+def test_identity_is_of_facts_not_of_their_order(facts):
+    backwards = dict(reversed(facts.items()))
+    assert identity(facts) == identity(backwards) and len(identity(facts)) == 16
+    assert identity(facts) != identity({**facts, "one more": 1})
+
+
+# Plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back(tmp_path):
+    plan = Plan("mxfp8", {3: (0, 2), 5: (1, 4)}, {"layers.3.experts": "mxfp4"}, "rtn")
+    plan.save(tmp_path / "plan.json", MADE_FROM)
+    assert Plan.load(tmp_path / "plan.json", MADE_FROM) == plan and plan.experts(8) == 2 and Plan("fp8").experts(8) == 8
+
+
+@pytest.mark.parametrize("ids", [(2, 1), (1, 1), (0.0, 1.0), ("0", "1")])
+def test_ids_are_distinct_ascending_numbers(ids):
+    with pytest.raises(PlanError, match="distinct ids in ascending order"):
+        Plan("fp8", {0: ids})
+
+
+def test_layers_keep_one_count():
+    with pytest.raises(PlanError, match=r"\[1, 2\] experts"):
+        Plan("fp8", {0: (1,), 1: (1, 2)})
+
+
+@pytest.mark.parametrize("key", ["kept", "formats", "container", "rounding"])
+@pytest.mark.parametrize("damage", [None, "gone"])
+def test_a_damaged_plan_is_one_sentence(tmp_path, key, damage):
+    Plan("fp8", {0: (1,)}).save(tmp_path / "plan.json", {})
+    body = json.loads((tmp_path / "plan.json").read_text())
+    body.pop(key) if damage == "gone" else body.update({key: damage})
+    (tmp_path / "plan.json").write_text(json.dumps(body))
+    with pytest.raises(PlanError, match="make it again"):
+        Plan.load(tmp_path / "plan.json")
