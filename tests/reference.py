@@ -56,7 +56,9 @@ class Reference:
             return self.values[f"{moe}e_score_correction_bias"]
         if name.endswith("mlp.gate.weight"):
             return self.values[f"{moe}gate.weight"]
-        disk = root + name.replace("indexer.", "index_").replace("mlp.shared_experts.", "block_sparse_moe.shared_experts.")
+        disk = root + name.replace("indexer.", "index_").replace(
+            "mlp.shared_experts.", "block_sparse_moe.shared_experts."
+        )
         if disk.endswith("gate_up_proj.weight"):
             return torch.cat([self.values[disk.replace("gate_up", part)] for part in ("gate", "up")])
         return self.values[disk]

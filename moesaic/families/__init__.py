@@ -13,7 +13,7 @@ FAMILIES = collect(__name__, Family)
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that a config.json belongs to. Raises `FamilyError` for one nobody wrote code for."""
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise FamilyError(
             f"config.json says model_type {name!r}; moesaic knows {', '.join(sorted(FAMILIES))}. "
             "Add families/<model_type>.py to teach it another"

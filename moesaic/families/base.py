@@ -29,6 +29,7 @@ DTYPE_BYTES = {
     "U32": 4,
     "I64": 8,
 }
+MOST_LAYERS, MOST_EXPERTS = 1024, 8192  # a typo beyond them would fill the memory with names
 COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts")
 
 
@@ -134,12 +135,12 @@ class Serving:
     head_width: int
     cached_layers: int  # layers that keep a key and a value of every kv head
     cuts: Mapping[str, str]
-    block_tokens: int  # tokens of a cache page
     tool_parser: str  # vLLM's name for the model's tool calls
     reasoning_parser: str
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0
-    attention_backend: str = ""  # vLLM's name; "" leaves the choice to it
+    block_tokens: int = 0  # of a cache page; 0 leaves it to the server
+    attention_backend: str = ""  # vLLM's name; "" leaves it to the server
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,30 @@ def expect(config: Config, key: str, *wanted: Any) -> Any:
             f"config.json has {key} = {config[key]!r}; this family's code was written for {' or '.join(map(repr, wanted))}"
         )
     return config[key]
+
+
+def count(config: Config, key: str, most: int = 2**31) -> int:
+    """config[key], which must be a whole number from 1 to `most`."""
+    value = expect(config, key)
+    if type(value) is not int or not 1 <= value <= most:
+        raise FamilyError(f"config.json has {key} = {value!r}; wanted a whole number from 1 to {most:,}")
+    return value
+
+
+def section(config: Config, key: str) -> Config:
+    """config[key], which must be an object."""
+    value = expect(config, key)
+    if not isinstance(value, Mapping):
+        raise FamilyError(f"config.json has {key} = {value!r}; wanted an object")
+    return value
+
+
+def schedule(config: Config, key: str, layers: int) -> list[int]:
+    """config[key], which must say 0 or 1 of each layer."""
+    value = expect(config, key)
+    if not isinstance(value, list) or len(value) != layers or not all(flag in (0, 1) for flag in value):
+        raise FamilyError(f"config.json has {key} = {value!r:.80}; wanted a 0 or 1 for each of {layers} layers")
+    return value
 
 
 def expert_counts(config: Config, path: str = "") -> Iterator[tuple[str, int]]:

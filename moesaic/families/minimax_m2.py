@@ -5,7 +5,9 @@ The configs promise three MTP modules and no released file holds a tensor of the
 
 from typing import Any
 
-from .base import Architecture, Config, Family, Linear, Serving, TensorInfo, expect
+from torch.nn.functional import silu
+
+from .base import MOST_EXPERTS, MOST_LAYERS, Architecture, Config, Family, Linear, Serving, TensorInfo, count, expect
 
 PREFIX = "model.layers."
 
@@ -20,9 +22,11 @@ def read(config: Config) -> Architecture:
     expect(config, "hidden_act", "silu")
     expect(config, "tie_word_embeddings", False)
     expect(config, "shared_intermediate_size", 0)
-    layers, experts = expect(config, "num_hidden_layers"), expect(config, "num_local_experts")
+    layers, experts = count(config, "num_hidden_layers", MOST_LAYERS), count(config, "num_local_experts", MOST_EXPERTS)
     expect(config, "attn_type_list", [1] * layers)
-    hidden, vocab = expect(config, "hidden_size"), expect(config, "vocab_size")
+    hidden, vocab = count(config, "hidden_size"), count(config, "vocab_size")
+    for key in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        count(config, key)
     linears: list[Linear] = []
     tensors = [TensorInfo("model.embed_tokens.weight", "BF16", (vocab, hidden), "embedding")]
     for layer in range(layers):
@@ -33,8 +37,8 @@ def read(config: Config) -> Architecture:
         TensorInfo("lm_head.weight", "BF16", (vocab, hidden), "head"),
     ]
     return Architecture(
-        family="minimax_m2", hidden=hidden, vocab=vocab, context=expect(config, "max_position_embeddings"),
-        layers=layers, moe_layers=tuple(range(layers)), experts=experts, top_k=expect(config, "num_experts_per_tok"),
+        family="minimax_m2", hidden=hidden, vocab=vocab, context=count(config, "max_position_embeddings"),
+        layers=layers, moe_layers=tuple(range(layers)), experts=experts, top_k=count(config, "num_experts_per_tok", experts),
         layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
         embedding="model.embed_tokens.weight", norm="model.norm.weight", head="lm_head.weight",
     )  # fmt: skip
@@ -84,7 +88,7 @@ def text(config: Config) -> Config:
 
 def activate(config: Config, gate: Any, up: Any) -> Any:
     """SwiGLU: silu(gate) · up."""
-    return gate * gate.sigmoid() * up
+    return silu(gate) * up
 
 
 def parameters(architecture: Architecture, layer: int) -> dict[str, tuple[str, ...]]:
@@ -106,7 +110,7 @@ def serving(config: Config) -> Serving:
     return Serving(
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=config["head_dim"],
         cached_layers=config["num_hidden_layers"], cuts={"q_norm.weight": "rows", "k_norm.weight": "kv"},
-        block_tokens=16, tool_parser="minimax_m2", reasoning_parser="minimax_m2",
+        tool_parser="minimax_m2", reasoning_parser="minimax_m2",
     )  # fmt: skip
 
 

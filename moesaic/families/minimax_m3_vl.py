@@ -7,13 +7,26 @@ holds a tensor of them, so none is expected.
 
 from typing import Any
 
-from .base import Architecture, Config, Family, Linear, Serving, TensorInfo, expect
+from .base import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Architecture,
+    Config,
+    Family,
+    Linear,
+    Serving,
+    TensorInfo,
+    count,
+    expect,
+    schedule,
+    section,
+)
 
 PREFIX = "language_model.model.layers."
 
 
 def text(config: Config) -> Config:
-    return expect(config, "text_config")
+    return section(config, "text_config")
 
 
 def read(config: Config) -> Architecture:
@@ -21,7 +34,8 @@ def read(config: Config) -> Architecture:
     expect(config, "model_type", "minimax_m3_vl")
     t = text(config)
     check(t)
-    layers, hidden, vocab = t["num_hidden_layers"], expect(t, "hidden_size"), expect(t, "vocab_size")
+    layers, experts = count(t, "num_hidden_layers", MOST_LAYERS), count(t, "num_local_experts", MOST_EXPERTS)
+    hidden, vocab = count(t, "hidden_size"), count(t, "vocab_size")
     sparse = t["sparse_attention_config"]["sparse_attention_freq"]
     moe_layers = tuple(i for i in range(layers) if t["moe_layer_freq"][i])
     linears: list[Linear] = []
@@ -36,8 +50,8 @@ def read(config: Config) -> Architecture:
         tensors += small_tensors(t, layer, bool(sparse[layer]), layer in moe_layers)
     tensors += vision(config)
     return Architecture(
-        family="minimax_m3_vl", hidden=hidden, vocab=vocab, context=expect(t, "max_position_embeddings"), layers=layers,
-        moe_layers=moe_layers, experts=expect(t, "num_local_experts"), top_k=expect(t, "num_experts_per_tok"),
+        family="minimax_m3_vl", hidden=hidden, vocab=vocab, context=count(t, "max_position_embeddings"), layers=layers,
+        moe_layers=moe_layers, experts=experts, top_k=count(t, "num_experts_per_tok", experts),
         layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
         embedding="language_model.model.embed_tokens.weight", norm="language_model.model.norm.weight",
         head="language_model.lm_head.weight",
@@ -52,13 +66,20 @@ def check(t: Config) -> None:
         ("tie_word_embeddings", False), ("n_shared_experts", 1),
     ):  # fmt: skip
         expect(t, key, wanted)
-    layers, s = expect(t, "num_hidden_layers"), expect(t, "sparse_attention_config")
+    for key in (
+        "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "dense_intermediate_size",
+        "shared_intermediate_size",
+    ):  # fmt: skip
+        count(t, key)
+    layers, s = count(t, "num_hidden_layers", MOST_LAYERS), section(t, "sparse_attention_config")
+    for key in ("sparse_index_dim", "sparse_num_index_heads"):
+        count(s, key)
     for key, wanted in (("use_sparse_attention", True), ("sparse_score_type", "max"), ("sparse_init_block", 0)):
         expect(s, key, wanted)
     # The indexer only selects; its value path is off on every sparse layer of every released file.
     expect(s, "sparse_disable_index_value", expect(s, "sparse_attention_freq"))
-    for schedule in (expect(t, "moe_layer_freq"), s["sparse_attention_freq"]):
-        expect({"length of a layer schedule": len(schedule)}, "length of a layer schedule", layers)
+    schedule(t, "moe_layer_freq", layers)
+    schedule(s, "sparse_attention_freq", layers)
 
 
 def attention(t: Config, layer: int, sparse: bool) -> list[Linear]:
@@ -124,18 +145,20 @@ def small_tensors(t: Config, layer: int, sparse: bool, is_moe: bool) -> list[Ten
 
 def vision(config: Config) -> list[TensorInfo]:
     """The vision tower and its projectors. `pre_layrnorm` is spelled so on disk, and there is no layer norm after."""
-    v, hidden, out = config["vision_config"], config["text_config"]["hidden_size"], config["projector_hidden_size"]
-    width, inner, patch = v["hidden_size"], v["intermediate_size"], v["patch_size"]
-    merge = v["img_token_compression_config"]
-    frames, side = merge["temporal_patch_size"], merge["spatial_merge_size"]
+    v, hidden, out = (
+        section(config, "vision_config"),
+        text(config)["hidden_size"],
+        count(config, "projector_hidden_size"),
+    )
+    width, inner, patch = count(v, "hidden_size"), count(v, "intermediate_size"), count(v, "patch_size")
+    merge, colours = section(v, "img_token_compression_config"), count(v, "num_channels")
+    frames, side = count(merge, "temporal_patch_size"), count(merge, "spatial_merge_size")
     at = "vision_tower.vision_model."
     found = [
-        TensorInfo(
-            f"{at}embeddings.patch_embedding.weight", "F32", (width, v["num_channels"], frames, patch, patch), "vision"
-        ),
+        TensorInfo(f"{at}embeddings.patch_embedding.weight", "F32", (width, colours, frames, patch, patch), "vision"),
         *both(f"{at}pre_layrnorm", (width,)),
     ]
-    for i in range(v["num_hidden_layers"]):
+    for i in range(count(v, "num_hidden_layers", MOST_LAYERS)):
         block = f"{at}encoder.layers.{i}."
         for norm in ("layer_norm1", "layer_norm2"):
             found += both(block + norm, (width,))

@@ -6,6 +6,6 @@
 """
 
 from .layer import LayerRun
-from .state import BlockPass, ExpertPass, Observer, Routing, State
+from .state import BlockPass, Change, ExpertPass, Observer, Routing, State
 
-__all__ = ["BlockPass", "ExpertPass", "LayerRun", "Observer", "Routing", "State"]
+__all__ = ["BlockPass", "Change", "ExpertPass", "LayerRun", "Observer", "Routing", "State"]

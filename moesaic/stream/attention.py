@@ -15,7 +15,7 @@ SCORE_COPIES = 3  # F32 tensors of [heads, queries, keys] that block-sparse sele
 ROW_COPIES = 8  # F32 tensors of [heads, queries, head_dim]: q, k, v, their norms and rotations
 
 
-def attend(block: nn.Module, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffer_bytes: int) -> Tensor:
+def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffer_bytes: int) -> Tensor:
     """hidden + attention(norm(hidden)), [B, T, D], with `block`'s `input_layernorm` and `self_attn`.
 
     A mask of [heads, queries, keys] may exist only for what `buffer_bytes` holds: whole rows if they

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from .memory import ahead, spans
-from .state import ExpertPass, Observer, Routing
+from .state import Change, ExpertPass, Observer, Routing
 
 Stored = TypeVar("Stored")
 
@@ -63,13 +63,14 @@ class Share:
     routed_TD: Tensor  # F32; each expert adds to it
     order: Tensor  # [T·k]: positions in `routing.experts_Tk`, by expert, then token
     ends: list[int]  # expert -> where its part of `order` ends
+    change: Change | None = None  # of the experts' weights
 
     @staticmethod
-    def of(x_TD: Tensor, routing: Routing, observer: Observer | None) -> "Share":
+    def of(x_TD: Tensor, routing: Routing, observer: Observer | None, change: Change | None = None) -> "Share":
         chosen = routing.experts_Tk.flatten()
         ends = chosen.bincount(minlength=routing.affinity_TE.shape[1]).cumsum(0).tolist()
         routed_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends)
+        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends, change)
 
     def of_expert(self, expert: int) -> Tensor:
         """Positions in `routing.experts_Tk` of the tokens that chose `expert`, by token."""
@@ -79,22 +80,27 @@ class Share:
 def run_experts(
     shares: Sequence[Share],
     read: Callable[[int], Stored],
-    decode: Callable[[Stored], ExpertWeights],
+    decode: Callable[[Stored, Change | None], ExpertWeights],
     activate: Callable[[Tensor, Tensor], Tensor],
     buffer_bytes: int,
 ) -> None:
     """Add to each share's `routed_TD` the sum of gate · expert(x) over the experts that its tokens selected.
 
-    An expert that nobody selected is not read. One that was is read and decoded once for all shares; each
-    share is multiplied by itself, so that what a branch gets does not depend on which others ride along.
+    An expert that nobody selected is not read. One that was is read once for all shares, and decoded once for
+    all that change it alike; each share is multiplied by itself, so that what a branch gets does not depend
+    on which others ride along.
     """
     experts = range(len(shares[0].ends))
     selected = [e for e in experts if any(len(share.of_expert(e)) for share in shares)]
     for expert, stored in ahead(read, selected):
-        weights = decode(stored)
-        for share in shares:
-            pass_expert(share, expert, weights, activate, buffer_bytes)
-        del stored, weights  # before the next but one is read
+        asking = [share for share in shares if len(share.of_expert(expert))]
+        for change in dict.fromkeys(share.change for share in asking):
+            weights = decode(stored, change)
+            for share in asking:
+                if share.change == change:
+                    pass_expert(share, expert, weights, activate, buffer_bytes)
+            del weights
+        del stored  # before the next but one is read
 
 
 def pass_expert(

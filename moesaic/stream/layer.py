@@ -21,11 +21,9 @@ from ..families import Linear
 from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
 from .memory import default_buffer_bytes, spans
-from .state import BlockPass, State
+from .state import BlockPass, Change, State
 
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
-
-ATTENTION = ("input_layernorm", "self_attn")  # modules of a decoder layer that run before its feed-forward half
 
 
 class LayerRun:
@@ -34,8 +32,8 @@ class LayerRun:
     `advance` depends on its arguments alone: a caller may save hidden states between any two layers and
     go on later, or let several branches ride one reading of the weights.
 
-    Memory: the largest of one layer's attention and its dense or shared MLP, or two experts (one at
-    work, one as stored, being read); `buffer_bytes` of working memory; and, for T tokens, four times T · D (before,
+    Memory: the largest of one layer's attention, its dense or shared MLP, and two experts (one decoded,
+    one as it is stored); `buffer_bytes` of working memory; and, for T tokens, four times T · D (before,
     after, normed, and the experts' sum). Never the embedding or the head, which pass by in blocks.
     """
 
@@ -53,7 +51,9 @@ class LayerRun:
         buffer_bytes  working memory; less of it only makes smaller steps
         """
         if not checkpoint.has_weights:
-            raise CheckpointError(f"{checkpoint.path} has no weights, only a config; a forward pass needs the whole checkpoint")
+            raise CheckpointError(
+                f"{checkpoint.path} has no weights, only a config; a forward pass needs the whole checkpoint"
+            )
         family = checkpoint.family
         self.checkpoint, self.family, self.architecture = checkpoint, family, checkpoint.architecture
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,9 +82,10 @@ class LayerRun:
 
     @torch.no_grad()
     def advance(self, layer: int, states: Sequence[State]) -> list[State]:
-        """`states` after one layer; every weight that any of them needs is read and decoded once.
+        """`states` after one layer; every expert that any of them needs is read once.
 
-        Each state's result is to the bit what it would be alone.
+        Each state's result is to the bit what it would be alone. States that begin with one tensor, as the
+        branches of one place do, share its attention.
         """
         middle = self.attention(layer, states)
         after = self.feed_forward(layer, states, middle)
@@ -115,33 +116,46 @@ class LayerRun:
     # The two halves of a layer. Each builds and fills its own modules, which are gone when it returns.
 
     def attention(self, layer: int, states: Sequence[State]) -> list[Tensor]:
-        names = self.family.parameters(self.architecture, layer)
-        block = self.block(layer, {p: disk for p, disk in names.items() if p.split(".")[0] in ATTENTION})
-        return [attend(block, s.hidden_BTD, self.rotary, self.config, self.buffer_bytes) for s in states]
+        out = [s.hidden_BTD for s in states]
+        for block, members in self.blocks(layer, ("input_layernorm", "self_attn"), states, ("qkv", "o")):
+            found: dict[int, Tensor] = {}  # by identity of what went in
+            for i in members:
+                h_BTD = states[i].hidden_BTD
+                if id(h_BTD) in found:
+                    out[i] = found[id(h_BTD)].clone()
+                else:
+                    out[i] = found[id(h_BTD)] = attend(block, h_BTD, self.rotary, self.config, self.buffer_bytes)
+        return out
 
     def feed_forward(self, layer: int, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Tensor]:
-        names = self.family.parameters(self.architecture, layer)
-        block = self.block(layer, {p: disk for p, disk in names.items() if p.split(".")[0] not in ATTENTION})
+        norm = self.block(layer, ("post_attention_layernorm",)).post_attention_layernorm
         flat = [hidden_BTD.flatten(0, 1) for hidden_BTD in hidden]
-        normed = [self.in_spans(block.post_attention_layernorm, h_TD, 4) for h_TD in flat]
+        normed = [self.in_spans(norm, h_TD, 4) for h_TD in flat]
         if layer in self.architecture.moe_layers:
-            self.moe(layer, states, normed, flat, block)
+            self.moe(layer, states, normed, flat)
         else:
-            for x_TD, h_TD in zip(normed, flat):
-                h_TD += self.in_spans(block.mlp, x_TD, self.widening(block.mlp))
+            for h_TD, out_TD in zip(flat, self.mlp(layer, "mlp", states, normed)):
+                h_TD += out_TD
         return list(hidden)
 
-    def moe(
-        self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor], block: nn.Module
-    ) -> None:
+    def mlp(self, layer: int, name: str, states: Sequence[State], normed: Sequence[Tensor]) -> list[Tensor]:
+        """The dense or shared MLP of that name on each of `normed`."""
+        out = list(normed)
+        for block, members in self.blocks(layer, (name,), states, ("dense", "shared")):
+            module = block.get_submodule(name)
+            for i in members:
+                out[i] = self.in_spans(module, normed[i], self.widening(module))
+        return out
+
+    def moe(self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
         """Add a MoE block's output to each of `hidden`."""
         router_ED, bias_E = (self.checkpoint.read(n).to(self.device) for n in self.architecture.routers[layer])
-        shares = []
+        (unit,), shares = self.units(layer, ("experts",)), []
         for state, x_TD in zip(states, normed):
             routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, state.dropped.get(layer, ()))
             if state.observer is not None:
                 state.observer.route(routing)
-            shares.append(Share.of(x_TD, routing, state.observer))
+            shares.append(Share.of(x_TD, routing, state.observer, state.changed.get(unit)))
         run_experts(
             shares,
             lambda expert: self.read_expert(layer, expert),
@@ -150,10 +164,11 @@ class LayerRun:
             self.buffer_bytes,
         )
         scale = self.family.routed_scale(self.text)
-        shared = block.get_submodule(self.family.shared) if self.family.shared else None
-        for share, h_TD in zip(shares, hidden):
+        shared: Sequence[Tensor | None] = [None] * len(states)
+        if self.family.shared:
+            shared = self.mlp(layer, self.family.shared, states, normed)
+        for share, h_TD, shared_TD in zip(shares, hidden, shared):
             routed_TD = share.routed_TD.mul_(scale)
-            shared_TD = None if shared is None else self.in_spans(shared, share.x_TD, self.widening(shared))
             if share.observer is not None:
                 share.observer.block(BlockPass(layer, h_TD, share.x_TD, routed_TD, shared_TD))
             h_TD += routed_TD
@@ -173,17 +188,37 @@ class LayerRun:
 
     # Weights, from disk to the device.
 
-    def block(self, layer: int, names: Mapping[str, Sequence[str]]) -> Any:
-        """transformers' decoder layer in which the parameters `names` are filled and all others have no memory.
+    def units(self, layer: int, roles: Sequence[str]) -> list[str]:
+        found = self.architecture.units.items()
+        return [unit for unit, members in found if members[0].layer == layer and members[0].role in roles]
 
-        Raises `FamilyError` when a module in use is left without values: the family's `parameters` is wrong.
+    def blocks(
+        self, layer: int, modules: Sequence[str], states: Sequence[State], roles: Sequence[str]
+    ) -> Iterator[tuple[Any, list[int]]]:
+        """`block` for all states that change the units of `roles` alike, one block after another, and which they are."""
+        units, alike = self.units(layer, roles), dict[tuple[Change | None, ...], list[int]]()
+        for i, state in enumerate(states):
+            alike.setdefault(tuple(state.changed.get(unit) for unit in units), []).append(i)
+        for changes, members in alike.items():
+            yield self.block(layer, modules, {u: c for u, c in zip(units, changes) if c is not None}), members
+
+    def block(self, layer: int, modules: Sequence[str], changed: Mapping[str, Change] | None = None) -> Any:
+        """transformers' decoder layer in which `modules` are filled and all others have no memory.
+
+        Raises `FamilyError` when one of them is left without values: the family's `parameters` is wrong.
         """
         with torch.device("meta"):
             block = getattr(self.modeling, self.family.layer_class)(self.config, layer).eval()
-        filled = {name: self.parameter(stacked) for name, stacked in names.items()}
+        within = tuple(f"{module}." for module in modules)
+        names = self.family.parameters(self.architecture, layer)
+        values: dict[str, Tensor] = {}
+        for unit, change in (changed or {}).items():
+            linears = self.architecture.units[unit]
+            w = change(linears, [self.checkpoint.decode(n.name, self.device) for n in linears])
+            values |= {f"{n.name}.weight": w_OI.to(self.dtype) for n, w_OI in zip(linears, w)}
+        filled = {name: self.parameter(disk, values) for name, disk in names.items() if name.startswith(within)}
         unknown = block.load_state_dict(filled, strict=False, assign=True).unexpected_keys
-        homes = {name.rsplit(".", 1)[0] for name in names}
-        empty = [f"{h}.{n}" for h in homes for n, p in block.get_submodule(h).named_parameters() if p.is_meta]
+        empty = [name for name, p in block.named_parameters() if p.is_meta and name.startswith(within)]
         if unknown or empty:
             raise FamilyError(
                 f"layer {layer} of {self.family.name} has no module for {unknown} and no values for {empty}; "
@@ -191,28 +226,31 @@ class LayerRun:
             )
         return block
 
-    def parameter(self, names: Sequence[str]) -> Tensor:
-        """Matrices or vectors from disk, stacked by rows, in the run's dtype; one of them in F32 at a time."""
+    def parameter(self, names: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
+        """Matrices or vectors, of `values` or else from disk, stacked by rows, in the run's dtype."""
         if len(names) == 1:
-            return self.weight(names[0])
+            return self.weight(names[0], values)
         sizes = [self.architecture.by_name[name.removesuffix(".weight")].shape for name in names]
         stacked = torch.empty(sum(o for o, _ in sizes), sizes[0][1], dtype=self.dtype, device=self.device)
         start = 0
         for name, (o, _) in zip(names, sizes):
-            stacked[start : start + o] = self.weight(name)
+            stacked[start : start + o] = self.weight(name, values)
             start += o
         return stacked
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        if values and name in values:
+            return values[name]
         return self.checkpoint.decode(name, self.device).to(self.dtype)
 
     def read_expert(self, layer: int, expert: int) -> StoredExpert:
         linears = self.architecture.experts_of[layer, expert]
         return {p: (linears[p], self.checkpoint.parts(linears[p])) for p in ("gate", "up", "down")}
 
-    def decode_expert(self, stored: StoredExpert) -> ExpertWeights:
-        values = {p: self.checkpoint.value(linear, parts, self.device) for p, (linear, parts) in stored.items()}
-        return ExpertWeights(**{f"{p}": w.to(self.dtype) for p, w in values.items()})
+    def decode_expert(self, stored: StoredExpert, change: Change | None) -> ExpertWeights:
+        values = [self.checkpoint.value(linear, parts, self.device) for linear, parts in stored.values()]
+        changed = change([linear for linear, _ in stored.values()], values) if change else values
+        return ExpertWeights(**{p: w_OI.to(self.dtype) for p, w_OI in zip(stored, changed)})
 
     def norm(self) -> nn.Module:
         weight_D = self.weight(self.architecture.norm)

@@ -9,6 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..families import Linear
+
+# A unit's matrices, or of its experts one's, with their values [O, I] in F32 -> the values to multiply with instead.
+Change = Callable[[Sequence[Linear], Sequence[Tensor]], Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -70,9 +75,12 @@ class State:
 
     dropped    MoE layer -> ids of experts that cannot be selected there (score −inf), as if pruned
     nonfinite  layer -> tokens whose hidden state is infinite or NaN after it; layers with none are left out
+    changed    unit -> what becomes of its matrices, as if they were written so; branches that name the very
+               same `Change` for a unit share what it makes
     """
 
     hidden_BTD: Tensor
     dropped: Mapping[int, Sequence[int]] = field(default_factory=dict)
     observer: Observer | None = None
     nonfinite: Mapping[int, int] = field(default_factory=dict)
+    changed: Mapping[str, Change] = field(default_factory=dict)
