@@ -167,7 +167,7 @@ def drawn(draw: str, rows: int, seed: int) -> Divergence:
 
 @pytest.mark.parametrize(("draw", "rows"), [("normal", 16), ("lognormal", 16), ("lognormal", 48)])
 def test_intervals_cover_what_they_say(draw: str, rows: int) -> None:
-    trials, held, naive = 400, 0, 0
+    trials, held, naive = 250, 0, 0
     for seed in range(trials):
         divergence = drawn(draw, rows, seed)
         estimate = Bootstrap(divergence, seed).mean(divergence["kl_nats"])

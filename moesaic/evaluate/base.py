@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import atomic, identity, read_json, write_json
+from ..artifact import atomic, header, identity, read_json, write_json
 from ..divergence import Bootstrap, Divergence, Estimate
 from ..tokens import TokenSet, sha256_of
 
@@ -127,4 +127,5 @@ class Scores:
     @staticmethod
     def read(path: Path, inputs: Mapping[str, str] | None = None) -> "Scores":
         body = read_json(path, KIND, inputs)
-        return Scores(tuple(Score(**score) for score in body.pop("scores")), body)
+        facts = {key: value for key, value in body.items() if key not in (*header(KIND, {}), "scores")}
+        return Scores(tuple(Score(**score) for score in body["scores"]), facts)

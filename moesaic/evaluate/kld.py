@@ -27,7 +27,7 @@ def score(of: Scoring) -> list[Score]:
         found.append(of.score("top1_agreement", agreement, "share", part, where))
     quantiles = bootstrap.quantiles(kl_BS, tuple(SPREAD.values()))
     found += [of.score(name, estimate, "nats") for name, estimate in zip(SPREAD, quantiles)]
-    found.append(of.score("kl_max", Estimate(float(kl_BS.max())), "nats"))
+    found.append(of.score("kl_max", Estimate(float(kl_BS.max()) if divergence.tokens else float("nan")), "nats"))
     found.append(of.score("kl_above_1_nat", bootstrap.mean((kl_BS > 1).astype(float), within=SHARE), "share"))
     found.append(of.score("top5_overlap", bootstrap.mean(divergence["shared_top5"], within=SHARE), "share"))
     found.append(of.score("delta_p_mean", bootstrap.mean(delta_BS), "probability"))

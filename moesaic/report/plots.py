@@ -149,7 +149,7 @@ def saliency(score_LE: np.ndarray, kept_LE: np.ndarray, layers: Sequence[int]) -
     share_LE = np.clip(score_LE / np.maximum(score_LE.max(1, keepdims=True), 1e-300), 0, 1)
     rgba_LE4 = SALIENCY(share_LE)
     rgba_LE4[~kept_LE, :3], rgba_LE4[~kept_LE, 3] = 0.5, 0.08 + 0.3 * share_LE[~kept_LE]
-    lost = np.argwhere(~kept_LE) if score_LE.size <= STRUCK else []
+    lost = np.argwhere(~kept_LE)[: STRUCK if score_LE.size <= STRUCK else 0]
 
     def draw(axes: Axes, narrow: bool) -> None:
         axes.imshow(rgba_LE4, aspect="auto", interpolation="nearest")
