@@ -28,6 +28,7 @@ from .tokens import TokenSet
 
 KIND = "statistics"
 SUMS = ("tokens", "gate", "gate2", "norm", "norm2", "gated", "gated2", "gnorm2", "turned")  # see criteria/base.py
+TOWERS = 10.0
 SAVE_SECONDS = 300.0  # a killed sweep loses at most this much, and a layer
 
 
@@ -137,9 +138,13 @@ class Statistics:
         return [(self.layers[i], int(e), int(bad_LE[i, e])) for i, e in np.argwhere(bad_LE > 0)]
 
     def super_experts(self) -> list[tuple[int, int]]:
-        """Experts whose outputs tower over all others': losing one of these few wrecks a model (arXiv 2507.23279)."""
+        """Experts whose outputs tower over all others': losing one of these few wrecks a model.
+
+        The rule of arXiv 2507.23279, above the 99.5th percentile and a tenth of the highest peak, finds one
+        in any model; so a peak has to be `TOWERS` times the usual one besides.
+        """
         peak_LE = self.totals()["peak"]
-        high = peak_LE > max(np.percentile(peak_LE, 99.5), peak_LE.max() / 10)
+        high = peak_LE > max(np.percentile(peak_LE, 99.5), peak_LE.max() / 10, TOWERS * np.median(peak_LE))
         return [(self.layers[i], int(e)) for i, e in np.argwhere(high)]
 
     def layer(self, layer: int, name: str) -> Tensor:

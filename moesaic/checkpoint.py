@@ -142,7 +142,10 @@ class Checkpoint:
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
         """The stored tensors of one matrix, by meaning (see `Packing`)."""
-        packing, place = self.container.packing(self.formats[linear.name]), self.container.place(self.architecture, linear)
+        packing, place = (
+            self.container.packing(self.formats[linear.name]),
+            self.container.place(self.architecture, linear),
+        )
         return {
             key: self.load(place.tensor(part).name, place.start(part), part.bytes).reshape(part.shape)
             for key, part in packing.parts(linear.shape).items()
@@ -163,15 +166,16 @@ class Checkpoint:
         """What `parts(linear)` mean, for a caller that reads ahead of decoding. Raises as `decode` does."""
         packing = self.container.packing(self.formats[linear.name])
         w_OI = packing.decode({key: part.to(device) for key, part in parts.items()}, linear.shape)
-        check_magnitude(f"{self.path}: {linear.name}", w_OI)
+        rms = float(torch.linalg.vector_norm(w_OI)) / max(1, w_OI.numel()) ** 0.5
+        if rms or w_OI.any():  # a norm of nought may be an underflow
+            check_magnitude(f"{self.path}: {linear.name}", rms)
         return w_OI
 
 
-def check_magnitude(what: str, w_OI: Tensor) -> None:
-    """Refuse weights that are not finite, or as large or small as only a misread scale makes them."""
-    rms = float(torch.linalg.vector_norm(w_OI)) / max(1, w_OI.numel()) ** 0.5
+def check_magnitude(what: str, rms: float) -> None:
+    """Refuse a root mean square that is no number, or as large or small as only a misread scale makes it."""
     low, high = PLAUSIBLE_RMS
-    if not low < rms < high and bool(w_OI.any()):  # a norm of nought may be an underflow
+    if not low < rms < high:
         raise CheckpointError(
             f"{what} decodes to a root mean square of {rms:.3g}, wanted {low:g} to {high:g}; "
             "its scales are damaged or not of the kind that config.json says"
@@ -276,11 +280,17 @@ def parse_header(file: Path, text: bytes) -> list[tuple[TensorInfo, int, int]]:
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
                 if dtype not in DTYPES:
-                    raise CheckpointError(f"{file} stores {name} as {dtype}, which moesaic does not read")
-                if len(shape) <= MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
+                    raise CheckpointError(f"{file} stores {name!a:.200} as {dtype!a:.20}, which moesaic does not read")
+                if (
+                    name.isprintable()
+                    and len(shape) <= MOST_AXES
+                    and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
+                ):
                     found.append((TensorInfo(name, dtype, tuple(shape)), start, end))
                     continue
-        raise CheckpointError(f"{file} describes {name} as {reprlib.repr(entry)}, which is no tensor; fetch it again")
+        raise CheckpointError(
+            f"{file} describes {name!a:.200} as {reprlib.repr(entry)}, which is no tensor; fetch it again"
+        )
     return found
 
 

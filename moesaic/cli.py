@@ -76,6 +76,9 @@ def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
         a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, not a.no_verify, a.quiet
     )
+    if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
+        middle = errors[len(errors) // 2]
+        print(f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm")
     sizes(facts)
     return facts
 
@@ -117,7 +120,10 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
 
 
 def run_compress(a: Arguments) -> dict[str, Any]:
-    recipe = room("compress").Recipe(a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to)
+    recipe = room("compress").Recipe(
+        a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, a.fit, a.bits,
+        a.formats or room("candidates").FORMATS_OFFERED, None if a.hours is None else 3600 * a.hours,
+    )  # fmt: skip
     return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))
 
 
@@ -200,6 +206,10 @@ def counts_of(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no count of experts; write 64, or 64,80,96") from None
 
 
+def names_of(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
@@ -264,6 +274,14 @@ def calibrate_options(p: argparse.ArgumentParser) -> None:
 def compress_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+    p.add_argument(
+        "--fit", type=bytes_of, metavar="SIZE", help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan"
+    )
+    p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
+    p.add_argument(
+        "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"
+    )
+    p.add_argument("--hours", type=float, metavar="H", help="for pricing options; the less, the fewer tokens")
     p.add_argument("--experts", type=int, metavar="K", help="experts to keep in every layer (default: all)")
     p.add_argument(
         "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"

@@ -2,6 +2,8 @@
 
     calibrate → select → plan → export → verify → evaluate → report
 
+or, where a size is asked for and not a plan, with prices, the frontier and measured candidates in select's place.
+
 Every step leaves a file in the run folder and reads what the steps before it left, so the same call
 continues wherever it was stopped.
 """
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import write_json
-from .calibrate import calibrate
+from .calibrate import Statistics, calibrate
+from .candidates import FORMATS_OFFERED, Budget, choose, stored_bytes
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
@@ -22,12 +25,19 @@ from .formats import FORMATS
 from .plan import SOURCE, Plan
 from .report import report
 from .select import Selection, select_experts
-from .verify import Verdict, verify
+from .tokens import TokenSet
+from .verify import Verdict, expert_errors, verify
+
+CHOICE_TOKENS = 16_384  # of unseen text, to choose among candidates; what is left judges
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to make: how many experts stay, in which format they are written, and what becomes of the rest."""
+    """What to make: how many experts stay, in which format they are written, and what becomes of the rest.
+
+    Or how large it may be: `fit` in bytes on disk, or `bits` stored per weight of the source. Then the formats of
+    `formats` are on offer to every unit, and kept counts too unless `experts` names one.
+    """
 
     experts: int | None = None  # None: all stay
     format: str = SOURCE  # of routed experts
@@ -36,6 +46,14 @@ class Recipe:
     policy: str = "pooled"
     rounding: str = "rtn"
     container: str = "compressed_tensors"
+    fit: int | None = None
+    bits: float | None = None
+    formats: tuple[str, ...] = FORMATS_OFFERED
+    seconds: float | None = None  # for pricing options, about; None: as long as it takes
+
+    @property
+    def has_budget(self) -> bool:
+        return self.fit is not None or self.bits is not None
 
 
 def compress(
@@ -51,25 +69,25 @@ def compress(
     check(source, recipe)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
-    selection = choose(source, run, recipe, corpus, quiet)
-    plan = Plan(
-        container=source.container.name if keeps_formats(recipe) else recipe.container,
-        kept=selection.cut.kept if selection else {},
-        formats={
-            unit: recipe.format if m[0].role == "experts" else recipe.rest
-            for unit, m in source.architecture.units.items()
-        },
-        rounding=recipe.rounding,
-    )
+    if recipe.has_budget:
+        plan, selection, rows = within_budget(source, run, recipe, corpus, evaluation_tokens, quiet)
+    else:
+        selection = select(source, run, recipe, corpus, quiet)
+        plan = as_told(source, recipe, selection)
+        rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
     plan.save(run / "plan.json", {"source": source.identity})
 
     result = export(source, plan, run / "model", quiet)
+    if recipe.fit is not None and (size := stored_bytes(run / "model")) > recipe.fit:
+        raise CheckError(
+            f"{run / 'model'} takes {size:,} bytes on disk and the budget is {recipe.fit:,}; report this as a bug"
+        )
     verdict = verify(run / "model", source, quiet)
-    write_json(run / "verify.json", "verify", findings(verdict), {"source": source.identity, "export": result.identity})
+    inputs = {"source": source.identity, "export": result.identity}
+    write_json(run / "verify.json", "verify", findings(result, verdict), inputs)
     if not verdict.holds:
         raise CheckError(f"{run / 'model'} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings)")
 
-    rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
     scores = evaluate(source, result, [Reading.of(rows)], run, quiet=quiet)
     page = report(run)
     return summary(source, result, scores, selection) | {
@@ -91,19 +109,65 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
             raise InputError(f"no format {name!r}; there are source, {', '.join(FORMATS)}")
     if recipe.container not in CONTAINERS:
         raise InputError(f"no container {recipe.container!r}; there are {', '.join(CONTAINERS)}")
+    if recipe.has_budget and not keeps_formats(recipe):
+        raise InputError(
+            "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
+        )
 
 
 def keeps_formats(recipe: Recipe) -> bool:
     return recipe.format == SOURCE and recipe.rest == SOURCE
 
 
-def choose(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:
+def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> Plan:
+    """The plan that the recipe spells out."""
+    units = source.architecture.units.items()
+    return Plan(
+        container=source.container.name if keeps_formats(recipe) else recipe.container,
+        kept=selection.cut.kept if selection else {},
+        formats={unit: recipe.format if m[0].role == "experts" else recipe.rest for unit, m in units},
+        rounding=recipe.rounding,
+    )
+
+
+def within_budget(
+    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, evaluation_tokens: int, quiet: bool
+) -> tuple[Plan, Selection | None, TokenSet]:
+    """The plan that was measured best within the recipe's size, and rows of text that took no part in finding it."""
+    unseen = corpus.evaluation(source, run / "heldout.safetensors", evaluation_tokens + CHOICE_TOKENS)
+    every = max(2, unseen.tokens // CHOICE_TOKENS)
+    choice, rows = (unseen.take([i for i in range(unseen.rows) if (i % every == 0) == mine]) for mine in (True, False))
+    rows.save(run / "evaluation.safetensors")
+    tokens = corpus.calibration(source, run / "tokens.safetensors")
+    statistics = calibrate(source, tokens, run / "stats", quiet)
+    experts = () if recipe.experts is None else (recipe.experts,)
+    budget = Budget(recipe.fit, recipe.bits, experts, recipe.formats, seconds=recipe.seconds)
+    chosen = choose(
+        source, CONTAINERS[recipe.container], statistics, tokens, choice, run, budget,
+        criterion=recipe.criterion, policy=recipe.policy, rounding=recipe.rounding, quiet=quiet,
+    )  # fmt: skip
+    return (
+        chosen.plan,
+        noted(source, run, recipe, chosen.plan.experts(source.architecture.experts), statistics, tokens),
+        rows,
+    )
+
+
+def select(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:
     """Which experts stay; None when all do, and then no text is read."""
     if recipe.experts is None or recipe.experts == source.architecture.experts:
         return None
     tokens = corpus.calibration(source, run / "tokens.safetensors")
-    statistics = calibrate(source, tokens, run / "stats", quiet)
-    selection = select_experts(statistics, recipe.criterion, recipe.experts, recipe.policy)
+    return noted(source, run, recipe, recipe.experts, calibrate(source, tokens, run / "stats", quiet), tokens)
+
+
+def noted(
+    source: Checkpoint, run: Path, recipe: Recipe, experts: int, statistics: Statistics, tokens: TokenSet
+) -> Selection | None:
+    """The selection of so many experts, and run/selection.json; None for all of them."""
+    if experts == source.architecture.experts:
+        return None
+    selection = select_experts(statistics, recipe.criterion, experts, recipe.policy)
     facts = selection.facts() | {"scores": selection.score_LE.tolist(), "tokens": dict(tokens.facts)}
     write_json(run / "selection.json", "selection", facts, {"source": source.identity, "tokens": tokens.identity})
     return selection
@@ -120,11 +184,12 @@ def describe(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def findings(verdict: Verdict) -> dict[str, Any]:
+def findings(result: Checkpoint, verdict: Verdict) -> dict[str, Any]:
     return {
         "holds": verdict.holds,
         "compared": dict(verdict.compared),
         "findings": [asdict(f) for f in verdict.findings],
+        "expert_errors": expert_errors(result, verdict),
     }
 
 

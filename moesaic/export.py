@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .artifact import atomic, writing
-from .checkpoint import INDEX, Checkpoint, Stored
+from .checkpoint import INDEX, Checkpoint, Stored, check_magnitude
 from .containers import siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
+from .kernels import cpu as kernels
 from .plan import Plan
 from .progress import progress
 from .rounding import ROUNDINGS, Rounding
@@ -125,7 +126,7 @@ def linear_pieces(target: Target) -> Iterator[Placed]:
         )
     for group in siblings(changed):
         tensors = [t for n in group for t in target.packing(n).tensors(n.name, n.shape)]
-        first = stored_parts(target, group[0])["codes"]
+        first = next(iter(stored_parts(target, group[0]).values()))
         yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_together, target, group, rounding))
 
 
@@ -144,7 +145,16 @@ def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
 
 
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
-    """Decode, round and pack matrices that a server fuses; they share a second level of scale."""
+    """Round and pack matrices that a server fuses; they share a second level of scale. A kernel does it where one can."""
+    source, origins = target.source, [target.origin[n.name] for n in group]
+    packings = [target.packing(n) for n in group] + [source.container.packing(source.formats[o.name]) for o in origins]
+    if rounding.kernel and all(packing.in_kernels for packing in packings):
+        return through_kernels(target, group, rounding.kernel == "searched")
+    return through_values(target, group, rounding)
+
+
+def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:
+    """Decode, round, pack: the reference, and the way of every rounding that looks at data."""
     weights = [target.source.decode(target.origin[n.name].name) for n in group]
     amax = torch.stack([w.abs().max() for w in weights]).max()
     for linear, w_OI in zip(group, weights):
@@ -153,6 +163,34 @@ def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding
         codes_OI, scales = rounding.round(w_OI, format, format.share(amax) if format.share else None, {})
         packed = packing.pack(codes_OI, scales)
         yield from (packed[key] for key in packing.parts(linear.shape))
+
+
+def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
+    """Stored bytes to stored bytes, to the bit what `through_values` gives, without the matrix in between."""
+    source = target.source
+    stored = [source.parts(target.origin[n.name]) for n in group]
+    formats = [source.formats[target.origin[n.name].name] for n in group]
+    amax = torch.stack([kernels.amax(f, p["codes"], p.get("blocks")) for f, p in zip(formats, stored)]).max()
+    for linear, format, parts in zip(group, formats, stored):
+        number_format = target.packing(linear).number_format
+        shared = number_format.share(amax) if number_format.share else None
+        made = kernels.requantize(
+            format, parts["codes"], parts.get("blocks"), number_format, shared=shared, search=search, measure=True
+        )
+        if made.squared_weight:
+            rms = (made.squared_weight / linear.elements) ** 0.5
+            check_magnitude(f"{source.path}: {target.origin[linear.name].name}", rms)
+        scales = made.scales
+        packed = {
+            "codes": made.packed,
+            "blocks": scales.blocks,
+            "shared": scales.shared,
+            "shape": torch.tensor(linear.shape),
+        }
+        for key in target.packing(linear).parts(linear.shape):
+            if (tensor := packed[key]) is None:
+                raise PlanError(f"{linear.name} came out without its {key}; report this as a bug")
+            yield tensor
 
 
 def carried(source: Path) -> list[Path]:

@@ -6,6 +6,7 @@ Leaves out how a plan is found (allocate, select) and what it costs to make it t
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .artifact import read_json, write_json
 from .errors import PlanError
@@ -42,9 +43,13 @@ class Plan:
         """Experts a layer after the plan, given the source's count."""
         return len(next(iter(self.kept.values()))) if self.kept else source
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """JSON-able: what `save` writes."""
+        return asdict(self) | {"kept": {str(layer): list(ids) for layer, ids in self.kept.items()}}
+
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
-        body = asdict(self) | {"kept": {str(layer): list(ids) for layer, ids in self.kept.items()}}
-        write_json(path, "plan", body, inputs)
+        write_json(path, "plan", self.body, inputs)
 
     @staticmethod
     def load(path: Path, inputs: Mapping[str, str] | None = None) -> "Plan":

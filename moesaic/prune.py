@@ -14,7 +14,7 @@ from .errors import CheckError, InputError
 from .export import NOTE, check_free, export
 from .plan import Plan
 from .preview import Outlook, candidates, preview
-from .select import select_experts
+from .select import check_names, select_experts
 from .verify import verify
 
 PREVIEW_TOKENS = 8_192  # enough to tell criteria apart; the verdict on what ships is evaluate's
@@ -33,6 +33,7 @@ def prune(
     """
     source = Checkpoint.open(model)
     check_count(source, experts)
+    check_names(policy, () if criterion == "auto" else (criterion,))
     work = out / "moesaic"
     check_free(out, source)
     if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:

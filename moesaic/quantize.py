@@ -13,7 +13,8 @@ from .errors import CheckError, InputError
 from .export import check_free, export
 from .formats import FORMATS
 from .plan import SOURCE, Plan
-from .verify import verify
+from .rounding import ROUNDINGS
+from .verify import expert_errors, verify
 
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
 
@@ -25,10 +26,13 @@ def quantize(
     """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
 
     only  "experts" (routed experts) or "linears" (attention, shared and dense too)
-    rest  "source": the others keep their bytes; "bf16": they are written out in BF16
+    rest  "source": the others keep their bytes; "bf16" or another format: they are written in that
     Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
     """
-    for what, name, there_are in (("format", format, FORMATS), ("scope", only, SCOPES), ("container", to, CONTAINERS)):
+    for what, name, there_are in (
+        ("format", format, FORMATS), ("scope", only, SCOPES), ("format for the rest", rest, (SOURCE, *FORMATS)),
+        ("container", to, CONTAINERS), ("rounding", rounding, ROUNDINGS),
+    ):  # fmt: skip
         if name not in there_are:
             raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
     source = Checkpoint.open(model)
@@ -49,6 +53,7 @@ def quantize(
     if check:
         verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
+        facts["expert_errors"] = expert_errors(result, verdict)
         if not verdict.holds:
             raise CheckError(
                 f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and quantize again"

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .calibrate import Statistics
-from .criteria import CRITERIA, Cut, combine, cut
+from .criteria import CRITERIA, POLICIES, Cut, combine, cut
 from .errors import InputError
 
+POOLED = "pooled"  # the policy that does not tell domains apart
 FEW_TOKENS = 32  # an expert that fewer tokens reached has a score, but not one to rely on
 STABLE = 0.8  # mean Jaccard of the two halves' kept sets below which the calibration is called too small
 
@@ -64,7 +65,7 @@ class Selection:
         }
 
 
-def select_experts(statistics: Statistics, criterion: str, keep: int, policy: str = "pooled") -> Selection:
+def select_experts(statistics: Statistics, criterion: str, keep: int, policy: str = POOLED) -> Selection:
     """Keep the `keep` best experts of each layer.
 
     policy  "pooled": all domains' sums as one; or one of criteria.POLICIES over ranks by domain.
@@ -82,6 +83,25 @@ def select_experts(statistics: Statistics, criterion: str, keep: int, policy: st
     )  # fmt: skip
 
 
+def order_experts(statistics: Statistics, criterion: str, policy: str = "pooled") -> np.ndarray:
+    """Ids [L, E], the one to keep first in front: its first k are what `select_experts` keeps of k."""
+    check_ranked(statistics)
+    score_LE, experts = scores(statistics, criterion, policy), next(iter(statistics.sums.values())).shape[-1]
+    protected = set(statistics.super_experts())
+    guard_LE = np.array([[(layer, e) in protected for e in range(experts)] for layer in statistics.layers])
+    return np.stack([np.lexsort((np.arange(experts), -s_E, ~g_E)) for s_E, g_E in zip(score_LE, guard_LE)])
+
+
+def check_names(policy: str, criteria: Sequence[str]) -> None:
+    """Raises `InputError` for a policy or a criterion there is not. Call it before the hours, not after."""
+    for what, name, there_are in (
+        ("domain policy", policy, (POOLED, *POLICIES)),
+        *(("criterion", c, CRITERIA) for c in criteria),
+    ):
+        if name not in there_are:
+            raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
+
+
 def check_ranked(statistics: Statistics) -> None:
     totals = statistics.totals()
     lost = np.argwhere((totals["nonfinite"] > 0) & (totals["tokens"] == 0))
@@ -94,10 +114,9 @@ def check_ranked(statistics: Statistics) -> None:
 
 def scores(statistics: Statistics, criterion: str, policy: str, half: int | None = None) -> np.ndarray:
     """Scores [L, E] by one criterion, over all text or one half of it."""
-    if criterion not in CRITERIA:
-        raise InputError(f"no criterion {criterion!r}; there are {', '.join(sorted(CRITERIA))}")
+    check_names(policy, (criterion,))
     score = CRITERIA[criterion].score
-    if policy == "pooled":
+    if policy == POOLED:
         return score(statistics.totals(half=half))
     return combine(np.stack([score(statistics.totals(d, half)) for d in range(len(statistics.domains))]), policy)
 

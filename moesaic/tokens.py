@@ -161,6 +161,13 @@ class TokenSet:
     def identity(self) -> str:
         return identity(self.facts["ids_sha256"], self.domains, self.domain_B.tolist())
 
+    def take(self, rows: Sequence[int]) -> "TokenSet":
+        """These rows as a set of their own, with its own identity."""
+        ids_BT, domain_B = self.ids_BT[list(rows)], self.domain_B[list(rows)]
+        counts = domain_B.bincount(minlength=len(self.domains)).tolist()
+        facts = {**self.facts, "rows_by_domain": dict(zip(self.domains, counts)), "ids_sha256": sha256_of(ids_BT)}
+        return TokenSet(ids_BT, domain_B, self.domains, facts)
+
     def shared_with(self, other: "TokenSet", run: int = RUN) -> int:
         """How many of these tokens lie in a run of `run` tokens that stands in `other` too. 0: disjoint."""
         mine_BN, theirs_BN = ngrams(self.ids_BT.numpy(), run), ngrams(other.ids_BT.numpy(), run)

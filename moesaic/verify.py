@@ -55,6 +55,7 @@ class Verdict:
 
     findings: list[Finding] = field(default_factory=list)
     compared: Counter[str] = field(default_factory=Counter)  # tensors by check
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # rounded linear -> Σ(value − w)², Σw²
 
     @property
     def holds(self) -> bool:
@@ -66,6 +67,7 @@ class Verdict:
     def take(self, other: "Verdict") -> None:
         self.findings += other.findings
         self.compared += other.compared
+        self.errors |= other.errors
 
 
 class Reader:
@@ -300,6 +302,8 @@ def check_rounded(
         ratio = root_mean_square(mine) / max(root_mean_square(w_OI), 1e-30)
         if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
             verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
+        squares = (float(torch.linalg.vector_norm(x)) ** 2 for x in (mine - w_OI, w_OI))
+        verdict.errors[linear.name] = next(squares), next(squares)
         if rounding.needs:
             continue
         verdict.compared["codes"] += len(parts)
@@ -308,6 +312,17 @@ def check_rounded(
             count = int((mine != packing.decode(wanted, linear.shape)).sum())
             what = f"has {', '.join(wrong)} and {count:,} of {mine.numel():,} weights that rounding the source does not give"
             verdict.add("codes", linear.name, what)
+
+
+def expert_errors(export: Checkpoint, verdict: Verdict) -> dict[str, list[float]]:
+    """Relative weight error ‖value − w‖ / ‖w‖ of each rounded expert's matrices together: MoE layer -> one an expert."""
+    found: dict[str, list[float]] = {}
+    for (layer, _), matrices in sorted(export.architecture.experts_of.items()):
+        pairs = [verdict.errors[n.name] for n in matrices.values() if n.name in verdict.errors]
+        if pairs:
+            off, whole = (sum(p[i] for p in pairs) for i in (0, 1))
+            found.setdefault(str(layer), []).append((off / whole) ** 0.5 if whole else 0.0)
+    return found
 
 
 def check_coverage(sides: Sides, verdict: Verdict) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
-from moesaic.containers.base import siblings
+from moesaic.containers.base import DTYPES, siblings
 from moesaic.formats import FORMATS
 
 
@@ -22,7 +22,7 @@ def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str,
     target = CONTAINERS[container]
     wanted = {name: source.formats[name] if format == "source" else format for name, format in formats.items()}
     tensors = {info.name: source.read(info.name) for info in source.architecture.tensors}
-    decoded = {}
+    decoded, stacks = {}, {}  # type: dict[str, Tensor], dict[str, list[Tensor]]
     for group in siblings(source.architecture.linears):
         largest = torch.stack([source.decode(linear.name).abs().max() for linear in group]).max()
         for linear in group:
@@ -35,19 +35,31 @@ def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str,
                 scales = format.scales(w_OI, format.share(largest) if format.share else None)
                 stored = packing.pack(format.encode(w_OI, scales), scales)
             decoded[linear.name] = packing.decode(stored, linear.shape)
+            place = target.place(source.architecture, linear)
             for key, part in packing.parts(linear.shape).items():
-                tensors[f"{linear.name}.{part.suffix}"] = stored[key]
+                name = place.tensor(part).name
+                tensor = stored[key].reshape(-1).view(torch.uint8).view(DTYPES[part.dtype]).reshape(part.shape)
+                if place.row is None:
+                    tensors[name] = tensor
+                else:
+                    stacks.setdefault(name, []).append(tensor)
+    tensors |= {name: torch.stack(rows) for name, rows in stacks.items()}
     quantization = target.config(source.architecture, wanted, source.config)
-    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    write(out, tensors, config | ({"quantization_config": quantization} if quantization else {}))
+    write(out, tensors, plain(source) | ({key: quantization for key in target.keys} if quantization else {}))
     return decoded
 
 
-def write_twin(source: Checkpoint, decoded: Mapping[str, Tensor], out: Path) -> None:
-    """The same values as an unquantized BF16 model."""
+def write_twin(
+    source: Checkpoint, decoded: Mapping[str, Tensor], out: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The same values as an unquantized model."""
     tensors = {info.name: source.read(info.name) for info in source.architecture.tensors}
-    tensors |= {f"{name}.weight": w_OI.bfloat16() for name, w_OI in decoded.items()}
-    write(out, tensors, {k: v for k, v in source.config.items() if k != "quantization_config"})
+    tensors |= {f"{name}.weight": w_OI.to(dtype) for name, w_OI in decoded.items()}
+    write(out, tensors, plain(source))
+
+
+def plain(source: Checkpoint) -> dict[str, object]:
+    return {key: value for key, value in source.config.items() if key not in source.container.keys}
 
 
 def write(out: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:

@@ -14,7 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.artifact import atomic, identity, read_json, read_tensors, sweep_partials, write_json, write_tensors, writing
+from moesaic.artifact import (
+    atomic,
+    identity,
+    read_json,
+    read_tensors,
+    sweep_partials,
+    write_json,
+    write_tensors,
+    writing,
+)
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.plan import Plan
 
@@ -47,7 +56,9 @@ def test_same_content_same_bytes(tmp_path):
 def test_new_files_have_the_users_usual_mode(tmp_path):
     (tmp_path / "plain").touch()
     write_tensors(tmp_path / "a.safetensors", "note", {"w": torch.ones(1)}, {})
-    assert stat.filemode((tmp_path / "a.safetensors").stat().st_mode) == stat.filemode((tmp_path / "plain").stat().st_mode)
+    assert stat.filemode((tmp_path / "a.safetensors").stat().st_mode) == stat.filemode(
+        (tmp_path / "plain").stat().st_mode
+    )
 
 
 def test_other_inputs_are_stale_and_name_both(tmp_path):
@@ -60,7 +71,17 @@ def test_other_inputs_are_stale_and_name_both(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"kind": "note"}', b'{"kind": "note", "inputs": 3}', b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff\xfe",
+        b'{"kind": "note"}',
+        b'{"kind": "note", "inputs": 3}',
+        b"[" * 100_000,
+    ],
 )
 def test_what_is_no_artifact_is_one_sentence(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
@@ -106,16 +127,23 @@ with atomic(Path({str(tmp_path / "sub" / "a.json")!r})) as partial:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="the disk is full; make room, and the same command continues"), writing(tmp_path / "a"):
+    with (
+        pytest.raises(InputError, match="the disk is full; make room, and the same command continues"),
+        writing(tmp_path / "a"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if Path("/dev/full").exists():  # a device that is always full
-        with pytest.raises(InputError, match="the disk is full"), writing(tmp_path / "a"), open("/dev/full", "wb", 0) as f:
+        with (
+            pytest.raises(InputError, match="the disk is full"),
+            writing(tmp_path / "a"),
+            open("/dev/full", "wb", 0) as f,
+        ):
             f.write(b"x")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written: .*; make it writable"):
+    with pytest.raises(InputError, match=r"cannot be written: .*; make it writable"):
         write_json(tmp_path / "file" / "a.json", "note", {}, {})
 
 

@@ -118,7 +118,10 @@ def test_oddities_of_the_releases_are_really_in_these_folders(folder):
             assert not [n for n in checkpoint.config["quantization_config"]["modules_to_not_convert"] if "embed" in n]
     else:
         indexer = next(n for n in a.linears if n.projection == "index_q")
-        assert not native or (dtypes[f"{indexer.name}.weight"], dtypes[f"{indexer.name}.weight_scale_inv"]) == ("F8_E4M3", "U8")
+        assert not native or (dtypes[f"{indexer.name}.weight"], dtypes[f"{indexer.name}.weight_scale_inv"]) == (
+            "F8_E4M3",
+            "U8",
+        )
         assert dtypes["vision_tower.vision_model.embeddings.patch_embedding.weight"] == "F32"
         payload = sum(s.info.bytes for s in checkpoint.stored.values())
         assert (index["metadata"]["total_size"] == payload) == native, "the BF16 index lies"
@@ -189,7 +192,9 @@ def test_scales_misread_as_numbers_are_refused_by_magnitude(m3, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     misread = Checkpoint.open(tmp_path)  # nothing in the headers is wrong
     for linear in misread.architecture.linears:
-        with pytest.raises(CheckpointError, match=rf"{linear.name} decodes to a root mean square of [\d.e+]+, wanted 1e-07 to 1000"):
+        with pytest.raises(
+            CheckpointError, match=rf"{linear.name} decodes to a root mean square of [\d.e+]+, wanted 1e-07 to 1000"
+        ):
             misread.decode(linear.name)
 
 
@@ -212,7 +217,9 @@ def test_a_damaged_exponent_is_refused(broken, byte, why):
 
 def test_a_missing_shard(broken):
     sorted(broken.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(CheckpointError, match=r"lacks the shard model-00002-of-00003\.safetensors that its index names; fetch it"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks the shard model-00002-of-00003\.safetensors that its index names; fetch it"
+    ):
         Checkpoint.open(broken)
 
 
@@ -245,7 +252,9 @@ def test_a_shard_that_grows_shorter_after_opening(broken):
 
 def test_a_foreign_shard(broken):
     save_file({"other.weight": torch.ones(2)}, broken / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds other\.weight, which its index does not name; remove the stale shard"):
+    with pytest.raises(
+        CheckpointError, match=r"holds other\.weight, which its index does not name; remove the stale shard"
+    ):
         Checkpoint.open(broken)
     (broken / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"other\.weight does not belong to this model"):
@@ -255,7 +264,9 @@ def test_a_foreign_shard(broken):
 def test_a_stale_copy_of_a_shard(broken):
     file = sorted(broken.glob("*.safetensors"))[0]
     shutil.copy(file, broken / "model-00009-of-00009.safetensors")
-    with pytest.raises(CheckpointError, match=r"stands in model-00001-of-00003\.safetensors and in model-00009-of-00009"):
+    with pytest.raises(
+        CheckpointError, match=r"stands in model-00001-of-00003\.safetensors and in model-00009-of-00009"
+    ):
         Checkpoint.open(broken)
 
 
@@ -283,7 +294,9 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_an_index_that_names_others(broken):
     index = broken / "model.safetensors.index.json"
     rewrite(index, lambda body: body["weight_map"].update({"ghost.weight": "model-00001-of-00003.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"puts ghost\.weight in model-00001-of-00003\.safetensors, and it is in no shard"):
+    with pytest.raises(
+        CheckpointError, match=r"puts ghost\.weight in model-00001-of-00003\.safetensors, and it is in no shard"
+    ):
         Checkpoint.open(broken)
     name = "language_model.lm_head.weight"
     rewrite(index, lambda body: body["weight_map"].pop("ghost.weight"))
@@ -295,7 +308,9 @@ def test_an_index_that_names_others(broken):
         Checkpoint.open(broken)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[" * 100_000]
+)
 def test_an_index_that_is_none(broken, text):
     (broken / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
@@ -473,6 +488,9 @@ ATTACKS: dict[str, tuple[bytes, int]] = {  # header, payload bytes
     "does not start at nought": (f'{{"a": {entry(offsets=(1, 3))}}}'.encode(), 3),
     "bytes that nothing names": (f'{{"a": {entry()}}}'.encode(), 3),
     "range is not the shape's": (f'{{"a": {entry((3,))}}}'.encode(), 2),
+    "a name that cannot be printed": (f'{{"\\u001b[2J": {entry()}}}'.encode(), 2),
+    "half a character": (f'{{"\\ud800": {entry()}}}'.encode(), 2),
+    "a name without end": (f'{{"{"a" * 100_000}": {entry(dtype="x" * 9000)}}}'.encode(), 2),
     "utf-16": (f'{{"a": {entry()}}}'.encode("utf-16"), 2),
 }
 
@@ -516,7 +534,9 @@ headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries |
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.binary(max_size=200) | headers.map(lambda h: json.dumps(h).encode()), st.binary(max_size=24), st.integers(-4, 4))
+@given(
+    st.binary(max_size=200) | headers.map(lambda h: json.dumps(h).encode()), st.binary(max_size=24), st.integers(-4, 4)
+)
 def test_any_header_is_read_or_refused(tmp_path_factory, header, payload, lie):
     """And what is read, the library reads too, as the same tensors."""
     file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
@@ -543,4 +563,4 @@ def test_any_flipped_bytes_of_a_real_header_are_read_or_refused(m3, tmp_path_fac
     try:
         read_header(file)
     except CheckpointError as error:
-        assert "\n" not in str(error)  # noqa: PT017
+        assert "\n" not in str(error)

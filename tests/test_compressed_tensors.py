@@ -14,12 +14,12 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_named_modules
+from folders import write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
-from folders import write_folder
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.containers.compressed_tensors import PACKINGS, SCHEMES
@@ -99,11 +99,13 @@ def test_siblings_share_one_divisor(source: Checkpoint, tmp_path: Path) -> None:
     dense = "nvfp4" if source.architecture.family == "minimax_m2" else "source"
     write_folder(source, plan(source, "nvfp4", dense), "compressed_tensors", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
-    for pair in out.architecture.experts_of.values():
-        gate, up, down = (out.read(f"{pair[p].name}.weight_global_scale") for p in ("gate", "up", "down"))
-        assert torch.equal(gate, up) and not torch.equal(gate, down)
-        largest = max(source.decode(pair[p].name).abs().max() for p in ("gate", "up"))
-        assert gate == 448 * 6 / largest  # a divisor
+    own = 0
+    for expert in out.architecture.experts_of.values():
+        gate, up, down = (out.read(f"{expert[p].name}.weight_global_scale") for p in ("gate", "up", "down"))
+        largest = max(source.decode(expert[p].name).abs().max() for p in ("gate", "up"))
+        assert gate == up == 448 * 6 / largest  # a divisor
+        own += int(gate != down)
+    assert own
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -134,7 +136,14 @@ def vllm_group(quantization: dict[str, Any], name: str) -> str | None:
     return next((key for key, g in quantization["config_groups"].items() if any(map(match, g["targets"]))), None)
 
 
-MIXES = [("mxfp4", "source"), ("mxfp4", "bf16"), ("nvfp4", "source"), ("int4_g32", "int4_g32"), (["nvfp4", "mxfp4", "int3_g64"], "source"), (["bf16", "int2_g32"], "int8_channel")]  # fmt: skip
+MIXES = [
+    ("mxfp4", "source"),
+    ("mxfp4", "bf16"),
+    ("nvfp4", "source"),
+    ("int4_g32", "int4_g32"),
+    (["nvfp4", "mxfp4", "int3_g64"], "source"),
+    (["bf16", "int2_g32"], "int8_channel"),
+]
 
 
 @pytest.mark.parametrize(("experts", "rest"), MIXES)
@@ -196,8 +205,8 @@ def test_transformers_takes_the_right_group_for_experts(source: Checkpoint, expe
     if rest != "bf16":
         dense = source.formats[source.architecture.linears[0].name] if rest == "source" else rest
         assert get_dense_scheme(parsed).format == SCHEMES[dense].wire
-    groups = list(quantization["config_groups"].values())
-    assert [any("experts" in t for t in g["targets"]) for g in groups] == sorted((any("experts" in t for t in g["targets"]) for g in groups), reverse=True)  # fmt: skip
+    says = [any("experts" in target for target in g["targets"]) for g in quantization["config_groups"].values()]
+    assert says == sorted(says, reverse=True) and sum(says) == 1
 
 
 def test_patterns_stay_few(source: Checkpoint) -> None:
@@ -213,7 +222,7 @@ def test_patterns_stay_few(source: Checkpoint) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_plan_reads_back(source: Checkpoint, data: st.DataObject) -> None:
-    carried = sorted(set(PACKINGS) - {"nvfp4"})
+    carried = sorted(set(PACKINGS) - {"nvfp4", "fp8_block"})  # these two do not fit every unit
     chosen = {unit: data.draw(st.sampled_from(carried), label=unit) for unit in source.architecture.units}
     formats = {n.name: chosen[n.unit] for n in source.architecture.linears}
     quantization = CONTAINER.config(source.architecture, formats, source.config)
@@ -265,7 +274,7 @@ def test_targets_in_the_names_of_the_disk_are_caught(m2: Checkpoint) -> None:
     names, good = on_disk(m2, formats), described(m2, formats)
     assert read_back(m2, good, names) == formats
     bad = edited(good, lambda target: target.replace(r"\.mlp\.", r"\.block_sparse_moe\."))
-    with pytest.raises(CheckpointError, match="weight_packed.*engine's names"):
+    with pytest.raises(CheckpointError, match=r"weight_packed.*engine's names"):
         read_back(m2, bad, names)
 
 
@@ -313,10 +322,13 @@ def test_plans_that_no_engine_loads_are_refused(m2: Checkpoint, m3: Checkpoint) 
     with pytest.raises(PlanError, match=r"layers\.0\.qkv would mix fp8_block and mxfp8"):
         config(m2, plan(m2, "mxfp4") | {one: "mxfp8"})
     narrow = m2.family.read(m2.config | {"intermediate_size": 96})
-    formats = {n.name: "int4_g64" if n.expert is not None else "bf16" for n in narrow.linears}
+    formats = {n.name: "int4_g64" if n.expert is not None else "bf16" for n in narrow.linears}  # names do not change
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*int4_g64's 64"):
         CONTAINER.config(narrow, formats, m2.config)
-    assert CONTAINER.config(narrow, {n: "fp8_block" for n in formats}, m2.config)  # engines take a last, ragged square
+    with pytest.raises(PlanError, match=r"experts\.0\.w1 has 96 rows and another matrix is fused below"):
+        CONTAINER.config(narrow, {n: "fp8_block" for n in formats}, m2.config)
+    ragged = m2.family.read(m2.config | {"hidden_size": 200})  # the last square of a matrix, or of a row, may be ragged
+    assert CONTAINER.config(ragged, {n: "fp8_block" for n in formats}, m2.config)
 
 
 def test_no_format_at_all_is_no_config(source: Checkpoint) -> None:
@@ -358,11 +370,18 @@ def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.T
 
 F32, B16 = torch.float32, torch.bfloat16
 LOADS = [
-    ("m2", "int4_g32", "int4_g32", B16), ("m2", "int3_g64", "int8_g128", B16), ("m2", "mxfp4", "mxfp4", B16), ("m2", "mxfp4", "bf16", B16),
-    ("m2", "mxfp4", "source", F32), ("m2", "mxfp4", "mxfp8", B16), ("m2", "fp8_channel", "fp8_channel", F32),
-    ("m3", "mxfp4", "mxfp4", B16), ("m3", "mxfp4", "source", B16), ("m3", "int2_g32", "source", B16),
+    ("m2", "int4_g32", "int4_g32", B16),
+    ("m2", "int3_g64", "int8_g128", B16),
+    ("m2", "mxfp4", "mxfp4", B16),
+    ("m2", "mxfp4", "bf16", B16),
+    ("m2", "mxfp4", "mxfp8", B16),
+    ("m2", "mxfp4", "source", F32),
+    ("m2", "fp8_channel", "fp8_channel", F32),
+    ("m3", "mxfp4", "mxfp4", B16),
+    ("m3", "mxfp4", "source", B16),
+    ("m3", "int2_g32", "source", B16),
     ("m3", "fp8_channel", "fp8_channel", F32),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "experts", "rest", "dtype"), LOADS)

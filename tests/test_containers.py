@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from folders import write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -14,7 +16,6 @@ from moesaic.containers import CONTAINERS, Packing, container_of
 from moesaic.containers.base import DTYPES, pack_bits, siblings, stream_bytes, unpack_bits
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.formats import Scales
-from folders import write_folder
 
 EVERY = [pytest.param(p, id=f"{c.name}-{p.format}") for c in CONTAINERS.values() for p in c.packings.values()]
 SHAPES = [(256, 384), (130, 160), (3, 33), (5, 7), (1, 1)]  # whole groups, ragged ones, less than one
@@ -103,15 +104,26 @@ def test_siblings_are_what_servers_fuse(source: Checkpoint) -> None:
     assert all(len({(n.unit, n.expert) for n in group}) == 1 for group in groups)
 
 
-@pytest.mark.parametrize("container", ["compressed_tensors"])
-def test_a_whole_model_opens_as_planned(source: Checkpoint, container: str, tmp_path) -> None:
+PLANS = {
+    "compressed_tensors": ("mxfp4", "source"),
+    "auto_round": ("int3_g64", "bf16"),
+    "gptq": ("int4_g32", "bf16"),
+    "mlx": ("affine3_g64", "mxfp8"),
+}
+
+
+@pytest.mark.parametrize("container", PLANS)
+def test_a_whole_model_opens_as_planned(source: Checkpoint, container: str, tmp_path: Path) -> None:
     """Names, dtypes and shapes on disk, as the safetensors library sees them, are the inventory's."""
-    formats = {n.name: "mxfp4" if n.expert is not None else "source" for n in source.architecture.linears}
+    experts, rest = PLANS[container]
+    formats = {n.name: experts if n.expert is not None else rest for n in source.architecture.linears}
     decoded = write_folder(source, formats, container, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
+    assert out.container.name == container
     assert out.formats == {n: source.formats[n] if f == "source" else f for n, f in formats.items()}
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        seen = {n: (file.get_slice(n).get_dtype(), tuple(file.get_slice(n).get_shape())) for n in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        seen = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     assert seen == {t.name: (t.dtype, t.shape) for t in out.inventory}
     for name, w_OI in decoded.items():
         assert torch.equal(out.decode(name), w_OI)
@@ -138,7 +150,10 @@ def test_a_skip_list_names_whole_words(m2: Checkpoint) -> None:
     assert {n.rsplit(".", 1)[1] for n, f in formats.items() if f == "bf16"} == {"k_proj"}
 
 
-@pytest.mark.parametrize(("family", "key", "value"), [("m2", "weight_block_size", [1, 128]), ("m2", "fmt", "float8_e5m2"), ("m3", "weight_block_size", [128, 128])])  # fmt: skip
+OTHERS = [("m2", "weight_block_size", [1, 128]), ("m2", "fmt", "float8_e5m2"), ("m3", "weight_block_size", [128, 128])]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), OTHERS)
 def test_another_block_is_refused(family: str, key: str, value: object, request) -> None:
     source = request.getfixturevalue(family)
     config = source.config | {"quantization_config": source.config["quantization_config"] | {key: value}}

@@ -52,7 +52,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def as_bytes(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {n: (str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()}
+    return {
+        n: (str(t.dtype), tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()
+    }
 
 
 def uneven(source: Checkpoint, count: int, seed: int = 0) -> dict[int, tuple[int, ...]]:
@@ -119,7 +121,13 @@ def test_counts_index_and_files(source, tmp_path, small_shards):
     carried = {"LICENSE", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     for name in carried:
         assert (out / name).read_bytes() == (source.path / name).read_bytes()
-    assert {p.name for p in out.iterdir()} == {*carried, *files, "config.json", "model.safetensors.index.json", "moesaic"}
+    assert {p.name for p in out.iterdir()} == {
+        *carried,
+        *files,
+        "config.json",
+        "model.safetensors.index.json",
+        "moesaic",
+    }
 
 
 def test_a_count_that_stands_elsewhere_changes_too(m2, tmp_path):
@@ -129,7 +137,11 @@ def test_a_count_that_stands_elsewhere_changes_too(m2, tmp_path):
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     export(Checkpoint.open(tmp_path / "source"), pruning(m2, 3), tmp_path / "out", quiet=True)
     after = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (after["num_local_experts"], after["num_experts"], after["draft"]) == (3, 3, {"n_routed_experts": 3, "num_experts": 4})
+    assert (after["num_local_experts"], after["num_experts"], after["draft"]) == (
+        3,
+        3,
+        {"n_routed_experts": 3, "num_experts": 4},
+    )
 
 
 def test_what_is_carried_along_and_what_is_not(m2, tmp_path):
@@ -158,7 +170,9 @@ def test_the_same_call_gives_the_same_bytes(source, tmp_path, small_shards):
 # Rounding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format, rest", [("mxfp4", "source"), ("mxfp4", "bf16"), ("int4_g32", "bf16"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    "format, rest", [("mxfp4", "source"), ("mxfp4", "bf16"), ("int4_g32", "bf16"), ("bf16", "bf16")]
+)
 def test_rounded_tensors_are_those_of_the_short_way(source, tmp_path, format, rest):
     """folders.py decodes, rounds and packs without plan, pieces or threads."""
     plan = rounding(source, format, rest)
@@ -175,7 +189,8 @@ def test_gate_and_up_share_their_second_level_of_scale(m2, tmp_path):
     found, differs = stored(tmp_path / "out"), 0
     for layer, expert in itertools.product(m2.architecture.moe_layers, range(8)):
         w1, w2, w3 = (
-            found[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{w}.weight_global_scale"] for w in ("w1", "w2", "w3")
+            found[f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{w}.weight_global_scale"]
+            for w in ("w1", "w2", "w3")
         )
         assert same(w1, w3)
         differs += not same(w1, w2)
@@ -231,7 +246,9 @@ def test_a_bare_config_can_be_planned_and_not_exported(tmp_path):
     source = Checkpoint.open(tmp_path)
     plan = Plan("fp8", {layer: tuple(range(128)) for layer in source.architecture.moe_layers})
     half = Target.of(source, plan).payload_bytes
-    dropped = 62 * 128 * (3 * 3072 * 1536 + 3 * 24 * 12 * 4) + 62 * 128 * (3072 + 1) * 4  # matrices, scales, router rows
+    dropped = (
+        62 * 128 * (3 * 3072 * 1536 + 3 * 24 * 12 * 4) + 62 * 128 * (3072 + 1) * 4
+    )  # matrices, scales, router rows
     assert half == 230_121_630_720 - dropped
     with pytest.raises(CheckpointError, match="has no weights, only a config"):
         export(source, plan, tmp_path / "out", quiet=True)
@@ -352,7 +369,9 @@ def test_death_by_the_clock(larger, mixed, whole, tmp_path):
 def test_no_room_is_said_before_the_first_byte(larger, mixed, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match=r"has 1,000 bytes free and the model needs [\d,]+ more; make room, then run again"):
+    with pytest.raises(
+        InputError, match=r"has 1,000 bytes free and the model needs [\d,]+ more; make room, then run again"
+    ):
         export(larger, mixed, tmp_path / "out", quiet=True)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -404,7 +423,9 @@ def tight_disk(tmp_path):
 
 def test_a_full_disk(larger, mixed, whole, tight_disk, monkeypatch):
     """Really full, in the middle of a shard, of a copied file, of config.json; more room, and the same call goes on."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.statvfs_result and shutil._ntuple_diskusage(2**40, 0, 2**40))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: os.statvfs_result and shutil._ntuple_diskusage(2**40, 0, 2**40)
+    )
     out, size, failed = tight_disk / "out", 1_000_000, 0
     need = sum(len(content) for content in whole.values())
     while True:
@@ -475,7 +496,9 @@ def test_an_error_of_the_disk_is_not_swallowed(larger, mixed, tmp_path, monkeypa
 
 
 def piece(name: str, count: int, dtype: str = "U8") -> Piece:
-    return Piece((export_module.TensorInfo(name, dtype, (count,)),), make=lambda: (torch.arange(count, dtype=torch.uint8),))
+    return Piece(
+        (export_module.TensorInfo(name, dtype, (count,)),), make=lambda: (torch.arange(count, dtype=torch.uint8),)
+    )
 
 
 def test_pieces_fill_shards_in_their_order():
@@ -516,4 +539,7 @@ def test_scalars_and_columns_are_written_as_they_are(tmp_path):
 def test_containers_of_the_sources_write_only_their_own(m2):
     with pytest.raises(PlanError, match="mxfp8 container writes models that are mxfp8 throughout"):
         Target.of(m2, Plan("mxfp8", formats=dict.fromkeys(m2.architecture.units, "mxfp8")))
-    assert Target.of(m2, Plan("unquantized", formats=dict.fromkeys(m2.architecture.units, "bf16"))).container is CONTAINERS["unquantized"]
+    assert (
+        Target.of(m2, Plan("unquantized", formats=dict.fromkeys(m2.architecture.units, "bf16"))).container
+        is CONTAINERS["unquantized"]
+    )

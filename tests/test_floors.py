@@ -58,9 +58,11 @@ def test_size_and_docstring(path):
     text = path.read_text()
     tree = ast.parse(text)
     assert ast.get_docstring(tree), "say in one line what this file is"
+    if room(path) == "kernels":
+        return  # a loop that a compiler must see whole is as long as it is
     assert text.count("\n") <= 400
     for f in ast.walk(tree):
-        if isinstance(f, ast.FunctionDef) and room(path) != "kernels":
+        if isinstance(f, ast.FunctionDef):
             assert f.end_lineno - f.lineno < 60, f.name
 
 

@@ -54,6 +54,16 @@ def run(m3: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def facts(run: Path) -> Facts:
+    return gather(run)
+
+
+@pytest.fixture(scope="module")
+def whole(facts: Facts) -> str:
+    return page(facts, DAY)
+
+
 class Parts(HTMLParser):
     """Tags, ids and everything that a browser might fetch."""
 
@@ -88,8 +98,8 @@ def test_one_file_that_loads_nothing(run: Path) -> None:
         ET.fromstring(svg.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1))
 
 
-def test_figures_are_those_of_the_scores_file(run: Path) -> None:
-    text = page(gather(run), DAY)
+def test_figures_are_those_of_the_scores_file(run: Path, facts: Facts, whole: str) -> None:
+    text = whole
     scores = {(s["name"], s["part"]): s for s in json.loads((run / "scores.json").read_text())["scores"]}
     kl = scores["kl_mean", ""]
     places = words.digits(kl["value"], kl["error"])
@@ -103,7 +113,7 @@ def test_figures_are_those_of_the_scores_file(run: Path) -> None:
         gather(run).scores.facts["readings"][0]["facts"]["ids_sha256"][:16],
     ):  # type: ignore[union-attr]
         assert identity in text
-    assert page(gather(run), DAY) == text
+    assert page(facts, DAY) == text
 
 
 SECTIONS = {
@@ -115,10 +125,9 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("what", SECTIONS)
-def test_what_is_not_there_has_no_section_and_is_named(run: Path, what: str) -> None:
+def test_what_is_not_there_has_no_section_and_is_named(facts: Facts, whole: str, what: str) -> None:
     section, absence = SECTIONS[what]
-    facts = gather(run)
-    whole, less = page(facts, DAY), page(replace(facts, **{what: None}), DAY)
+    less = page(replace(facts, **{what: None}), DAY)
     assert f"<h2>{section}</h2>" in whole and f"<li>{absence}" not in whole
     assert f"<h2>{section}</h2>" not in less and f"<li>{absence}" in less
 
@@ -131,8 +140,7 @@ def test_a_bare_run_has_a_page_too(run: Path, tmp_path: Path) -> None:
         report(tmp_path / "nowhere")
 
 
-def test_names_are_text_and_not_markup(run: Path) -> None:
-    facts = gather(run)
+def test_names_are_text_and_not_markup(facts: Facts) -> None:
     evil = "<script>alert('x')</script>"
     text = page(replace(facts, source={**facts.source, "model": f"/m/{evil}", "command": evil, "family": evil}), DAY)
     assert "<script" not in text and html.escape(evil) in text.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
@@ -144,9 +152,8 @@ def with_reading(facts: Facts, changes: dict[str, object]) -> Facts:
     return replace(facts, scores=replace(facts.scores, facts={**facts.scores.facts, "readings": [reading]}))
 
 
-def test_limits_are_stated(run: Path) -> None:
-    facts = gather(run)
-    text = page(facts, DAY)
+def test_limits_are_stated(facts: Facts, whole: str) -> None:
+    text = whole
     assert "activations were not rounded" in text and "more than 47 tokens of context" in text
     assert "not held out" not in text and "not finite" not in text
     python = page(
@@ -165,8 +172,7 @@ def test_limits_are_stated(run: Path) -> None:
     assert "Every check holds" not in broken and "1 checks do not hold" in broken and "codes: w1 differs" in broken
 
 
-def test_nothing_measured_is_no_zero(run: Path) -> None:
-    facts = gather(run)
+def test_nothing_measured_is_no_zero(facts: Facts) -> None:
     assert facts.scores is not None
     empty = tuple(replace(s, value=None, error=None, low=None, high=None) for s in facts.scores.scores)
     text = page(replace(facts, scores=Scores(empty, facts.scores.facts), kl_nats={"text": np.array([])}), DAY)
@@ -193,9 +199,9 @@ def test_tones_are_quarters_of_what_is_kept() -> None:
     assert mosaic.tone_of(score_LE, kept_LE)[0, :8].tolist() == [2, 0, 3, 0, 3, 1, 2, 1]
 
 
-def large(run: Path, layers: int, experts: int) -> Facts:
+def large(facts: Facts, layers: int, experts: int) -> Facts:
     """The same run, as if of a model as large as the released ones."""
-    facts, rng = gather(run), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     kept = {layer: tuple(sorted(rng.permutation(experts)[: experts // 2].tolist())) for layer in range(layers)}
     formats = {f"layers.{layer}.experts": ("source", "mxfp4", "nvfp4")[layer % 3] for layer in range(layers)}
     assert facts.selection is not None and facts.scores is not None
@@ -216,8 +222,8 @@ def large(run: Path, layers: int, experts: int) -> Facts:
     )
 
 
-def test_the_largest_model_fits_in_two_megabytes(run: Path) -> None:
-    text = page(large(run, 62, 256), DAY)
+def test_the_largest_model_fits_in_two_megabytes(facts: Facts) -> None:
+    text = page(large(facts, 62, 256), DAY)
     assert len(text.encode()) < 2e6 and "7,936 dropped" in text
 
 
@@ -229,9 +235,8 @@ def test_the_picture_stands_alone(run: Path, tmp_path: Path) -> None:
     assert used <= known and svg.attrib["viewBox"].split()[2] == svg.attrib["width"]
 
 
-def test_every_colour_of_the_page_has_a_value(run: Path) -> None:
-    text = page(gather(run), DAY)
-    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
+def test_every_colour_of_the_page_has_a_value(whole: str) -> None:
+    assert set(re.findall(r"var\((--[\w-]+)\)", whole)) <= set(re.findall(r"(--[\w-]+):", whole))
 
 
 @pytest.mark.parametrize(
@@ -295,5 +300,5 @@ def test_a_browser_opens_it_without_complaint(run: Path, tmp_path: Path) -> None
     seen = opened(report(run))
     assert seen.returncode == 0 and "What it cost" in seen.stdout and "CONSOLE" not in seen.stderr
     broken = tmp_path / "broken.html"  # the check itself can fail
-    broken.write_text(report(run).read_text().replace("</body>", "<script>nowhere()</script></body>"))
+    broken.write_text((run / "report.html").read_text().replace("</body>", "<script>nowhere()</script></body>"))
     assert "CONSOLE" in opened(broken).stderr

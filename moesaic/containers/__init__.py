@@ -12,7 +12,10 @@ CONTAINERS = collect(__name__, Container)
 
 def container_of(config: Mapping[str, Any]) -> Container:
     """The container that a config.json declares. Raises `CheckpointError` for one nobody wrote code for."""
-    method = config.get("quantization_config", {}).get("quant_method", "")
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError(f"config.json has quantization_config = {quantization!r}; wanted an object")
+    method = "mlx" if "quantization" in config else quantization.get("quant_method", "")  # MLX's own key, and no name
     for container in CONTAINERS.values():
         if container.quant_method == method:
             return container

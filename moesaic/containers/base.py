@@ -6,7 +6,8 @@ either. Every `pack` has its `unpack` beside it, both pure, on names local to on
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PlanError
-from ..families import Architecture, Linear, TensorInfo
+from ..families import FAMILIES, Architecture, Linear, TensorInfo
 from ..formats import FORMATS, NumberFormat, Scales
 
 DTYPES = {
@@ -52,6 +53,7 @@ class Packing:
     pack    (codes [O, I], Scales) -> those tensors, by the same keys
     unpack  (those tensors, shape) -> codes [O, I], Scales
     layout  two packings of one format with one layout differ in names alone: bytes may be copied across
+    in_kernels  whether `kernels` write (and, for a source, read) codes as they lie here
     """
 
     format: str
@@ -59,6 +61,7 @@ class Packing:
     parts: Callable[[Sequence[int]], dict[str, Part]]
     pack: Pack
     unpack: Unpack
+    in_kernels: bool = False
 
     @property
     def number_format(self) -> NumberFormat:
@@ -77,6 +80,31 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a matrix lies: in tensors of its own, or as one row of tensors that stack a layer's experts.
+
+    A row is one run of bytes, so that what moves or reads a matrix never needs the rest of the stack.
+    """
+
+    module: str
+    row: int | None = None
+    rows: int = 1
+
+    def tensor(self, part: Part) -> TensorInfo:
+        """The header entry of the tensor that holds `part`."""
+        stack = () if self.row is None else (self.rows,)
+        return TensorInfo(f"{self.module}.{part.suffix}", part.dtype, stack + part.shape)
+
+    def start(self, part: Part) -> int:
+        """Where in that tensor `part` begins, in bytes."""
+        return (self.row or 0) * part.bytes
+
+
+def alone(architecture: Architecture, linear: Linear) -> Place:
+    return Place(linear.name)
+
+
+@dataclass(frozen=True)
 class Container:
     """One way to write quantized matrices, under the `quant_method` that config.json gives it.
 
@@ -84,6 +112,8 @@ class Container:
              CheckpointError for a matrix whose tensors make none of its packings
     config   (architecture, format of every linear, config.json of the source) -> quantization_config,
              or None where this container writes none; raises PlanError for what its engines would not load
+    place    (architecture, linear) -> where its tensors lie
+    keys     where config.json has what `config` returns; the first is the one that engines read
     """
 
     name: str
@@ -92,6 +122,8 @@ class Container:
     formats: Read
     config: Config
     reference: str
+    place: Callable[[Architecture, Linear], Place] = alone
+    keys: tuple[str, ...] = ("quantization_config",)
 
     def packing(self, format: str) -> Packing:
         if format not in self.packings:
@@ -101,10 +133,13 @@ class Container:
 
 def inventory(architecture: Architecture, container: Container, formats: Mapping[str, str]) -> list[TensorInfo]:
     """Every tensor of a model: the family's small ones as they are, each linear as its container packs it."""
-    found = list(architecture.tensors)
+    found = {tensor.name: tensor for tensor in architecture.tensors}
     for linear in architecture.linears:
-        found += container.packing(formats[linear.name]).tensors(linear.name, linear.shape)
-    return found
+        place = container.place(architecture, linear)
+        for part in container.packing(formats[linear.name]).parts(linear.shape).values():
+            tensor = place.tensor(part)
+            found[tensor.name] = tensor
+    return list(found.values())
 
 
 def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
@@ -120,13 +155,100 @@ def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
+def firsts(members: Sequence[Linear]) -> list[Linear]:
+    """A unit's matrices, of routed experts the first alone: engines ask for its name, and mean all of them."""
+    return [linear for linear in members if not linear.expert]
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Modules of equal names in several layers, which one regular expression matches."""
+
+    above: tuple[str, ...]  # what may stand before "layers", in any order: engines nest it in orders of their own
+    layers: tuple[int, ...]
+    parent: str  # "self_attn", "mlp.experts"
+    leaves: tuple[str, ...]
+    routed: bool  # an expert's number follows the parent
+
+    def pattern(self, whole: bool = False) -> str:
+        """As `(model\\.)+layers\\.(0|1)\\.mlp\\.(gate_proj|up_proj)$`; with `whole` also what holds a layer's experts.
+
+        What stands above is spelled out, since a vision tower may have layers and projections of the same names.
+        """
+        above = "|".join(rf"{re.escape(word)}\." for word in self.above)
+        leaf = rf"\.({'|'.join(self.leaves)})"
+        if self.routed:
+            leaf = rf"(\.\d+{leaf})?" if whole else rf"\.\d+{leaf}"
+        return rf"({above})+layers\.({'|'.join(map(str, self.layers))})\.{re.escape(self.parent)}{leaf}$"
+
+
+def modules(architecture: Architecture, units: Iterable[str]) -> list[Modules]:
+    """The modules of `units` under every name by which vLLM, the disk or transformers knows them."""
+    family = FAMILIES[architecture.family]
+    theirs = {
+        tensor.removesuffix(".weight"): parameter.removesuffix(".weight")
+        for layer in range(architecture.layers)
+        for parameter, tensors in family.parameters(architecture, layer).items()
+        for tensor in tensors
+    }
+    layers: dict[tuple[str, str, bool], dict[int, None]] = {}  # (parent, leaf, routed) -> layers
+    for linear in (n for unit in units for n in firsts(architecture.units[unit])):
+        for name in (family.engine_name(linear.name), linear.name, theirs.get(linear.name, linear.name)):
+            parent, leaf = name.split(f"layers.{linear.layer}.")[-1].rsplit(".", 1)
+            routed = linear.expert is not None
+            key = parent.rpartition(".")[0] if routed else parent, leaf, routed
+            layers.setdefault(key, {})[linear.layer] = None
+    leaves: dict[tuple[str, bool, tuple[int, ...]], list[str]] = {}
+    for (parent, leaf, routed), found in layers.items():
+        leaves.setdefault((parent, routed, tuple(found)), []).append(leaf)
+    above = tuple(architecture.layer_prefix.split(".")[:-2])
+    return [Modules(above, where, parent, tuple(names), routed) for (parent, routed, where), names in leaves.items()]
+
+
+def small_modules(architecture: Architecture) -> list[str]:
+    """Regular expressions for the matrices that are no linears: embedding, head, routers, vision."""
+    found: dict[str, None] = {}
+    for tensor in architecture.tensors:
+        words = tensor.name.removesuffix(".weight").split(".")
+        if tensor.role == "vision":
+            found[rf"(.*\.)?{re.escape(words[0])}\..*"] = None
+        elif tensor.role in ("embedding", "head", "router"):
+            found[rf"(.*\.)?{re.escape(words[-1])}$"] = None
+    return list(found)
+
+
+def compare(
+    packings: Mapping[str, Packing],
+    architecture: Architecture,
+    formats: Mapping[str, str],
+    names: frozenset[str],
+    place: Callable[[Architecture, Linear], Place] = alone,
+) -> None:
+    """Whether each linear's tensors are those of its format. One with none at all is left to the inventory.
+
+    Raises `CheckpointError`: an engine would believe the config, and drop or misread what is on disk.
+    """
+    present: dict[str, set[str]] = {}
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        present.setdefault(module, set()).add(suffix)
+    for linear in architecture.linears:
+        format, module = formats[linear.name], place(architecture, linear).module
+        wanted = {part.suffix for part in packings[format].parts(linear.shape).values()}
+        if (there := present.get(module, wanted)) != wanted:
+            raise CheckpointError(
+                f"config.json makes {module} {format} for an engine, which takes {', '.join(sorted(wanted))}; "
+                f"the files hold {', '.join(sorted(there))}. Export it again with names that the engine knows"
+            )
+
+
 def released(quant_method: str, read: Read) -> Config:
     """`Container.config` of a source's own container: the source's words, for a model that they still describe."""
 
     def config(
         architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        quantization = source.get("quantization_config", {})
+        quantization = source.get("quantization_config") or {}
         if quantization.get("quant_method") != quant_method or read(architecture, source, None) != formats:
             raise PlanError(
                 f"the {quant_method} container writes models that are {quant_method} throughout, as their source is; "
@@ -135,6 +257,14 @@ def released(quant_method: str, read: Read) -> Config:
         return dict(quantization)
 
     return config
+
+
+def entries(quantization: Mapping[str, Any], key: str) -> list[str]:
+    """The names that a quantization_config lists under `key`; none where it has no such key. Raises `CheckpointError`."""
+    found = quantization.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise CheckpointError(f"config.json has {key} = {found!r:.80} in quantization_config; wanted a list of names")
+    return found
 
 
 def stream_bytes(columns: int, bits: int, word: int = 1) -> int:
@@ -155,8 +285,10 @@ def pack_bits(codes_OI: Tensor, bits: int, word: int = 1) -> Tensor:
     for lane in range(1, lanes):
         joined = joined | (padded[:, lane::lanes].to(joined.dtype) << (lane * bits))
     stream = joined.contiguous().view(torch.uint8).reshape(rows, -1, joined.itemsize)[..., :span].reshape(rows, -1)
-    size = stream_bytes(columns, bits, word)
-    return torch.nn.functional.pad(stream, (0, size - stream.shape[1])).contiguous()
+    packed = stream.new_zeros(rows, stream_bytes(columns, bits, word))
+    width = min(stream.shape[1], packed.shape[1])
+    packed[:, :width] = stream[:, :width]
+    return packed
 
 
 def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:

@@ -24,7 +24,21 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import FAMILIES, Architecture, Linear
 from ..formats import FORMATS, Scales
-from .base import Container, Pack, Packing, Part, Unpack, pack_bits, stream_bytes, unpack_bits
+from .base import (
+    Container,
+    Pack,
+    Packing,
+    Part,
+    Unpack,
+    compare,
+    firsts,
+    modules,
+    pack_bits,
+    siblings,
+    small_modules,
+    stream_bytes,
+    unpack_bits,
+)
 from .fp8 import FP8_BLOCK, pack_e4m3, unpack_e4m3
 from .mxfp8 import MXFP8_PACKING
 from .unquantized import BF16
@@ -122,7 +136,7 @@ def integers(format: str, bits: int) -> Packing:
 
 
 GROUPED = tuple(f"int{bits}_g{group}" for bits in (2, 3, 4, 8) for group in (32, 64, 128))
-PACKINGS = {
+CARRIED = {
     "mxfp4": nibbles("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
     "nvfp4": nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor"),
     "mxfp8": renamed(MXFP8_PACKING),
@@ -132,6 +146,7 @@ PACKINGS = {
     **{name: integers(name, FORMATS[name].element_bits) for name in GROUPED},
     "bf16": BF16,
 }
+PACKINGS = {name: replace(packing, in_kernels=True) for name, packing in CARRIED.items()}
 
 
 # What config.json says -------------------------------------------------------------------------------------------
@@ -186,29 +201,32 @@ DECIDES = ("num_bits", "type", "strategy", "group_size", "block_structure")
 def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a model whose linears have `formats`; None when all of them are BF16.
 
-    Raises `PlanError`, naming the unit, for what no engine would load: two formats in one fused matrix, NVFP4
+    Raises `PlanError`, naming the unit, for what vLLM would not load: two formats in one fused matrix, NVFP4
     under a sparse-attention indexer, rows that are not whole groups. Costs nothing: plans may ask it first.
     """
-    modules = module_names(architecture)
-    layers: dict[tuple[bool, str], dict[tuple[str, str], list[int]]] = {}  # (dense, format) -> module -> its layers
+    units: dict[tuple[bool, str], list[str]] = {}  # (dense, format) -> its units
     for unit, members in architecture.units.items():
-        group = layers.setdefault((members[0].expert is None, unit_format(unit, members, formats)), {})
-        for module in modules[unit]:
-            group.setdefault(module, []).append(members[0].layer)
-    ordered = sorted(layers, key=lambda key: key[0])  # experts first
-    targets = {key: patterns(architecture, layers[key]) for key in ordered}
-    groups = [SCHEMES[format].group(found) for (_, format), found in targets.items() if format != "bf16"]
+        units.setdefault((members[0].expert is None, unit_format(unit, members, formats)), []).append(unit)
+    ordered = sorted(units, key=lambda key: key[0])  # experts first
+    named = {key: targets(architecture, units[key]) for key in ordered}
+    groups = [SCHEMES[format].group(found) for (_, format), found in named.items() if format != "bf16"]
     if not groups:
         return None
     wires = {group["format"] for group in groups}
-    kept = [pattern for (_, format), found in targets.items() if format == "bf16" for pattern in found]
+    kept = [target for (_, format), found in named.items() if format == "bf16" for target in found]
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": wires.pop() if len(wires) == 1 else "mixed-precision",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": kept + small_modules(architecture),
+        "ignore": kept + [f"re:{pattern}" for pattern in small_modules(architecture)],
     }
+
+
+def targets(architecture: Architecture, units: Sequence[str]) -> list[str]:
+    """`units` by all their names. A dense target may not say "experts": transformers would read all experts by its group."""
+    found = modules(architecture, units)
+    return [f"re:{m.pattern() if m.routed else m.pattern().replace('experts', 'exper[t]s')}" for m in found]
 
 
 def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]) -> str:
@@ -226,72 +244,13 @@ def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]
                 f"{unit} has rows of {linear.shape[1]} weights, no whole groups of {format.name}'s {columns}; "
                 "give it a format of smaller groups, or bf16"
             )
-    return format.name
-
-
-def module_names(architecture: Architecture) -> dict[str, list[tuple[str, str]]]:
-    """Unit -> (parent, leaf) of every name by which vLLM, the disk or transformers knows its modules.
-
-    Names start after the layer's number; the parent is a regular expression.
-    """
-    family = FAMILIES[architecture.family]
-    theirs = {
-        tensor.removesuffix(".weight"): parameter.removesuffix(".weight")
-        for layer in range(architecture.layers)
-        for parameter, tensors in family.parameters(architecture, layer).items()
-        for tensor in tensors
-    }
-    found = {}
-    for unit, members in architecture.units.items():
-        found[unit] = list(
-            dict.fromkeys(
-                parent_and_leaf(linear, name)
-                for linear in firsts(members)
-                for name in (family.engine_name(linear.name), linear.name, theirs.get(linear.name, linear.name))
+    for linear in (n for group in siblings(members) for n in group[:-1]):
+        if rows > 1 and linear.shape[0] % rows:
+            raise PlanError(
+                f"{linear.name} has {linear.shape[0]} rows and another matrix is fused below it, which breaks "
+                f"{format.name}'s squares of {rows}; give {unit} mxfp8, fp8_channel or bf16"
             )
-        )
-    return found
-
-
-def firsts(members: Sequence[Linear]) -> list[Linear]:
-    """A unit's matrices, of routed experts the first alone: the others go by its names, and get its format."""
-    return [linear for linear in members if not linear.expert]
-
-
-def parent_and_leaf(linear: Linear, name: str) -> tuple[str, str]:
-    parent, leaf = name.split(f"layers.{linear.layer}.")[-1].rsplit(".", 1)
-    if linear.expert is not None:
-        return re.sub(r"\d+$", r"\\d+", re.escape(parent)), leaf
-    # A dense target that says "experts" would make transformers read all routed experts by its group
-    return re.escape(parent).replace("experts", "exper[t]s"), leaf
-
-
-def patterns(architecture: Architecture, modules: Mapping[tuple[str, str], Iterable[int]]) -> list[str]:
-    """A regular expression for each parent and set of layers: `re:(model\\.)+layers\\.(0|1)\\.mlp\\.(gate_proj|up_proj)$`.
-
-    What stands before `layers` is spelled out, since a vision tower may have layers and projections of the
-    same names; engines nest the words in orders of their own.
-    """
-    above = "|".join(rf"{re.escape(word)}\." for word in architecture.layer_prefix.split(".")[:-2])
-    leaves: dict[tuple[str, str], list[str]] = {}
-    for (parent, leaf), layers in modules.items():
-        leaves.setdefault((parent, "|".join(map(str, layers))), []).append(leaf)
-    return [
-        rf"re:({above})+layers\.({layers})\.{parent}\.({'|'.join(names)})$"
-        for (parent, layers), names in leaves.items()
-    ]
-
-
-def small_modules(architecture: Architecture) -> list[str]:
-    """`ignore` entries for the matrices that are no linears: embedding, head, routers, vision."""
-    found: dict[str, None] = {}
-    for tensor in architecture.tensors:
-        words = tensor.name.removesuffix(".weight").split(".")
-        if tensor.role == "vision":
-            found[rf"re:(.*\.)?{re.escape(words[0])}\..*"] = None
-        elif tensor.role in ("embedding", "head", "router"):
-            found[rf"re:(.*\.)?{re.escape(words[-1])}$"] = None
-    return list(found)
+    return format.name
 
 
 # What a config.json on disk says ----------------------------------------------------------------------------------
@@ -320,7 +279,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
             )
         found |= dict.fromkeys((n.name for n in members), next(iter(asked.values())))
     if names is not None:
-        compare(architecture, found, names)
+        compare(PACKINGS, architecture, found, names)
     return found
 
 
@@ -345,22 +304,6 @@ def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
             return format
     asked = {key: weights[key] for key in (*DECIDES, "symmetric") if weights.get(key) is not None}
     raise CheckpointError(f"config.json has weights as {wire} {asked}; moesaic reads {', '.join(SCHEMES)}")
-
-
-def compare(architecture: Architecture, formats: Mapping[str, str], names: frozenset[str]) -> None:
-    """Whether each linear's tensors are those of its format. One with none at all is left to the inventory."""
-    present: dict[str, set[str]] = {}
-    for name in names:
-        module, _, suffix = name.rpartition(".")
-        present.setdefault(module, set()).add(suffix)
-    for linear in architecture.linears:
-        format, there = formats[linear.name], present.get(linear.name)
-        wanted = {part.suffix for part in PACKINGS[format].parts(linear.shape).values()}
-        if there is not None and there != wanted:
-            raise CheckpointError(
-                f"config.json makes {linear.name} {format} for an engine, which takes {', '.join(sorted(wanted))}; "
-                f"the files hold {', '.join(sorted(there))}. Export it again with targets in the engine's names"
-            )
 
 
 COMPRESSED_TENSORS = Container(

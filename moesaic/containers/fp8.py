@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..families import Architecture
 from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, released
+from .base import Container, Packing, Part, entries, released
 from .unquantized import BF16
 
 
@@ -33,7 +33,7 @@ def unpack_e4m3(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Ten
     return stored["codes"].view(torch.uint8), Scales(stored["blocks"])
 
 
-FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack_e4m3, unpack_e4m3)
+FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack_e4m3, unpack_e4m3, in_kernels=True)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
@@ -47,7 +47,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         raise CheckpointError(
             f"config.json says fp8 in blocks {block} of {kind}; moesaic reads [128, 128] of float8_e4m3fn"
         )
-    kept = skipped(architecture, quantization.get("modules_to_not_convert", []))
+    kept = skipped(architecture, entries(quantization, "modules_to_not_convert"))
     return {linear.name: "bf16" if linear.name in kept else "fp8_block" for linear in architecture.linears}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..families import Architecture
 from ..formats import FORMATS
-from .base import Container, Packing, Part, released
+from .base import Container, Packing, Part, entries, released
 from .fp8 import pack_e4m3, skipped, unpack_e4m3
 from .unquantized import BF16
 
@@ -22,7 +22,7 @@ def parts(shape: Sequence[int]) -> dict[str, Part]:
     }
 
 
-MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack_e4m3, unpack_e4m3)
+MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack_e4m3, unpack_e4m3, in_kernels=True)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
@@ -32,7 +32,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         raise CheckpointError(
             f"config.json says mxfp8 in blocks {quantization.get('weight_block_size')}; moesaic reads [1, 32]"
         )
-    kept = skipped(architecture, quantization.get("ignored_layers", []))
+    kept = skipped(architecture, entries(quantization, "ignored_layers"))
     return {linear.name: "bf16" if linear.name in kept else "mxfp8" for linear in architecture.linears}
 
 

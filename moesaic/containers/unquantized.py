@@ -23,7 +23,7 @@ def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, 
     return stored["codes"].view(torch.int16), Scales()
 
 
-BF16 = Packing("bf16", "bf16", parts, pack, unpack)
+BF16 = Packing("bf16", "bf16", parts, pack, unpack, in_kernels=True)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:

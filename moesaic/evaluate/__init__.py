@@ -71,25 +71,36 @@ def evaluate(
         )
     if known and not known.exists():
         write_tensors(known, FINAL, {str(i): h.cpu() for i, h in enumerate(outcome.final)}, inputs)
-    found: list[Score] = []
+    facts = (
+        conditions(source, export, readings, outcome) | arithmetic | {"device": str(source_run.device), "seed": seed}
+    )
+    scores = Scores(tuple(scored(readings, outcome, seed)), facts)
+    write_tokens(folder / "scores.safetensors", readings, outcome, inputs)
+    scores.write(folder / "scores.json", inputs)
+    return scores
+
+
+def scored(readings: Sequence[Reading], outcome: Lockstep, seed: int) -> list[Score]:
+    """What each evaluation says of each reading."""
+    found = []
     for reading, divergence in zip(readings, outcome.divergences):
         scoring = Scoring(reading, divergence, Bootstrap(divergence, seed))
         found += [score for evaluation in EVALUATIONS.values() for score in evaluation.score(scoring)]
-    facts = {
+    return found
+
+
+def conditions(
+    source: Checkpoint, export: Checkpoint, readings: Sequence[Reading], outcome: Lockstep
+) -> dict[str, Any]:
+    """What was compared, on what, by what, and what happened on the way; JSON-able."""
+    return {
         "activations": ACTIVATIONS,
-        **arithmetic,
-        "device": str(source_run.device),
-        "seed": seed,
         "source": {"path": str(source.path), "identity": source.identity},
         "export": {"path": str(export.path), "identity": export.identity},
         "readings": [of_reading(reading, divergence) for reading, divergence in zip(readings, outcome.divergences)],
         "layers": of_layers(outcome, source.architecture.layers),
         "versions": {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_tokens(folder / "scores.safetensors", readings, outcome, inputs)
-    scores = Scores(tuple(found), facts)
-    scores.write(folder / "scores.json", inputs)
-    return scores
 
 
 def sampled(checkpoint: Checkpoint) -> str:

@@ -14,7 +14,8 @@ LARGEST_BYTE = 246  # 448 · 2**119 still is an F32; one more and a weight could
 def e8m0_steps(scales: Scales) -> Steps:
     """Exact powers of two: the byte 0 is 2**-127, which only F32's subnormals hold; 255 is NaN."""
     assert scales.blocks is not None
-    return (POWERS.to(scales.blocks.device)[scales.blocks.long()],)
+    bytes_ = scales.blocks.flatten().int()
+    return (POWERS.to(bytes_.device).index_select(0, bytes_).reshape(scales.blocks.shape),)
 
 
 def float_bits(x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 # No fast math: a reordered sum or a fused multiply-add would not be the reference's bits.
-jit = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+jit = njit(fastmath=False, error_model="numpy")
+entry = njit(fastmath=False, error_model="numpy", nogil=True, cache=True)
 
 u32, f32 = np.uint32, np.float32
 MAGNITUDE = u32(0x7FFFFFFF)
@@ -556,7 +557,7 @@ def flush(sums_Bn):
 # The whole matrix ---------------------------------------------------------------------------------------------------
 
 
-@jit
+@entry
 def amax_rows(source, stored_OBn, source_steps, source_rows, x_K, x_source_Bn):
     """Magnitude bits of the largest weight of a matrix."""
     top = u32(0)
@@ -566,7 +567,7 @@ def amax_rows(source, stored_OBn, source_steps, source_rows, x_K, x_source_Bn):
     return top
 
 
-@jit
+@entry
 def requantize_rows(
     source, stored_OBn, source_steps, source_rows,
     element, rule, bits, block_rows, shared, changes, moments_nB, measure,

@@ -83,10 +83,10 @@ def kl_histogram(kl_N: np.ndarray, marks: dict[str, float]) -> str:
 
     def draw(axes: Axes, narrow: bool) -> None:
         axes.set_xscale("log")
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=ACCENT, edgecolor=PAPER, linewidth=0.9)
-        high = counts.max()
-        for y in np.arange(1, 20) * high / 14:  # grout: the bars are laid in tiles
-            axes.axhline(y, color=PAPER, linewidth=0.9)
+        axes.stairs(counts, edges, fill=True, color=ACCENT, linewidth=0)
+        high = counts.max()  # then grout in the colour of the page: the columns are laid in tiles
+        axes.hlines(np.arange(1, 15) * high / 14, bottom, edges[-1], color=PAPER, linewidth=0.9)
+        axes.vlines(edges, 0, high * 1.01, color=PAPER, linewidth=0.9)
         for i, (label, value) in enumerate(sorted(marks.items(), key=lambda m: m[1])):
             level = high * (1.08 + 0.12 * (len(marks) - 1 - i))
             axes.plot([value, value], [0, level], color=SECOND, linewidth=1.4)

@@ -15,6 +15,7 @@ class Rounding:
     """One way to round.
 
     needs  names of what `round` reads from `known`: "second_moments" (E[x²], [I]), "hessian" (E[xxᵀ], [I, I])
+    kernel whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones
     round  (w [O, I] F32, format, second level shared with fused siblings or None, known) -> codes [O, I], Scales
     """
 
@@ -22,3 +23,4 @@ class Rounding:
     needs: tuple[str, ...]
     round: Callable[[Tensor, NumberFormat, Tensor | None, Known], tuple[Tensor, Scales]]
     reference: str
+    kernel: str = ""

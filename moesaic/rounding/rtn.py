@@ -11,4 +11,4 @@ def round(w_OI: Tensor, format: NumberFormat, shared: Tensor | None, known: Know
     return format.encode(w_OI, scales), scales
 
 
-RTN = Rounding("rtn", (), round, "https://arxiv.org/abs/2210.17323")
+RTN = Rounding("rtn", (), round, "https://arxiv.org/abs/2210.17323", kernel="standard")

@@ -27,7 +27,7 @@ def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffe
     heads = config.num_attention_heads
     query_bytes = 4 * heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
     out_BTD = torch.empty_like(hidden_BTD)
-    for row in spans(rows, query_bytes * length, buffer_bytes):
+    for row in spans(rows, query_bytes * length, buffer_bytes // 4):  # more at a time are slower on a CPU
         chunks = list(spans(length, query_bytes * (row.stop - row.start), buffer_bytes))
         cache = DynamicCache(config=config) if len(chunks) > 1 else None
         for chunk in chunks:

@@ -1,0 +1,264 @@
+"""Do prices predict what plans cost, and does the plan that they choose beat uniform ones of the same bytes?
+
+    python benchmarks/measure.py [MODEL] RUN [--data DIR --heldout DIR] [--price-tokens N] [--tokens N] [--plans N]
+
+Prices every option and fits the rule on some rows of calibration text; then measures plans that neither has seen, on
+text that neither has seen: rank correlation, and how far predictions are off. The same for two surrogates that
+need no model behind the unit: weight error and output error (each with its own power law, fitted on the same plans).
+Then, at six sizes of disk, the plan chosen against every uniform plan that fits, all measured on yet other rows. Leaves out
+½ · trace(H) · MSE: there is no backward sweep here. Everything is kept in RUN, and the same call continues.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.allocate import Frontier, Menu
+from moesaic.artifact import identity
+from moesaic.calibrate import calibrate
+from moesaic.candidates.choose import FORMATS_OFFERED, Budget, learn
+from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform, varied
+from moesaic.candidates.sizes import folder_bytes
+from moesaic.checkpoint import Checkpoint
+from moesaic.containers import CONTAINERS
+from moesaic.corpus import Corpus
+from moesaic.demo import MODEL
+from moesaic.measure import Branch, Prices, default_counts, effort, measure, offers, price, some_rows
+from moesaic.measure.branch import changes, state_of
+from moesaic.plan import SOURCE
+from moesaic.select import order_experts
+from moesaic.stream import LayerRun, State
+from moesaic.target import Target
+from moesaic.tokens import TokenSet
+
+CONTAINER = CONTAINERS["compressed_tensors"]
+SHARES = (0.42, 0.5, 0.58, 0.68, 0.78, 0.9)  # of the source's bytes, as budgets
+LOW = 0.3  # nats below which a prediction should be within a factor of 2
+Plans = list[tuple[dict[str, str], int]]
+
+
+def ranks(x_N: np.ndarray) -> np.ndarray:
+    """0 … N − 1; equals share a rank."""
+    return (x_N[None] < x_N[:, None]).sum(1) + ((x_N[None] == x_N[:, None]).sum(1) - 1) / 2
+
+
+def spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:
+    return float(np.corrcoef(ranks(x_N), ranks(y_N))[0, 1])
+
+
+def local_errors(source: Checkpoint, prices: Prices, tokens: TokenSet) -> dict[str, dict[Any, float]]:
+    """For each option (unit, format) and (layer, kept): Σ‖ΔW‖² over its matrices, and ‖Δh‖² / ‖h‖² after its layer."""
+    run, a = LayerRun(source), source.architecture
+    options = [(u, f) for u, of in prices.rounded.items() for f in of if f != SOURCE]
+    cuts = [(layer, k) for layer, of in prices.dropped.items() for k in of]
+    branches = {key: Branch({key[0]: key[1]}) for key in options}
+    branches |= {
+        (layer, k): Branch({}, {layer: tuple(sorted(prices.order_LE[list(prices.dropped).index(layer)][:k].tolist()))})
+        for layer, k in cuts
+    }
+    way = changes(list(branches.values()), "rtn")
+    weight, output = {}, {}
+    state = State(run.embed(tokens.ids_BT))
+    for layer in range(a.layers):
+        mine = {key: b for key, b in branches.items() if b.first(a) == layer}
+        states = [state, *(state_of(run, b, state.hidden_BTD, way) for b in mine.values())]
+        state, *after = run.advance(layer, states)
+        size = float(state.hidden_BTD.square().sum())
+        for key, s in zip(mine, after):
+            output[key] = float((s.hidden_BTD - state.hidden_BTD).square().sum()) / size
+    for unit, format in options:
+        groups: dict[int | None, list[Any]] = {}
+        for n in a.units[unit]:
+            groups.setdefault(n.expert, []).append(n)
+        weight[unit, format] = 0.0
+        for group in groups.values():
+            w = [source.decode(n.name) for n in group]
+            weight[unit, format] += sum(float((b - c).square().sum()) for b, c in zip(way[format](group, w), w))
+    for layer, k in cuts:
+        gone = prices.order_LE[list(prices.dropped).index(layer)][k:].tolist()
+        weight[layer, k] = sum(
+            float(source.decode(n.name).square().sum()) for e in gone for n in a.experts_of[layer, e].values()
+        )
+    return {"weight error": weight, "output error": output}
+
+
+def scored(prices: Prices, errors: dict[Any, float], plans: Plans) -> np.ndarray:
+    """Σ of an error over a plan's units; between measured kept counts by experts dropped."""
+    found = []
+    for formats, kept in plans:
+        total = sum(errors[u, f] for u, f in formats.items() if f != SOURCE)
+        for layer, of in prices.dropped.items():
+            gone = prices.order_LE.shape[1] - np.array([prices.order_LE.shape[1], *of])
+            total += float(np.interp(prices.order_LE.shape[1] - kept, gone, [0.0, *(errors[layer, k] for k in of)]))
+        found.append(total)
+    return np.array(found)
+
+
+def random_plans(menu: Menu, count: int, seed: int) -> Plans:
+    """Every unit a format at random, and any kept count: no plan that anybody would want, but a hard test."""
+    rng = np.random.default_rng(seed)
+    return [
+        ({c.unit: str(rng.choice(c.formats)) for c in menu.choices}, int(rng.choice(menu.kept))) for _ in range(count)
+    ]
+
+
+def unseen(source: Checkpoint, prices: Prices, menu: Menu, count: int) -> Plans:
+    """Plans near the frontier from other disturbed prices, plans at random, and all uniform ones at three kept counts."""
+    plans = varied(menu, count // 2, seed=1) + random_plans(menu, count // 4, seed=2)
+    for format in dict.fromkeys(f for c in menu.choices for f in c.formats):
+        plans += [(uniform(menu, format, at)[0], menu.kept[at]) for at in (len(menu.kept) - 1, len(menu.kept) // 2, 0)]
+    return [p for p in plans if p != (dict.fromkeys(p[0], SOURCE), source.architecture.experts)]
+
+
+def told(name: str, predicted_N: np.ndarray, kl_N: np.ndarray) -> dict[str, Any]:
+    ratio = predicted_N / kl_N
+    low = kl_N < LOW
+    found = {
+        "spearman": spearman(predicted_N, kl_N),
+        "ratio_geometric_mean": float(np.exp(np.log(ratio).mean())),
+        "ratio_rms_factor": float(np.exp(np.sqrt((np.log(ratio) ** 2).mean()))),
+        "ratio_low": float(ratio[low].min()), "ratio_high": float(ratio[low].max()),
+        "within_2": float(((ratio[low] > 0.5) & (ratio[low] < 2)).mean()),
+    }  # fmt: skip
+    print(
+        f"{name:<22} Spearman {found['spearman']:.3f}   predicted/measured {found['ratio_geometric_mean']:.2f}, off by a factor "
+        f"{found['ratio_rms_factor']:.2f} (rms), {found['ratio_low']:.2f} to {found['ratio_high']:.2f} and "
+        f"{found['within_2']:.0%} within 2 where KL < {LOW}",
+        flush=True,
+    )
+    return found
+
+
+def predictions(
+    source: Checkpoint, prices: Prices, menu: Menu, rule: Any, run: Path, text: TokenSet, fresh: TokenSet, count: int
+) -> dict[str, Any]:
+    """Plans that nothing was fitted on, on text that nothing was fitted on."""
+    plans = unseen(source, prices, menu, count)
+    branches = [Branch.of(plan_of(source, CONTAINER, prices, f, k, "rtn")) for f, k in plans]
+    measured = measure(source, branches, fresh, run / "unseen", title="unseen plans")
+    kl_N = np.array([m.nats for m in measured])
+    used = np.isfinite(kl_N)
+    print(f"\n{used.sum()} unseen plans on {fresh.tokens:,} unseen tokens: KL {kl_N[used].min():.4f} to {kl_N[used].max():.3f} nats, "
+          f"median relative error of a measurement {np.median([m.error / m.nats for m in measured]):.1%}")  # fmt: skip
+    both = np.array([sums(prices, f, k) for f, k in plans])
+    total_N = both[:, 0] + rule.weight * both[:, 1]
+    facts = {"rule": told("rule", rule.predict(total_N)[used], kl_N[used])}
+    facts["sum"] = told("sum of prices", both.sum(1)[used], kl_N[used])
+    fitted = learned(run)
+    for name, errors in local_errors(source, prices, text).items():
+        fit_N, y_N = scored(prices, errors, fitted[0]), np.log(fitted[1])
+        slope, at = np.polyfit(np.log(fit_N), y_N, 1)
+        facts[name] = told(name, np.exp(at + slope * np.log(scored(prices, errors, plans)))[used], kl_N[used])
+    facts["plans"] = [
+        {"experts": k, "predicted": float(rule.predict(t)), "nats": m.nats, "error": m.error}
+        for (_, k), t, m in zip(plans, total_N, measured)
+    ]
+    return facts
+
+
+def learned(run: Path) -> tuple[Plans, np.ndarray]:
+    """The plans that the rule was fitted on, and what they were measured to cost."""
+    found = json.loads((run / "rule.json").read_text())["measured"]
+    return [(m["formats"], m["experts"]) for m in found], np.array([m["nats"] for m in found])
+
+
+def contests(
+    source: Checkpoint, prices: Prices, menu: Menu, rule: Any, run: Path, choice: TokenSet, judge: TokenSet
+) -> list[dict[str, Any]]:
+    """At each size: candidates, of which `choice` text picks one, and every uniform plan that fits; `judge` text decides."""
+    frontier, whole = Frontier.of(menu), sum(t.bytes for t in source.inventory)
+    rows = []
+    for share in SHARES:
+        budget = int(share * whole)
+        found = candidates(source, CONTAINER, prices, rule, frontier, menu, budget, "rtn", 6)
+        plain = {}
+        for format in sorted({f for c in menu.choices for f in c.formats}):
+            for at in range(len(menu.kept)):  # the most experts that fit
+                formats, _, _ = uniform(menu, format, at)
+                plan = plan_of(source, CONTAINER, prices, formats, menu.kept[at], "rtn")
+                if folder_bytes(Target.of(source, plan)) <= budget:
+                    plain[f"{format}, {menu.kept[at]} experts"] = plan
+                    last = f"{format}, {menu.kept[at]} experts"
+                    plain = {n: p for n, p in plain.items() if not n.startswith(f"{format},") or n == last}
+        rows.append((budget, found, plain))
+    picked = measure(
+        source, [Branch.of(c.plan) for _, found, _ in rows for c in found], choice, run / "contest", title="choice"
+    )
+    told_by = iter(picked)
+    ships = [found[int(np.argmin([next(told_by).nats for _ in found]))] for _, found, _ in rows]
+    branches = [Branch.of(c.plan) for c in ships] + [Branch.of(p) for _, _, plain in rows for p in plain.values()]
+    judged = iter(measure(source, branches, judge, run / "contest", title="judge"))
+    mine, facts = [next(judged) for _ in ships], []
+    print(
+        f"\nchosen on {choice.tokens:,} tokens, judged on {judge.tokens:,} others; KL in nats ± one standard error over rows"
+    )
+    for (budget, _, plain), ship, m in zip(rows, ships, mine):
+        others = {name: next(judged) for name in plain}
+        best = min(others, key=lambda n: others[n].nats) if others else ""
+        rival = others.get(best)
+        fact = {"budget": budget, "bytes": ship.bytes, "name": ship.name, "predicted": ship.predicted_nats, "nats": m.nats, "error": m.error,
+                "uniform": {n: [o.nats, o.error] for n, o in others.items()}}  # fmt: skip
+        if rival is not None:
+            off_B = rival.kl_B - m.kl_B
+            fact |= {
+                "best_uniform": best,
+                "saved": 1 - m.nats / rival.nats,
+                "saved_nats": float(off_B.mean()),
+                "saved_error": float(off_B.std(ddof=1) / len(off_B) ** 0.5),
+            }
+            end = f"best uniform {best}: {rival.nats:.4f} ± {rival.error:.4f}; {fact['saved']:.0%} less, {fact['saved_nats']:.4f} ± {fact['saved_error']:.4f} paired"
+        else:
+            end = "no uniform plan fits"
+        print(
+            f"{budget:>12,} B  {ship.name}, {ship.bytes:,} B: {m.nats:.4f} ± {m.error:.4f} (predicted {ship.predicted_nats:.4f}); {end}",
+            flush=True,
+        )
+        facts.append(fact)
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--heldout", type=Path)
+    parser.add_argument("--calibration", type=int, default=16_384, metavar="N")
+    parser.add_argument("--price-tokens", type=int, default=2_048, metavar="N")
+    parser.add_argument(
+        "--tokens", type=int, default=4_096, metavar="N", help="to judge plans by; as many again for contests"
+    )
+    parser.add_argument("--plans", type=int, default=64)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    source, corpus = Checkpoint.open(a.model), Corpus(a.data, a.heldout, a.calibration, 256)
+    calibration = corpus.calibration(source, a.run / "tokens.safetensors")
+    judge = corpus.evaluation(source, a.run / "evaluation.safetensors", 2 * a.tokens)
+    first, second = (judge.take(list(range(half, judge.rows, 2))) for half in (0, 1))
+    statistics = calibrate(source, calibration, a.run / "stats")
+    architecture = source.architecture
+    offered = offers(source, CONTAINER, FORMATS_OFFERED)
+    text = some_rows(calibration, a.price_tokens)
+    counts = default_counts(architecture.experts, architecture.top_k)
+    began = time.monotonic()
+    prices = price(source, offered, counts, order_experts(statistics, "reap"), text, a.run)
+    print(f"prices: {time.monotonic() - began:.0f} s (0 if they were there)")
+    options = [Branch({u: f}) for u, of in prices.rounded.items() for f in of if f != SOURCE]
+    print(f"one sweep: {effort(source, options, text.tokens, 4 << 30)}")
+    kept = list(range(min(counts), architecture.experts + 1))
+    rule = learn(source, CONTAINER, prices, kept, text, a.run, Budget(), "rtn", False)
+    print(f"rule: {rule}")
+    menu = menu_of(source, CONTAINER, prices, kept, rule.weight)
+    facts = {"predictions": predictions(source, prices, menu, rule, a.run, text, first, a.plans)}
+    facts["contests"] = contests(source, prices, menu, rule, a.run, first, second)
+    (a.run / "benchmark.json").write_text(json.dumps(facts, indent=1))
+    print(f"every figure: {a.run / 'benchmark.json'} ({identity(facts)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Bytes on disk: of every option before anything is chosen, and of a chosen plan's folder to the byte.
+
+An option's bytes are its tensors and their entries in the shard's header and the index, so that sums of options are
+what a folder takes. Offsets count with as many digits as a full shard needs: a sum is never too small. Leaves
+out harm (measure).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..allocate.menu import Ints
+from ..artifact import header
+from ..checkpoint import Checkpoint
+from ..containers import Container
+from ..export import carried, sorted_pieces
+from ..families import TensorInfo
+from ..plan import SOURCE
+from ..shards import SHARD_BYTES, index_of, plan_shards
+from ..target import Target
+
+SHARD = "model-00001-of-00001.safetensors"
+UNIT_BYTES = 400  # of config.json and the plan, for each unit: its name, its format, its share of the patterns
+NOTE_BYTES = 8_192  # of config.json and the plan beside the source's config
+
+
+def entry_bytes(tensor: TensorInfo) -> int:
+    """What naming a tensor takes in a shard's header and in the index, at most."""
+    place = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [SHARD_BYTES, SHARD_BYTES]}
+    in_header = len(json.dumps({tensor.name: place}, separators=(",", ":"))) - 1
+    return in_header + len(f'    "{tensor.name}": "{SHARD}",\n')
+
+
+def option_bytes(source: Checkpoint, container: Container, unit: str, format: str, kept: Sequence[int]) -> Ints:
+    """Stored bytes of a unit in a format: [K], or [1] for a unit that kept counts do not touch."""
+    members = source.architecture.units[unit]
+    packing = container.packing(source.formats[members[0].name] if format == SOURCE else format)
+    entries = {n.name: sum(entry_bytes(t) for t in packing.tensors(n.name, n.shape)) for n in members}
+    if members[0].expert is None:
+        return np.array([sum(packing.bytes(n.shape) + entries[n.name] for n in members)], np.int64)
+    each_E = np.zeros(source.architecture.experts + 1, np.int64)  # experts that stay are numbered from 0
+    for n in members:
+        assert n.expert is not None
+        each_E[n.expert + 1] += packing.bytes(n.shape) + entries[n.name]
+    return each_E.cumsum()[list(kept)]
+
+
+def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
+    """[K]: what is written whatever the formats: norms, embeddings, routers' rows, vision, texts, config, notes."""
+    a = source.architecture
+    routers = [t for t in a.tensors if t.role in ("router", "router_bias")]
+    rest = [t for t in a.tensors if t.role not in ("router", "router_bias")]
+    shards = 1 + 2 * sum(t.bytes for t in source.inventory) // SHARD_BYTES
+    config = len(json.dumps(source.config, indent=2).encode())
+    still = sum(t.bytes for t in rest) + sum(entry_bytes(t) for t in a.tensors) + shards * 64
+    still += sum((source.path / f).stat().st_size for f in carried(source.path)) + config
+    still += NOTE_BYTES + UNIT_BYTES * len(a.units)
+    row = sum(t.bytes // a.experts for t in routers) + len(a.moe_layers) * len("   8191,\n")
+    return still + row * np.array(kept, np.int64)
+
+
+def folder_bytes(target: Target) -> int:
+    """Bytes of the folder that `export` writes for a plan, all files, before it is written."""
+    shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
+    tensors = sum(len(s.layout()[0]) + s.payload_bytes for s in shards)
+    texts = [
+        json.dumps(index_of(shards), indent=2) + "\n",
+        json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
+        json.dumps(
+            {**header("plan", {"source": target.source.identity}), **target.plan.body}, indent=1, ensure_ascii=False
+        )
+        + "\n",
+    ]
+    files = sum((target.source.path / f).stat().st_size for f in carried(target.source.path))
+    return tensors + sum(len(text.encode()) for text in texts) + files
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder, as they are."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,105 @@
+"""Machines: devices by name or by size, and how much of their memory an engine may take.
+
+A device's bytes are what the driver reports as its total (`torch.cuda.mem_get_info`), which is below the
+number on the box and is what vLLM multiplies with --gpu-memory-utilization; of a Mac, what macOS lets
+the GPU wire. Leaves out speed: bandwidth, links, arithmetic.
+"""
+
+import re
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+GIB = 2**30
+UNITS = {"GB": 10**9, "GIB": GIB, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device. `utilization` is the part of its bytes that an engine should claim."""
+
+    name: str
+    bytes: int
+    utilization: float = 0.92  # vLLM 0.32's own default
+    per_node: int = 8  # devices behind one operating system, where a machine has more
+    engine: str = "vllm"
+
+
+def gib(name: str, total: float) -> Card:
+    return Card(name, round(total * GIB))
+
+
+def mac(size: int) -> Card:
+    """macOS lets a GPU wire three quarters of 64 GB and more; newer systems more yet (107.5 of 128 GiB measured,
+    github.com/antirez/ds4/pull/893), and `sysctl iogpu.wired_limit_mb` as much as one dares."""
+    return Card(f"Mac Studio {size} GB", size * GIB * 3 // 4, utilization=1.0, per_node=1, engine="mlx")
+
+
+# Totals as PyTorch's out-of-memory messages give them in public reports; the least, where drivers differ.
+CARDS = (
+    gib("A100", 79.14),
+    gib("A100 40GB", 39.39),
+    gib("L40S", 44.40),
+    gib("H100", 79.10),
+    gib("H100 NVL", 93.00),  # github.com/ali-vilab/VACE/issues/56
+    gib("H200", 139.80),
+    gib("B200", 178.35),
+    gib("RTX 4090", 23.64),  # github.com/ali-vilab/VGen/issues/104
+    gib("RTX 5090", 31.36),
+    gib("RTX PRO 6000", 94.97),  # Blackwell
+    # Shared with the system, so that the default does not start: github.com/vllm-project/recipes/pull/632
+    Card("DGX Spark", round(121.69 * GIB), utilization=0.85, per_node=1),
+    *(mac(size) for size in (64, 96, 128, 192, 256, 512)),
+)
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+BY_NAME = {plain(card.name): card for card in CARDS}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`count` devices of one kind."""
+
+    card: Card
+    count: int
+
+    @staticmethod
+    def parse(text: str) -> "Machine":
+        """Devices as people write them: `2x95GiB`, `4xH100 NVL`, `h200`, `2 x DGX Spark`. Raises `InputError`."""
+        found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
+        count, what = (int(found[1] or 1), found[2]) if found else (0, "")
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GTM]i?B)", what, re.IGNORECASE)
+        if size:
+            total = int(float(size[1]) * UNITS[size[2].upper()])
+            card = Card(f"{size[1]} {size[2]}", total)
+        elif plain(what) in BY_NAME:
+            card = BY_NAME[plain(what)]
+        else:
+            names = ", ".join(card.name for card in CARDS)
+            raise InputError(f"{text!r} names no devices; write 2x95GiB, or a count and one of {names}: 4xH100 NVL")
+        if not 1 <= count <= 1024 or not card.bytes:
+            raise InputError(f"{text!r} is {count} devices of {card.bytes:,} bytes; wanted 1 to 1024 that have memory")
+        return Machine(card, count)
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} × {self.card.name}"
+
+    @property
+    def nodes(self) -> int:
+        """Machines with an operating system of their own; each holds as many of the devices."""
+        fewest = -(-self.count // self.card.per_node)
+        return next(n for n in range(fewest, self.count + 1) if self.count % n == 0)
+
+    @property
+    def per_node(self) -> int:
+        return self.count // self.nodes
+
+    @property
+    def requested_bytes(self) -> int:
+        """What the engine claims of each device, for weights, cache and reserve together."""
+        return int(self.card.bytes * self.card.utilization)

@@ -1,0 +1,26 @@
+"""Harm in nats: what options cost alone, what plans cost whole, and the rule that leads from one to the other.
+
+branch.py runs models that differ from the source in some units, any number in one sweep; excess.py is their KL;
+prices.py asks for every option alone; composition.py fits the rule.
+"""
+
+from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
+from .composition import Rule
+from .prices import Price, Prices, default_counts, offers, price, singles
+
+__all__ = [
+    "Branch",
+    "Effort",
+    "Measured",
+    "Price",
+    "Prices",
+    "Rule",
+    "affordable_tokens",
+    "default_counts",
+    "effort",
+    "measure",
+    "offers",
+    "price",
+    "singles",
+    "some_rows",
+]

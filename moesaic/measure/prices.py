@@ -1,0 +1,177 @@
+"""What each option costs alone, in nats per token: formats a unit may take, counts of experts a layer may keep.
+
+An option is a branch that differs in one unit; `measure` runs them all. Prices of single options do not add up to a
+plan's KL: `composition` says what they come to. Leaves out choosing (allocate), and bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..artifact import identity, read_json, write_json
+from ..checkpoint import Checkpoint
+from ..containers import Container
+from ..errors import PlanError
+from ..formats import FORMATS
+from ..plan import SOURCE
+from ..tokens import TokenSet
+from .branch import Branch, Measured, measure
+
+KIND = "costs"
+KEPT_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of experts, at which dropping is measured; between them it is interpolated
+
+
+@dataclass(frozen=True)
+class Price:
+    """Nats per token with their standard error over rows."""
+
+    nats: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Prices:
+    """All options on offer, and what each costs alone.
+
+    rounded   unit -> format -> price; "source" costs nothing
+    dropped   MoE layer -> kept count -> price, in the order `order_LE`, rows of which are `dropped`'s layers
+    tokens    that were read
+    """
+
+    rounded: Mapping[str, Mapping[str, Price]]
+    dropped: Mapping[int, Mapping[int, Price]]
+    order_LE: np.ndarray
+    tokens: int
+
+    def kept(self, count: int) -> dict[int, tuple[int, ...]]:
+        """MoE layer -> the ids that stay, ascending; nothing for all of them."""
+        if count == self.order_LE.shape[1]:
+            return {}
+        return {layer: tuple(sorted(order[:count].tolist())) for layer, order in zip(self.dropped, self.order_LE)}
+
+    def dropping(self, layer: int, kept: Sequence[int]) -> np.ndarray:
+        """Nats [K] of keeping so many experts of a layer.
+
+        Measured counts are as measured, made to rise with every expert dropped. Between them ln nats is linear in
+        ln(experts dropped); above the largest measured count nats are in proportion to the experts dropped.
+        Infinite below the smallest.
+        """
+        experts, measured = self.order_LE.shape[1], self.dropped[layer]
+        counts = sorted(measured, reverse=True)
+        gone = experts - np.array(kept, np.float64)
+        if not counts:
+            return np.where(gone > 0, np.inf, 0.0)
+        x = experts - np.array(counts, np.float64)
+        y = np.maximum.accumulate([max(measured[count].nats, 1e-12) for count in counts])
+        inside = np.exp(np.interp(np.log(np.maximum(gone, 1e-9)), np.log(x), np.log(y)))
+        return np.where(gone > x[-1], np.inf, np.where(gone < x[0], y[0] * gone / x[0], inside))
+
+    def save(self, path: Path, inputs: Mapping[str, str]) -> None:
+        body = {
+            "unit": "nats per token of KL(source‖option), each option alone",
+            "tokens": self.tokens,
+            "rounded": {u: {f: vars(p) for f, p in of.items()} for u, of in self.rounded.items()},
+            "dropped": {str(n): {str(k): vars(p) for k, p in of.items()} for n, of in self.dropped.items()},
+            "order": self.order_LE.tolist(),
+        }
+        write_json(path, KIND, body, inputs)
+
+    @staticmethod
+    def load(path: Path, inputs: Mapping[str, str] | None = None) -> "Prices":
+        body = read_json(path, KIND, inputs)
+        return Prices(
+            {u: {f: Price(**p) for f, p in of.items()} for u, of in body["rounded"].items()},
+            {int(n): {int(k): Price(**p) for k, p in of.items()} for n, of in body["dropped"].items()},
+            np.array(body["order"], np.int64),
+            body["tokens"],
+        )
+
+
+def offers(checkpoint: Checkpoint, container: Container, formats: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Formats that each unit can have in `container`, as its engines say; "source" where its own can stay.
+
+    Raises `PlanError` for a format there is not, and for a unit that can have none.
+    """
+    if unknown := [f for f in formats if f != SOURCE and f not in FORMATS]:
+        raise PlanError(f"no format {unknown[0]!r}; there are {SOURCE}, {', '.join(FORMATS)}")
+    found: dict[str, tuple[str, ...]] = {}
+    known: dict[tuple[object, ...], tuple[str, ...]] = {}  # matrices alike are asked about once
+    for unit, members in checkpoint.architecture.units.items():
+        own = checkpoint.formats[members[0].name]
+        alike = (own, *((n.projection, n.shape) for n in members if not n.expert))
+        if alike not in known:
+            wanted = dict.fromkeys(SOURCE if format == own else format for format in formats)
+            known[alike] = tuple(f for f in wanted if accepted(checkpoint, container, unit, own if f == SOURCE else f))
+        if not known[alike]:
+            raise PlanError(f"{container.name} carries {unit} in none of {', '.join(formats)}; offer another format")
+        found[unit] = known[alike]
+    return found
+
+
+def accepted(checkpoint: Checkpoint, container: Container, unit: str, format: str) -> bool:
+    if format not in container.packings:
+        return False
+    a = checkpoint.architecture
+    mine = {linear.name for linear in a.units[unit]}
+    try:
+        container.config(a, {n.name: format if n.name in mine else "bf16" for n in a.linears}, checkpoint.config)
+    except PlanError:
+        return False
+    return True
+
+
+def default_counts(experts: int, top_k: int) -> tuple[int, ...]:
+    """Kept counts at which dropping is measured, largest first."""
+    return tuple(dict.fromkeys(n for share in KEPT_SHARES if top_k <= (n := round(share * experts)) < experts))
+
+
+def singles(
+    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray
+) -> tuple[dict[tuple[str, str], Branch], dict[tuple[int, int], Branch]]:
+    """Every option as a branch: by unit and format, and by MoE layer and kept count."""
+    rounded = {(unit, f): Branch({unit: f}) for unit, formats in offered.items() for f in formats if f != SOURCE}
+    layers = checkpoint.architecture.moe_layers
+    first = {(n, k): tuple(sorted(order_E[:k].tolist())) for n, order_E in zip(layers, order_LE) for k in counts}
+    return rounded, {(layer, k): Branch({}, {layer: ids}) for (layer, k), ids in first.items()}
+
+
+def price(
+    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
+    tokens: TokenSet, run: Path, *, rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False,
+) -> Prices:  # fmt: skip
+    """Measure every option alone, in one sweep where memory allows, and leave run/costs.json.
+
+    offered    unit -> formats
+    counts     of experts kept, for each MoE layer alone
+    order_LE   ids of each MoE layer's experts, the one to keep first in front
+    Done before with the same inputs, it only reads. Continues where it was stopped.
+    """
+    options, cuts = singles(checkpoint, offered, counts, order_LE)
+    branches = [*options.values(), *cuts.values()]
+    inputs = {
+        "source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding,
+        "options": identity([b.facts for b in branches]),
+    }  # fmt: skip
+    if (run / "costs.json").exists():
+        return Prices.load(run / "costs.json", inputs)
+    found = measure(
+        checkpoint, branches, tokens, run / "costs", rounding=rounding, memory_bytes=memory_bytes, quiet=quiet,
+        title="price",
+    )  # fmt: skip
+    rounded: dict[str, dict[str, Price]] = {unit: {} for unit in offered}
+    dropped: dict[int, dict[int, Price]] = {layer: {} for layer in checkpoint.architecture.moe_layers}
+    for (unit, format), m in zip(options, found):
+        rounded[unit][format] = of(m)
+    for (layer, count), m in zip(cuts, found[len(options) :]):
+        dropped[layer][count] = of(m)
+    for unit, formats in offered.items():
+        rounded[unit] |= {format: Price(0.0, 0.0) for format in formats if format == SOURCE}
+    prices = Prices(rounded, dropped, order_LE, tokens.tokens)
+    prices.save(run / "costs.json", inputs)
+    return prices
+
+
+def of(measured: Measured) -> Price:
+    return Price(measured.nats, measured.error)

@@ -1,0 +1,131 @@
+"""MLX's layout by hand: words, stacks of experts, the map of modules. (tests/engines loads it in mlx-lm itself.)"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from folders import write_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.containers import CONTAINERS
+from moesaic.errors import CheckpointError, PlanError
+
+MLX = CONTAINERS["mlx"]
+MIXED = {"gate": "affine3_g32", "up": "mxfp4", "down": "affine6_g128"}  # one layer's experts, by projection
+
+
+def plan(source: Checkpoint, experts: str | dict[str, str], rest: str) -> dict[str, str]:
+    return {
+        n.name: rest if n.expert is None else experts if isinstance(experts, str) else experts[n.projection]
+        for n in source.architecture.linears
+    }
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 5, 6, 8))
+def test_affine_words_by_hand(bits: int) -> None:
+    """Weight k of a row: `bits` bits from bit k · bits of the row's words, times its group's scale, plus its bias."""
+    packing = MLX.packing(f"affine{bits}_g32")
+    w_OI = torch.randn(8, 96, generator=torch.Generator().manual_seed(5))
+    scales = packing.number_format.scales(w_OI)
+    stored = packing.pack(packing.number_format.encode(w_OI, scales), scales)
+    ours = packing.decode(stored, w_OI.shape)
+    for row in (0, 7):
+        words = sum(word << (32 * i) for i, word in enumerate(stored["codes"][row].tolist()))
+        for k in (0, 31, 32, 40, 95):
+            code = words >> (k * bits) & (1 << bits) - 1
+            assert (
+                ours[row, k] == code * stored["blocks"][row, k // 32].float() + stored["offsets"][row, k // 32].float()
+            )
+
+
+@given(st.floats(2.0**-60, 2.0**60, width=32))
+def test_the_second_scale_comes_back_to_the_bit(largest: float) -> None:
+    """Stored as the largest weight, used as the divisor 2688 / largest: both F32, and dividing twice loses a bit."""
+    packing = MLX.packing("nvfp4")
+    shared = packing.number_format.share(torch.tensor(largest))
+    scales = packing.number_format.scales(torch.ones(2, 16), shared)
+    stored = packing.pack(torch.zeros(2, 16, dtype=torch.uint8), scales)
+    assert torch.equal(packing.unpack(stored, (2, 16))[1].shared, shared)
+    assert abs(float(stored["shared"]) / largest - 1) < 2**-22
+
+
+def test_experts_lie_stacked(source: Checkpoint, tmp_path: Path) -> None:
+    """switch_mlp.{gate,up,down}_proj [experts, out, …]; row e is expert e's own packing, wherever w1, w2, w3 stood."""
+    decoded = write_folder(source, plan(source, MIXED, "bf16"), "mlx", tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    a, layer = out.architecture, out.architecture.moe_layers[0]
+    block = f"{a.layer_prefix}{layer}.block_sparse_moe"
+    assert not [name for name in out.stored if ".experts." in name]
+    for projection, format in MIXED.items():
+        stack = out.read(f"{block}.switch_mlp.{projection}_proj.weight")
+        first = a.experts_of[layer, 0][projection]
+        bits = MLX.packing(format).number_format.element_bits
+        assert stack.shape == (a.experts, first.shape[0], first.shape[1] * bits // 32) and stack.dtype == torch.uint32
+        for expert in range(a.experts):
+            linear = a.experts_of[layer, expert][projection]
+            assert linear.name.endswith({"gate": ".w1", "up": ".w3", "down": ".w2"}[projection])
+            assert torch.equal(out.parts(linear)["codes"], stack[expert])
+            assert torch.equal(out.decode(linear.name), decoded[linear.name])
+
+
+def test_source_bytes_become_words(m3: Checkpoint, tmp_path: Path) -> None:
+    write_folder(m3, plan(m3, "affine4_g64", "source"), "mlx", tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    for linear in (n for n in m3.architecture.linears if n.expert is None):
+        words, scales = out.read(f"{linear.name}.weight"), out.read(f"{linear.name}.scales")
+        assert torch.equal(words.view(torch.uint8), m3.read(f"{linear.name}.weight").view(torch.uint8))
+        assert torch.equal(scales, m3.read(f"{linear.name}.weight_scale_inv"))
+
+
+def test_the_map_names_every_module(source: Checkpoint, tmp_path: Path) -> None:
+    """mlx-lm guesses what the map leaves out from shapes, and 2-bit groups of 64 look like 4-bit groups of 32."""
+    write_folder(source, plan(source, MIXED, "affine4_g64"), "mlx", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    quantization = config.pop("quantization")
+    assert config.pop("quantization_config") == quantization
+    assert config == {key: value for key, value in source.config.items() if key != "quantization_config"}
+    a = source.architecture
+    small = {t.name.removesuffix(".weight") for t in a.tensors if t.role in ("embedding", "head", "router")}
+    assert {path for path, said in quantization.items() if said is False} == small
+    gate = f"{a.layer_prefix}{a.moe_layers[0]}.block_sparse_moe.switch_mlp.gate_proj"
+    assert quantization[gate] == {"group_size": 32, "bits": 3, "mode": "affine"}
+    assert {n.name for n in a.linears if n.expert is None} < quantization.keys()
+
+
+def test_a_map_may_be_short(m2: Checkpoint) -> None:
+    """As mlx_lm.convert writes it: defaults, and what departs from them; what has no scales is BF16."""
+    formats = plan(m2, "affine4_g64", "bf16")
+    names = frozenset(
+        MLX.place(m2.architecture, n).tensor(part).name
+        for n in m2.architecture.linears
+        for part in MLX.packing(formats[n.name]).parts(n.shape).values()
+    )
+    config = {"quantization": {"group_size": 64, "bits": 4}}
+    assert MLX.formats(m2.architecture, config, names) == formats
+    down = "model.layers.0.block_sparse_moe.switch_mlp.down_proj"
+    config["quantization"][down] = {"group_size": 64, "bits": 8}
+    assert MLX.formats(m2.architecture, config, None)["model.layers.0.block_sparse_moe.experts.3.w2"] == "affine8_g64"
+    config["quantization"][down] = False
+    with pytest.raises(CheckpointError, match=rf"{down} bf16.*hold biases, scales, weight"):
+        MLX.formats(m2.architecture, config, names)
+    with pytest.raises(CheckpointError, match=r"\('affine', 7, 64\); moesaic reads"):
+        MLX.formats(m2.architecture, {"quantization": {"group_size": 64, "bits": 7}}, names)
+
+
+def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
+    def config(formats: dict[str, str]) -> object:
+        return MLX.config(m2.architecture, formats, m2.config)
+
+    one = "model.layers.1.block_sparse_moe.experts.2.w1"
+    with pytest.raises(PlanError, match=r"layers\.1.*switch_mlp\.gate_proj would stack experts in mxfp4 and mxfp8"):
+        config(plan(m2, "mxfp4", "mxfp8") | {one: "mxfp8"})
+    with pytest.raises(PlanError, match=r"layers\.0\.qkv holds no routed experts"):
+        config(plan(m2, "mxfp4", "nvfp4"))
+    assert config(plan(m2, "nvfp4", "mxfp8"))
+    narrow = m2.family.read(m2.config | {"intermediate_size": 96})
+    with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*affine4_g64's 64"):
+        MLX.config(narrow, dict.fromkeys(m2.formats, "affine4_g64"), m2.config)
+    assert config(dict.fromkeys(m2.formats, "bf16")) is None
