@@ -115,7 +115,7 @@ def test_files_hold_every_token_and_the_same_table_twice(m3: Checkpoint, tmp_pat
     scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, device="cpu", quiet=True)
     assert Scores.read(tmp_path / "scores.json", {"source": m3.identity, "export": export.identity}) == scores
     with pytest.raises(StaleError):
-        Scores.read(tmp_path / "scores.json", {"weights": "of another export"})
+        Scores.read(tmp_path / "scores.json", {"export": "of another export"})
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     assert values["text.kl_nats"].shape == (6, 47) and values["text.kl_nats"].dtype == torch.float32
     mean = scores.find("kl_mean")

@@ -243,8 +243,8 @@ def mlx_codes(mx, packed, shape: torch.Size, bits: int) -> Tensor:
     return torch.from_numpy((stream * (1 << np.arange(bits))).sum(-1).astype(np.uint8))
 
 
-def f32(x) -> Tensor:
-    return torch.from_numpy(np.array(x.astype(__import__("mlx.core").core.float32)))
+def f32(mx, x) -> Tensor:
+    return torch.from_numpy(np.array(x.astype(mx.float32)))
 
 
 AFFINE = [n for n in FORMATS if n.startswith("affine")]
@@ -258,11 +258,11 @@ def test_affine_grids_are_mlx_to_the_bit(name, w):
     bits, group = fmt.element_bits, fmt.block[1]
     _, scale, offset = mx.quantize(mlx_array(mx, w.bfloat16()), group, bits)
     ours = fmt.scales(w)
-    assert ours.blocks.float().equal(f32(scale)) and ours.offsets.float().equal(f32(offset))
+    assert ours.blocks.float().equal(f32(mx, scale)) and ours.offsets.float().equal(f32(mx, offset))
     # its codes are rounded under the scale before BF16: in F32 both are one
     packed, scale, offset = mx.quantize(mlx_array(mx, w), group, bits)
     theirs = mlx_codes(mx, packed, w.shape, bits)
-    steps = fmt.spread((f32(scale), f32(offset)), w.shape)
+    steps = fmt.spread((f32(mx, scale), f32(mx, offset)), w.shape)
     assert fmt.round(w, *steps).equal(theirs)
     back = f32(mx.dequantize(packed, scale, offset, group, bits))
     assert fmt.value(theirs, *steps).equal(back)

@@ -36,7 +36,7 @@ from moesaic.measure import (
     some_rows,
 )
 from moesaic.measure.branch import changes, state_of
-from moesaic.measure.composition import left_out
+from moesaic.measure.composition import line
 from moesaic.measure.excess import excess
 from moesaic.plan import Plan
 from moesaic.select import order_experts, select_experts
@@ -289,20 +289,32 @@ def test_some_rows_keep_every_domain():
 def test_a_rule_is_found_again():
     rng = np.random.default_rng(0)
     r, d = np.exp(rng.uniform(-8, 0, 20)), np.exp(rng.uniform(-6, -1, 20)) * (np.arange(20) % 2)
-    kl = 0.9 * (r + np.exp(0.4) * d) ** 1.2
+    kl = 0.9 * (r + 2**0.5 * d) ** 1.2
     rule = Rule.fit(r, d, kl)
-    assert (rule.a, rule.b, rule.weight) == pytest.approx((np.log(0.9), 1.2, np.exp(0.4)), rel=1e-6)
+    assert (rule.a, rule.b, rule.weight) == pytest.approx((np.log(0.9), 1.2, 2**0.5), rel=1e-6)
     assert rule.error < 1e-6 and rule.predict(rule.total(r[1], d[1])) == pytest.approx(kl[1])
     noisy = Rule.fit(r, d, kl * np.exp(0.3 * rng.standard_normal(20)))
     assert 0.2 < noisy.error < 0.6  # not the residual's size, which is smaller
     assert noisy.predict(0.0) == 0 and (np.diff(noisy.predict(np.linspace(0, 2, 50))) > 0).all()
 
 
-def test_left_out_is_each_point_from_the_others():
+def test_one_strange_plan_bends_nothing():
+    r = np.exp(np.linspace(-6, 0, 15))
+    kl = 0.8 * r**1.1
+    kl[4] /= 3
+    rule = Rule.fit(r, np.zeros(15), kl)
+    assert (rule.a, rule.b, rule.weight) == pytest.approx((np.log(0.8), 1.1, 1.0), abs=0.01)
+    assert rule.error == pytest.approx(np.log(3) / 15**0.5, rel=0.02)  # and is not hushed up
+
+
+def test_a_line_of_least_absolute_differences():
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((2, 9))
-    slow = [np.polyval(np.polyfit(np.delete(x, i), np.delete(y, i), 1), x[i]) - y[i] for i in range(9)]
-    assert left_out(x, y) == pytest.approx(np.sqrt(np.mean(np.square(slow))))
+    pairs = [(i, k) for i in range(9) for k in range(i)]  # the best one goes through two points
+    slopes = [(y[i] - y[k]) / (x[i] - x[k]) for i, k in pairs]
+    slow = min(np.abs(y - y[k] - b * (x - x[k])).mean() for (_, k), b in zip(pairs, slopes))
+    assert slow <= line(x, y)[0] < 1.03 * slow
+    assert line(np.ones(3), np.array([1.0, 2.0, 3.0]))[1:] == pytest.approx((1.0, 1.0))
 
 
 def test_a_rule_needs_plans_that_tell():

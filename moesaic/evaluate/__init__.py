@@ -4,7 +4,6 @@ Leaves out rounding of activations: figures here are of the weights as stored, m
 arithmetic that is named in the result.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from ..stream import LayerRun
 from .base import Evaluation, Reading, Score, Scores, Scoring
 
 FINAL = "final_states"
-SAMPLES, SAMPLE_BYTES = 8, 4096  # of each shard
 EVALUATIONS = collect(__name__, Evaluation)
 ACTIVATIONS = "not rounded"  # the other word will be "as the engine rounds them"
 
@@ -54,9 +52,9 @@ def evaluate(
     if not readings or len(set(names)) < len(names):
         raise InputError(f"{len(names)} readings named {names}; wanted one or more, of different names")
     rows = identity([r.identity for r in readings])
-    inputs = {"source": source.identity, "export": export.identity, "weights": sampled(export), "rows": rows}
+    inputs = {"source": source.identity, "export": export.identity, "rows": rows}
     arithmetic = {"arithmetic": str(dtype).removeprefix("torch.")}
-    known = cache and cache / f"source-{identity(source.identity, sampled(source), rows, arithmetic)}.safetensors"
+    known = cache and cache / f"source-{identity(source.identity, rows, arithmetic)}.safetensors"
     source_run, export_run = (LayerRun(checkpoint, device, dtype) for checkpoint in (source, export))
     with progress("evaluate", source.architecture.layers, "layers", quiet) as meter:
         outcome = lockstep(
@@ -101,18 +99,6 @@ def conditions(
         "layers": of_layers(outcome, source.architecture.layers),
         "versions": {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def sampled(checkpoint: Checkpoint) -> str:
-    """Hash of a few kilobytes of each shard. Two exports of one plan's shape have one identity, and other weights."""
-    digest = hashlib.sha256()
-    for name in sorted({stored.file for stored in checkpoint.stored.values()}):
-        path = checkpoint.path / name
-        with open(path, "rb") as file:
-            for place in range(SAMPLES):
-                file.seek(path.stat().st_size * place // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def of_reading(reading: Reading, divergence: Divergence) -> dict[str, Any]:

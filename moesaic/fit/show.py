@@ -50,7 +50,9 @@ def device_table(facts: dict[str, Any]) -> Table:
         + (f", {facts['concurrency']} at once" if facts["concurrency"] > 1 else ""),
     )  # fmt: skip
     shown.add_row(
-        "a model may have", "", f"{size(facts['budget_bytes'])} beside {facts['concurrency']} × {asked:,} tokens"
+        "a model may have",
+        "",
+        f"{size(max(0, facts['budget_bytes']))} beside {facts['concurrency']} × {asked:,} tokens",
     )
     for refused in facts["refused"]:
         for reason in refused["reasons"]:

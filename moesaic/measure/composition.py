@@ -18,7 +18,8 @@ import numpy as np
 
 from ..errors import InputError
 
-WEIGHTS = np.exp(np.linspace(-2.0, 2.0, 41))  # of dropping against rounding
+WEIGHTS = 2 ** np.linspace(-2.0, 2.0, 33)  # of dropping against rounding
+ROUNDS, FLOOR = 12, 0.01  # of reweighting; differences of ln KL below a hundredth weigh alike
 LEAST = 4  # plans that two coefficients, a weight and an error can be had from
 
 
@@ -50,50 +51,48 @@ class Rule:
 
     @staticmethod
     def fit(rounding_N: Sequence[float], dropping_N: Sequence[float], kl_N: Sequence[float]) -> "Rule":
-        """Least squares in ln KL, with the weight that predicts plans left out best; 1 where nothing is dropped.
+        """Least absolute differences in ln KL: one plan that is out of the ordinary does not bend the rule.
 
-        Raises `InputError` for fewer than four plans, or for ones that differ in nothing.
+        Raises `InputError` for fewer than four plans, or where KL falls as prices rise.
         """
         r, d, y = (np.array(x, np.float64) for x in (rounding_N, dropping_N, kl_N))
         used = np.isfinite(r + d + y) & (r + d > 0) & (y > 0)
         r, d, y = r[used], d[used], np.log(y[used])
         if len(y) < LEAST:
             raise InputError(f"{len(y)} plans were measured with a KL above 0; wanted {LEAST} to fit a rule on")
-        weights = WEIGHTS if (d > 0).any() and (r > 0).any() else np.ones(1)
-        errors = [left_out(np.log(r + w * d), y) for w in weights]
-        weight = float(weights[int(np.argmin(errors))])
-        a, b = line(np.log(r + weight * d), y)
+        a, b, weight = best(r, d, y)
         if not b > 0:
             raise InputError(
                 f"the KL of {len(y)} plans falls as prices rise (exponent {b:.2f}); measure on more tokens"
             )
-        error = nested(r, d, y, weights)
+        squares = []
+        for i in range(len(y)):
+            rest = np.arange(len(y)) != i
+            a_i, b_i, weight_i = best(r[rest], d[rest], y[rest])
+            squares.append((a_i + b_i * math.log(r[i] + weight_i * d[i]) - y[i]) ** 2)
+        error = math.sqrt(sum(squares) / len(y))
         return Rule(a, b, weight, error, len(y), (float(np.exp(y.min())), float(np.exp(y.max()))))
 
 
-def line(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of least squares; through equal x, a slope of 1."""
-    off_N = x_N - x_N.mean()
-    spread = float((off_N**2).sum())
-    slope = float((off_N * y_N).sum() / spread) if spread > 1e-12 else 1.0
-    return float(y_N.mean() - slope * x_N.mean()), slope
+def best(r_N: np.ndarray, d_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
+    """(a, b, weight) of the weight that leaves least; 1 where one of the two sums says nothing."""
+    weights = WEIGHTS if (d_N > 0).any() and (r_N > 0).any() else np.ones(1)
+    found = [(*line(np.log(r_N + w * d_N), y_N), float(w)) for w in weights]
+    _, a, b, weight = min(found, key=lambda f: f[0])
+    return a, b, weight
 
 
-def left_out(x_N: np.ndarray, y_N: np.ndarray) -> float:
-    """Root mean square residual of each point from the line through the others (leverages; exact for least squares)."""
-    a, b = line(x_N, y_N)
-    off_N = x_N - x_N.mean()
-    leverage_N = 1 / len(x_N) + off_N**2 / max(float((off_N**2).sum()), 1e-12)
-    return math.sqrt(float(np.mean(((y_N - a - b * x_N) / np.maximum(1 - leverage_N, 1e-9)) ** 2)))
+def line(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
+    """Mean absolute difference, intercept and slope of the line that makes it least; through equal x, a slope of 1.
 
-
-def nested(r_N: np.ndarray, d_N: np.ndarray, y_N: np.ndarray, weights: np.ndarray) -> float:
-    """As `left_out`, the weight too being chosen without the plan that it is to predict."""
-    squares = []
-    for i in range(len(y_N)):
-        rest = np.arange(len(y_N)) != i
-        logs = [np.log(r_N[rest] + w * d_N[rest]) for w in weights]
-        best = int(np.argmin([left_out(x, y_N[rest]) for x in logs]))
-        a, b = line(logs[best], y_N[rest])
-        squares.append((a + b * math.log(r_N[i] + weights[best] * d_N[i]) - y_N[i]) ** 2)
-    return math.sqrt(float(np.mean(squares)))
+    By least squares over and over, each point weighed by the inverse of its last difference (Schlossmacher 1973).
+    """
+    weight_N, a, b = np.ones(len(x_N)), 0.0, 1.0
+    for _ in range(ROUNDS):
+        total = weight_N.sum()
+        mean_x, mean_y = float(weight_N @ x_N / total), float(weight_N @ y_N / total)
+        spread = float(weight_N @ (x_N - mean_x) ** 2)
+        b = float(weight_N @ ((x_N - mean_x) * (y_N - mean_y)) / spread) if spread > 1e-12 * total else 1.0
+        a = mean_y - b * mean_x
+        weight_N = 1 / np.maximum(np.abs(y_N - a - b * x_N), FLOOR)
+    return float(np.abs(y_N - a - b * x_N).mean()), a, b

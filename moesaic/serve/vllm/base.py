@@ -78,9 +78,10 @@ def deployment(export: Checkpoint, facts: Mapping[str, Any], host: str = "127.0.
     if machine["engine"] != "vllm":
         raise InputError(f"vLLM does not run on {machine['name']}; serve an export for {machine['engine']} there")
     if facts["verdict"] == "does not fit":
+        room = max(0, facts["budget_bytes"]) / 1e9
         raise InputError(
-            f"{export.path.name} with {facts['context']:,} tokens does not fit on {machine['name']}, where a model may "
-            f"have {facts['budget_bytes'] / 1e9:,.1f} GB; ask for a shorter context, an FP8 cache or more devices"
+            f"{export.path.name} does not fit on {machine['name']} with {facts['concurrency']} × {facts['context']:,} tokens "
+            f"of {facts['kv']} cache, beside which a model may have {room:,.1f} GB; make it smaller, or ask for less cache"
         )
     serving = export.family.serving(export.config)
     flags: dict[str, str | int | float | None] = {
