@@ -22,14 +22,15 @@ from moesaic.allocate import Frontier, Menu
 from moesaic.artifact import identity
 from moesaic.calibrate import calibrate
 from moesaic.candidates.choose import FORMATS_OFFERED, Budget, learn
-from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform, varied
+from moesaic.candidates.plans import Candidate, candidates, menu_of, plan_of, sums, uniform, varied
 from moesaic.candidates.sizes import folder_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.corpus import Corpus
 from moesaic.demo import MODEL
-from moesaic.measure import Branch, Prices, default_counts, effort, measure, offers, price, some_rows
+from moesaic.measure import Branch, Measured, Prices, default_counts, effort, measure, offers, price, some_rows
 from moesaic.measure.branch import changes, state_of
+from moesaic.measure.composition import line
 from moesaic.plan import SOURCE
 from moesaic.select import order_experts
 from moesaic.stream import LayerRun, State
@@ -37,7 +38,7 @@ from moesaic.target import Target
 from moesaic.tokens import TokenSet
 
 CONTAINER = CONTAINERS["compressed_tensors"]
-SHARES = (0.42, 0.5, 0.58, 0.68, 0.78, 0.9)  # of the source's bytes, as budgets
+SHARES = (0.04, 0.16, 0.3, 0.45, 0.6, 0.8)  # of the way from the smallest plan to the source, as budgets
 LOW = 0.3  # nats below which a prediction should be within a factor of 2
 Plans = list[tuple[dict[str, str], int]]
 
@@ -143,16 +144,19 @@ def predictions(
     measured = measure(source, branches, fresh, run / "unseen", title="unseen plans")
     kl_N = np.array([m.nats for m in measured])
     used = np.isfinite(kl_N)
-    print(f"\n{used.sum()} unseen plans on {fresh.tokens:,} unseen tokens: KL {kl_N[used].min():.4f} to {kl_N[used].max():.3f} nats, "
-          f"median relative error of a measurement {np.median([m.error / m.nats for m in measured]):.1%}")  # fmt: skip
+    doubt = np.median([m.error / m.nats for m in measured])
+    print(
+        f"\n{used.sum()} unseen plans on {fresh.tokens:,} unseen tokens: KL {kl_N[used].min():.4f} to "
+        f"{kl_N[used].max():.3f} nats, median relative error of a measurement {doubt:.1%}"
+    )
     both = np.array([sums(prices, f, k) for f, k in plans])
     total_N = both[:, 0] + rule.weight * both[:, 1]
     facts = {"rule": told("rule", rule.predict(total_N)[used], kl_N[used])}
     facts["sum"] = told("sum of prices", both.sum(1)[used], kl_N[used])
     fitted = learned(run)
+    kl_fit_N = np.log(fitted[1])
     for name, errors in local_errors(source, prices, text).items():
-        fit_N, y_N = scored(prices, errors, fitted[0]), np.log(fitted[1])
-        slope, at = np.polyfit(np.log(fit_N), y_N, 1)
+        _, at, slope = line(np.log(scored(prices, errors, fitted[0])), kl_fit_N)
         facts[name] = told(name, np.exp(at + slope * np.log(scored(prices, errors, plans)))[used], kl_N[used])
     facts["plans"] = [
         {"experts": k, "predicted": float(rule.predict(t)), "nats": m.nats, "error": m.error}
@@ -164,6 +168,7 @@ def predictions(
 def learned(run: Path) -> tuple[Plans, np.ndarray]:
     """The plans that the rule was fitted on, and what they were measured to cost."""
     found = json.loads((run / "rule.json").read_text())["measured"]
+    found = [m for m in found if m["nats"] > 0]
     return [(m["formats"], m["experts"]) for m in found], np.array([m["nats"] for m in found])
 
 
@@ -172,9 +177,10 @@ def contests(
 ) -> list[dict[str, Any]]:
     """At each size: candidates, of which `choice` text picks one, and every uniform plan that fits; `judge` text decides."""
     frontier, whole = Frontier.of(menu), sum(t.bytes for t in source.inventory)
+    smallest = int(frontier.bytes_KP[:, 0].min())
     rows = []
     for share in SHARES:
-        budget = int(share * whole)
+        budget = int(smallest + share * (whole - smallest))
         found = candidates(source, CONTAINER, prices, rule, frontier, menu, budget, "rtn", 6)
         plain = {}
         for format in sorted({f for c in menu.choices for f in c.formats}):
@@ -199,27 +205,31 @@ def contests(
     )
     for (budget, _, plain), ship, m in zip(rows, ships, mine):
         others = {name: next(judged) for name in plain}
-        best = min(others, key=lambda n: others[n].nats) if others else ""
-        rival = others.get(best)
-        fact = {"budget": budget, "bytes": ship.bytes, "name": ship.name, "predicted": ship.predicted_nats, "nats": m.nats, "error": m.error,
-                "uniform": {n: [o.nats, o.error] for n, o in others.items()}}  # fmt: skip
-        if rival is not None:
-            off_B = rival.kl_B - m.kl_B
-            fact |= {
-                "best_uniform": best,
-                "saved": 1 - m.nats / rival.nats,
-                "saved_nats": float(off_B.mean()),
-                "saved_error": float(off_B.std(ddof=1) / len(off_B) ** 0.5),
-            }
-            end = f"best uniform {best}: {rival.nats:.4f} ± {rival.error:.4f}; {fact['saved']:.0%} less, {fact['saved_nats']:.4f} ± {fact['saved_error']:.4f} paired"
-        else:
-            end = "no uniform plan fits"
-        print(
-            f"{budget:>12,} B  {ship.name}, {ship.bytes:,} B: {m.nats:.4f} ± {m.error:.4f} (predicted {ship.predicted_nats:.4f}); {end}",
-            flush=True,
-        )
-        facts.append(fact)
+        facts.append(contest(budget, ship, m, others))
     return facts
+
+
+def contest(budget: int, ship: Candidate, m: Measured, others: dict[str, Measured]) -> dict[str, Any]:
+    """One size: the chosen plan against the best uniform one, paired over rows."""
+    fact = {
+        "budget": budget, "bytes": ship.bytes, "name": ship.name, "predicted": ship.predicted_nats, "nats": m.nats,
+        "error": m.error, "uniform": {name: [o.nats, o.error] for name, o in others.items()},
+    }  # fmt: skip
+    end = "no uniform plan fits"
+    if others:
+        best = min(others, key=lambda name: others[name].nats)
+        off_B = others[best].kl_B - m.kl_B
+        fact |= {"best_uniform": best, "saved_nats": off_B.mean(), "saved_error": off_B.std(ddof=1) / len(off_B) ** 0.5}
+        end = (
+            f"best uniform {best}: {others[best].nats:.4f} ± {others[best].error:.4f}; {1 - m.nats / others[best].nats:.0%} "
+            f"less, paired {fact['saved_nats']:.4f} ± {fact['saved_error']:.4f}"
+        )
+    print(
+        f"{budget:>12,} B  {ship.name}, {ship.bytes:,} B: {m.nats:.4f} ± {m.error:.4f} "
+        f"(predicted {ship.predicted_nats:.4f}); {end}",
+        flush=True,
+    )
+    return fact
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import importlib
 import json
 import math
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,7 +80,9 @@ def run_quantize(a: Arguments) -> dict[str, Any]:
     )
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
-        print(f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm")
+        print(
+            f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm"
+        )
     sizes(facts)
     return facts
 
@@ -143,12 +147,50 @@ def run_evaluate(a: Arguments) -> dict[str, Any]:
     return {"scores": found, "nonfinite": scores.facts["readings"][0]["nonfinite"]}
 
 
+def run_fit(a: Arguments) -> dict[str, Any]:
+    fit = room("fit")
+    facts = fit.fit(
+        room("checkpoint").Checkpoint.open(a.model), fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency
+    )
+    show(fit.table(facts))
+    if a.explain:
+        print(fit.explain(facts))
+    return facts
+
+
+def run_serve(a: Arguments) -> dict[str, Any]:
+    fit, vllm = room("fit"), room("serve.vllm")
+    export = room("checkpoint").Checkpoint.open(a.export)
+    facts = fit.fit(export, fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency)
+    deployment = vllm.deployment(export, facts, a.host, a.port)
+    if a.print:
+        written = vllm.render(deployment, a.print)
+        print(written)
+        return {"printed": a.print, "text": written}
+    if deployment.nodes > 1 or shutil.which("vllm") is None:
+        why = "vLLM is not installed here" if deployment.nodes == 1 else f"this takes {deployment.nodes} machines"
+        raise InputError(f"{why}; --print command, compose, kubernetes or ray writes what starts it where it is")
+    return {"exit": subprocess.call(deployment.words(str(a.export)))}
+
+
+def run_report(a: Arguments) -> dict[str, Any]:
+    page = room("report").report(a.run)
+    print(f"report   {page}")
+    return {"report": str(page)}
+
+
 def told(facts: dict[str, Any]) -> dict[str, Any]:
     """The end of a whole path: what was saved, what it cost, where the page is."""
     size, before, after = room("inspect").size, facts["source_bytes"], facts["bytes"]
     if facts["experts"] != facts["source_experts"]:
         print(f"experts  {facts['source_experts']} -> {facts['experts']} in every layer")
     print(f"size     {size(before)} -> {size(after)}: {1 - after / before:.1%} saved")
+    if chosen := facts["chosen"]:
+        print(f"budget   {chosen['bytes']:,} of {chosen['budget_bytes']:,} bytes on disk, every file counted")
+        before = (
+            f"predicted {chosen['predicted_nats']:.4f}, measured {chosen['measured_nats']:.4f} ± {chosen['error']:.4f}"
+        )
+        print(f"plan     {chosen['name']}: KL {before} before it was written")
     tell_scores(facts["scores"])
     for warning in facts["warnings"]:
         print(f"note     {warning}")
@@ -308,6 +350,33 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     text_options(p)
 
 
+def machine_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--devices", required=True, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
+    p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")
+    p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
+    p.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (default %(default)s)")
+
+
+def fit_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
+    machine_options(p)
+    p.add_argument("--explain", action="store_true", help="the formula behind each number")
+
+
+def serve_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    machine_options(p)
+    p.add_argument(
+        "--print", metavar="WAY", help="command, compose, kubernetes or ray: write it instead of running vLLM"
+    )
+    p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
+
+
+def report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", type=Path)
+
+
 def verify_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("export", type=Path)
     p.add_argument(
@@ -343,6 +412,19 @@ COMMANDS: dict[str, Command] = {
         quantize_options,
         run_quantize,
     ),
+    "fit": (
+        "what fits which machine, before anything is downloaded",
+        "moesaic fit MiniMax-M3-MXFP8 --devices 4xH100NVL --context 131072 --kv fp8",
+        fit_options,
+        run_fit,
+    ),
+    "serve": (
+        "an OpenAI-compatible server: vLLM's command, or what deploys it",
+        "moesaic serve run/model --devices 4xH100NVL --print compose",
+        serve_options,
+        run_serve,
+    ),
+    "report": ("make a run's page again", "moesaic report run", report_options, run_report),
     "verify": (
         "reopen an export and check everything",
         "moesaic verify M3-64e --source MiniMax-M3-MXFP8",

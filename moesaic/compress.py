@@ -14,7 +14,7 @@ from typing import Any
 
 from .artifact import write_json
 from .calibrate import Statistics, calibrate
-from .candidates import FORMATS_OFFERED, Budget, choose, stored_bytes
+from .candidates import FORMATS_OFFERED, Budget, Chosen, choose, stored_bytes
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
@@ -69,8 +69,10 @@ def compress(
     check(source, recipe)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
+    chosen = None
     if recipe.has_budget:
-        plan, selection, rows = within_budget(source, run, recipe, corpus, evaluation_tokens, quiet)
+        chosen, selection, rows = within_budget(source, run, recipe, corpus, evaluation_tokens, quiet)
+        plan = chosen.plan
     else:
         selection = select(source, run, recipe, corpus, quiet)
         plan = as_told(source, recipe, selection)
@@ -78,9 +80,9 @@ def compress(
     plan.save(run / "plan.json", {"source": source.identity})
 
     result = export(source, plan, run / "model", quiet)
-    if recipe.fit is not None and (size := stored_bytes(run / "model")) > recipe.fit:
+    if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
         raise CheckError(
-            f"{run / 'model'} takes {size:,} bytes on disk and the budget is {recipe.fit:,}; report this as a bug"
+            f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
         )
     verdict = verify(run / "model", source, quiet)
     inputs = {"source": source.identity, "export": result.identity}
@@ -94,6 +96,7 @@ def compress(
         "run": str(run),
         "report": str(page),
         "verified": dict(verdict.compared),
+        "chosen": chosen.facts if chosen else None,
     }
 
 
@@ -132,7 +135,7 @@ def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> 
 
 def within_budget(
     source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, evaluation_tokens: int, quiet: bool
-) -> tuple[Plan, Selection | None, TokenSet]:
+) -> tuple[Chosen, Selection | None, TokenSet]:
     """The plan that was measured best within the recipe's size, and rows of text that took no part in finding it."""
     unseen = corpus.evaluation(source, run / "heldout.safetensors", evaluation_tokens + CHOICE_TOKENS)
     every = max(2, unseen.tokens // CHOICE_TOKENS)
@@ -146,11 +149,8 @@ def within_budget(
         source, CONTAINERS[recipe.container], statistics, tokens, choice, run, budget,
         criterion=recipe.criterion, policy=recipe.policy, rounding=recipe.rounding, quiet=quiet,
     )  # fmt: skip
-    return (
-        chosen.plan,
-        noted(source, run, recipe, chosen.plan.experts(source.architecture.experts), statistics, tokens),
-        rows,
-    )
+    kept = chosen.plan.experts(source.architecture.experts)
+    return chosen, noted(source, run, recipe, kept, statistics, tokens), rows
 
 
 def select(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:

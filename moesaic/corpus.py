@@ -21,7 +21,7 @@ class Corpus:
     data     folder of text, one domain a file; None: the text of the Python installation that runs this
     heldout  folder of text to judge by; None: a part of `data` that calibration never sees
     tokens   to calibrate on; a quarter of them is a quarter of the time
-    length   tokens a row; None: 2048, or the model's context if that is shorter
+    length   tokens a row; None: 2048, or the model's context or `tokens` if that is less
     """
 
     data: Path | None = None
@@ -31,7 +31,7 @@ class Corpus:
     seed: int = 0
 
     def calibration(self, model: Checkpoint, file: Path) -> TokenSet:
-        """Rows to calibrate on, kept in `file`; there already, they are read and not chosen again."""
+        """Rows to calibrate on; a copy of them stays in `file`."""
         return self.rows(model, file, heldout=False)
 
     def evaluation(self, model: Checkpoint, file: Path, tokens: int | None = None) -> TokenSet:
@@ -41,13 +41,15 @@ class Corpus:
     def rows(self, model: Checkpoint, file: Path, heldout: bool) -> TokenSet:
         tokenizer = Tokenizer.open(model.path)
         texts, origin = self.texts(tokenizer, heldout)
-        length = self.length or min(LENGTH, model.architecture.context)
+        length = min(LENGTH, model.architecture.context, self.tokens) if self.length is None else self.length
+        if self.tokens < length:
+            raise InputError(f"asked for {self.tokens:,} tokens in rows of {length:,}; wanted at least one row")
         if length > model.architecture.context:
             raise InputError(
                 f"rows of {length:,} tokens are longer than the model's context, {model.architecture.context:,}"
             )
         chosen = TokenSet.build(
-            texts, tokenizer, rows=max(1, self.tokens // length), length=length,
+            texts, tokenizer, rows=self.tokens // max(1, length), length=length,
             vocab=model.architecture.vocab, seed=self.seed, origin=origin,
         )  # fmt: skip
         if not file.exists() or TokenSet.load(file).identity != chosen.identity:

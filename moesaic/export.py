@@ -23,7 +23,7 @@ from .families import Linear, TensorInfo
 from .kernels import cpu as kernels
 from .plan import Plan
 from .progress import progress
-from .rounding import ROUNDINGS, Rounding
+from .rounding import ROUNDINGS, Rounding, round_siblings
 from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
 from .target import Target, keeps_bytes
 
@@ -147,8 +147,10 @@ def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
     """Round and pack matrices that a server fuses; they share a second level of scale. A kernel does it where one can."""
     source, origins = target.source, [target.origin[n.name] for n in group]
-    packings = [target.packing(n) for n in group] + [source.container.packing(source.formats[o.name]) for o in origins]
-    if rounding.kernel and all(packing.in_kernels for packing in packings):
+    formats = [source.formats[origin.name] for origin in origins]
+    packings = [target.packing(n) for n in group] + [source.container.packing(format) for format in formats]
+    read = all(format in kernels.SOURCES for format in formats)
+    if rounding.kernel and read and all(packing.in_kernels for packing in packings):
         return through_kernels(target, group, rounding.kernel == "searched")
     return through_values(target, group, rounding)
 
@@ -156,12 +158,9 @@ def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding
 def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:
     """Decode, round, pack: the reference, and the way of every rounding that looks at data."""
     weights = [target.source.decode(target.origin[n.name].name) for n in group]
-    amax = torch.stack([w.abs().max() for w in weights]).max()
-    for linear, w_OI in zip(group, weights):
+    for linear, rounded in zip(group, round_siblings(rounding, weights, target.packing(group[0]).number_format)):
         packing = target.packing(linear)
-        format = packing.number_format
-        codes_OI, scales = rounding.round(w_OI, format, format.share(amax) if format.share else None, {})
-        packed = packing.pack(codes_OI, scales)
+        packed = packing.pack(*rounded)
         yield from (packed[key] for key in packing.parts(linear.shape))
 
 

@@ -29,6 +29,7 @@ from .export import NOTE, carried, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
+from .rounding import round_siblings
 from .target import Target, keeps_bytes
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
@@ -294,20 +295,20 @@ def check_rounded(
 ) -> None:
     """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
     weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
-    amax = torch.stack([w.abs().max() for w in weights]).max()
     rounding = rounding_of(target.plan)
-    for linear, w_OI in zip(group, weights):
+    again = None if rounding.needs else round_siblings(rounding, weights, target.packing(group[0]).number_format)
+    for i, (linear, w_OI) in enumerate(zip(group, weights)):
         packing, parts = target.packing(linear), stored[linear.name]
-        format, mine = packing.number_format, packing.decode(parts, linear.shape)
+        mine = packing.decode(parts, linear.shape)
         ratio = root_mean_square(mine) / max(root_mean_square(w_OI), 1e-30)
         if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
             verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
         squares = (float(torch.linalg.vector_norm(x)) ** 2 for x in (mine - w_OI, w_OI))
         verdict.errors[linear.name] = next(squares), next(squares)
-        if rounding.needs:
+        if again is None:
             continue
         verdict.compared["codes"] += len(parts)
-        wanted = packing.pack(*rounding.round(w_OI, format, format.share(amax) if format.share else None, {}))
+        wanted = packing.pack(*again[i])
         if wrong := differing_parts(parts, wanted):
             count = int((mine != packing.decode(wanted, linear.shape)).sum())
             what = f"has {', '.join(wrong)} and {count:,} of {mine.numel():,} weights that rounding the source does not give"

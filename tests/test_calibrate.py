@@ -32,7 +32,9 @@ from moesaic.tokens import TokenSet
 DOMAINS = ("code", "math")
 
 
-def tokens_of(seed: int, rows: int = 5, length: int = 24, vocab: int = 256, domains: tuple[str, ...] = DOMAINS) -> TokenSet:
+def tokens_of(
+    seed: int, rows: int = 5, length: int = 24, vocab: int = 256, domains: tuple[str, ...] = DOMAINS
+) -> TokenSet:
     ids_BT = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
     digest = hashlib.sha256(ids_BT.numpy().tobytes()).hexdigest()
     domain_B = torch.arange(rows) * len(domains) // rows
@@ -87,7 +89,9 @@ def observed(checkpoint: Checkpoint, tokens: TokenSet) -> dict[int, dict[str, np
     found = {}
     for layer in a.moe_layers:
         at = f"{a.layer_prefix}{layer}.block_sparse_moe"
-        router, bias = (reference.values[f"{at}.{n}"].double().numpy() for n in ("gate.weight", "e_score_correction_bias"))
+        router, bias = (
+            reference.values[f"{at}.{n}"].double().numpy() for n in ("gate.weight", "e_score_correction_bias")
+        )
         sums = {name: np.zeros((len(tokens.domains), 2, a.experts)) for name in (*SUMS, "peak")}
         for row in range(tokens.rows):
             place = int(tokens.domain_B[row]), half_B[row]
@@ -234,7 +238,9 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int
         (calibrate_module, "groups", 1, 2),
     ],
 )
-def test_after_ctrl_c_the_same_call_goes_on_and_gives_the_same(small, whole, tmp_path, monkeypatch, owner, name, at, left):
+def test_after_ctrl_c_the_same_call_goes_on_and_gives_the_same(
+    small, whole, tmp_path, monkeypatch, owner, name, at, left
+):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupting(patch, owner, name, at)
         calibrate(small, tokens_of(0), tmp_path / "stats", quiet=True)

@@ -168,6 +168,33 @@ def test_an_unknown_method_is_refused() -> None:
         CONTAINERS["compressed_tensors"].packing("affine4_g64")
 
 
+DAMAGED = [
+    ("compressed_tensors", {"config_groups": [1]}, "config_groups"),
+    ("compressed_tensors", {"config_groups": {"group_0": None, "group_1": 3}}, "group_1 = 3"),
+    ("compressed_tensors", {"config_groups": {"group_0": {"targets": "Linear", "weights": {}}}}, "list of names"),
+    ("compressed_tensors", {"config_groups": {"group_0": {"targets": ["Linear"], "weights": []}}}, "moesaic reads"),
+    ("compressed_tensors", {"ignore": "re:.*"}, "list of names"),
+    ("compressed_tensors", {"ignore": ["re:(" * 3]}, r"pattern '\(re:\(re:\(', which is none"),
+    ("auto_round", {"bits": "four", "group_size": 32}, "'bits': 'four'"),
+    ("auto_round", {"extra_config": [{}], "bits": 4, "group_size": 32}, "extra_config"),
+    ("auto_round", {"extra_config": {"(": {}}, "bits": 4, "group_size": 32}, "pattern '\\('"),
+    ("auto_round", {"block_name_to_quantize": 7, "bits": 4, "group_size": 32}, "block_name_to_quantize"),
+    ("gptq", {}, "'bits': None"),
+    ("gptq", {"bits": 4, "group_size": 128, "dynamic": {"-:[": {}}}, "pattern"),
+    ("mlx", {"bits": 4}, "'affine', 4, None"),
+    ("mlx", {"bits": 4, "group_size": 64, "mode": ["affine"]}, "moesaic reads"),
+]
+
+
+@pytest.mark.parametrize(("container", "quantization", "match"), DAMAGED)
+def test_a_damaged_config_is_one_sentence(
+    container: str, quantization: dict[str, object], match: str, m2: Checkpoint
+) -> None:
+    config = m2.config | dict.fromkeys(CONTAINERS[container].keys, quantization)
+    with pytest.raises(CheckpointError, match=match):
+        CONTAINERS[container].formats(m2.architecture, config, None)
+
+
 def test_a_planted_fault_is_seen() -> None:
     """The round trip would not notice a packing that stores nothing; this one drops a bit."""
     packing = CONTAINERS["compressed_tensors"].packing("mxfp4")

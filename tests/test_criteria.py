@@ -108,7 +108,9 @@ def test_neither_order_nor_passes_of_tokens_matter(worked, name):
     assert a == pytest.approx(b, rel=1e-12)
 
 
-@pytest.mark.parametrize("name, power", [("mass", 1), ("reap", 1), ("dropout", 1), ("squared_loss", 2), ("ean", 0), ("msan", 0)])
+@pytest.mark.parametrize(
+    "name, power", [("mass", 1), ("reap", 1), ("dropout", 1), ("squared_loss", 2), ("ean", 0), ("msan", 0)]
+)
 def test_how_scores_grow_with_the_gates(name, power):
     scores = []
     for factor in (1.0, 0.5):
@@ -217,7 +219,9 @@ def test_a_selection_and_its_facts():
     facts = found.facts()
     assert facts["kept"] == {"3": [0, 2], "4": [1, 3]} and facts["jaccard"] == {"3": 1.0, "4": 1.0}
     assert facts["margins"] == {"3": pytest.approx(1 / 3), "4": pytest.approx(3 / 8)}
-    assert facts["warnings"] == ["1 experts were reached by fewer than 32 of 200 tokens (layer 3 expert 1); their rank is a guess"]
+    assert facts["warnings"] == [
+        "1 experts were reached by fewer than 32 of 200 tokens (layer 3 expert 1); their rank is a guess"
+    ]
 
 
 def test_halves_that_disagree_are_said():
@@ -249,7 +253,9 @@ def test_experts_with_values_that_are_no_numbers_are_named():
     bad[..., 2] = 4
     found = select_experts(statistics(t, nonfinite=bad), "frequency", 2)
     assert found.nonfinite == ((3, 2, 8),) and found.facts()["nonfinite"] == [[3, 2, 8]]
-    assert "1 experts gave values that are no numbers (layer 3 expert 2); those tokens count for nothing" in found.warnings
+    assert (
+        "1 experts gave values that are no numbers (layer 3 expert 2); those tokens count for nothing" in found.warnings
+    )
     t[..., 2] = 0
     with pytest.raises(InputError, match=r"1 experts gave no finite value \(layer 3 expert 2\) and cannot be ranked"):
         select_experts(statistics(t, nonfinite=bad), "frequency", 2)

@@ -47,7 +47,14 @@ def test_imports_go_down(path):
 
 
 @pytest.mark.parametrize(
-    "line", ["from ..cli import main", "from .. import cli", "import moesaic.cli", "from moesaic.cli import main", "from moesaic import cli"]
+    "line",
+    [
+        "from ..cli import main",
+        "from .. import cli",
+        "import moesaic.cli",
+        "from moesaic.cli import main",
+        "from moesaic import cli",
+    ],
 )
 def test_an_import_that_goes_up_is_seen(line):
     assert rooms_imported(ROOT / "formats" / "planted.py", ast.parse(line)) == {"cli"}

@@ -264,8 +264,19 @@ def test_affine_grids_are_mlx_to_the_bit(name, w):
     theirs = mlx_codes(mx, packed, w.shape, bits)
     steps = fmt.spread((f32(mx, scale), f32(mx, offset)), w.shape)
     assert fmt.round(w, *steps).equal(theirs)
-    back = f32(mx.dequantize(packed, scale, offset, group, bits))
+    back = f32(mx, mx.dequantize(packed, scale, offset, group, bits))
     assert fmt.value(theirs, *steps).equal(back)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 1.34375), (4, 0.26953125), (8, 0.01544189453125)])
+def test_affine_scales_are_those_that_mlx_0_32_4_once_wrote(bits, step):
+    """For machines without mlx: groups longer to either side, all alike, and too small for its least scale."""
+    ramp = (torch.arange(32) * 37 % 64 - 20) / 16
+    w = torch.stack([ramp, -ramp, torch.full((32,), 5.0), ramp * 1.6e-8]).bfloat16().float()
+    scales = FORMATS[f"affine{bits}_g32"].scales(w)
+    least = torch.tensor(1e-7).bfloat16().item()
+    assert scales.blocks.float().flatten().tolist() == [-step, step, -least, -least]
+    assert scales.offsets.float().flatten().tolist() == [2.6875, -2.6875, 5.0, 0.0]
 
 
 @every_matrix
@@ -279,5 +290,5 @@ def test_mlx_modes_decode_alike(name, w):
     if name == "nvfp4":
         blocks = blocks.view(E4M3)
     scales = Scales(blocks, torch.ones(1) if name == "nvfp4" else None)
-    back = f32(mx.dequantize(packed, scale, None, fmt.block[1], fmt.element_bits, mode=name, dtype=mx.float32))
+    back = f32(mx, mx.dequantize(packed, scale, None, fmt.block[1], fmt.element_bits, mode=name, dtype=mx.float32))
     assert fmt.decode(codes, scales).equal(back)

@@ -359,7 +359,9 @@ def test_what_ships_is_within_the_budget_on_disk(priced, tmp_path, counted):
     asked = Budget(fit=int(0.75 * whole), formats=FORMATS, price_tokens=72, rule_plans=8)
     chosen = choose(source, CONTAINER, statistics, rows(4), rows(6, seed=1), tmp_path, asked, quiet=True)
     export(source, chosen.plan, tmp_path / "model", quiet=True)
+    files = [f for f in (tmp_path / "model").rglob("*") if f.is_file()]
     assert stored_bytes(tmp_path / "model") == chosen.candidate.bytes <= asked.fit
+    assert sum(f.stat().st_size for f in files) == chosen.candidate.bytes - 2 * 4096
     told = json.loads((tmp_path / "candidates.json").read_text())
     figures = [c["measured_nats"] for c in told["candidates"]]
     assert told["ships"] == int(np.argmin(figures)) and all(c["bytes"] <= asked.fit for c in told["candidates"])

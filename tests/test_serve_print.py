@@ -43,19 +43,19 @@ def opened(name: str, folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {case[1]}")
-def case(request, tmp_path):
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]} {case[1]}")
+def case(request, tmp_path_factory):
     """An export, the facts of its fit, and how vLLM serves it."""
     name, devices, question = request.param
-    export = opened(name, tmp_path / NAMES[0])
+    export = opened(name, tmp_path_factory.mktemp("case") / NAMES[0])
     facts = fit(export, Machine.parse(devices), **question)
     return export, facts, deployment(export, facts)
 
 
-@pytest.fixture
-def two_nodes(tmp_path) -> Deployment:
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory) -> Deployment:
     """A name that no shell and no YAML should ever see bare."""
-    export = opened("m3", tmp_path / NAMES[1])
+    export = opened("m3", tmp_path_factory.mktemp("hostile") / NAMES[1])
     return deployment(export, fit(export, Machine.parse("16xH100")))
 
 

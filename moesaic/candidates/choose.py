@@ -80,6 +80,13 @@ class Chosen:
     measured: Measured
     budget_bytes: int
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "name": self.candidate.name, "bytes": self.candidate.bytes, "budget_bytes": self.budget_bytes,
+            "predicted_nats": self.candidate.predicted_nats, "measured_nats": self.measured.nats, "error": self.measured.error,
+        }  # fmt: skip
+
 
 def choose(
     source: Checkpoint, container: Container, statistics: Statistics, calibration: TokenSet, choice: TokenSet, run: Path,

@@ -24,6 +24,7 @@ from ..target import Target
 SHARD = "model-00001-of-00001.safetensors"
 UNIT_BYTES = 400  # of config.json and the plan, for each unit: its name, its format, its share of the patterns
 NOTE_BYTES = 8_192  # of config.json and the plan beside the source's config
+FOLDER_BYTES = 4_096  # of a folder itself, as `du` counts it
 
 
 def entry_bytes(tensor: TensorInfo) -> int:
@@ -56,13 +57,13 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
     config = len(json.dumps(source.config, indent=2).encode())
     still = sum(t.bytes for t in rest) + sum(entry_bytes(t) for t in a.tensors) + shards * 64
     still += sum((source.path / f).stat().st_size for f in carried(source.path)) + config
-    still += NOTE_BYTES + UNIT_BYTES * len(a.units)
+    still += NOTE_BYTES + UNIT_BYTES * len(a.units) + FOLDER_BYTES * folders(source)
     row = sum(t.bytes // a.experts for t in routers) + len(a.moe_layers) * len("   8191,\n")
     return still + row * np.array(kept, np.int64)
 
 
 def folder_bytes(target: Target) -> int:
-    """Bytes of the folder that `export` writes for a plan, all files, before it is written."""
+    """Bytes of the folder that `export` writes for a plan, as `stored_bytes` counts, before it is written."""
     shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
     tensors = sum(len(s.layout()[0]) + s.payload_bytes for s in shards)
     texts = [
@@ -74,9 +75,15 @@ def folder_bytes(target: Target) -> int:
         + "\n",
     ]
     files = sum((target.source.path / f).stat().st_size for f in carried(target.source.path))
-    return tensors + sum(len(text.encode()) for text in texts) + files
+    return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(target.source)
+
+
+def folders(source: Checkpoint) -> int:
+    """Folders that an export makes: its own, the plan's, and those of files that are carried along."""
+    return 2 + len({parent for file in carried(source.path) for parent in file.parents} - {Path()})
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of all files of a folder, as they are."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files of a folder, and of the folders: what `du --apparent-size` says on most file systems."""
+    inside = list(folder.rglob("*"))
+    return sum(p.stat().st_size for p in inside if p.is_file()) + FOLDER_BYTES * (1 + sum(p.is_dir() for p in inside))

@@ -7,7 +7,6 @@ experts it asks for the module that holds them (`mlp.experts`), never for one of
 an expert's projection is ignored without a word. Leaves out zero points, activation order and AWQ's packing.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,20 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import FAMILIES, Architecture, Linear
 from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, compare, firsts, modules, pack_bits, stream_bytes, unpack_bits
+from .base import (
+    Container,
+    Packing,
+    Part,
+    compare,
+    entries,
+    expression,
+    firsts,
+    modules,
+    pack_bits,
+    stream_bytes,
+    table,
+    unpack_bits,
+)
 from .unquantized import BF16
 
 PLAIN = {"bits": 16, "data_type": "fp"}
@@ -149,8 +161,8 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         raise CheckpointError(
             f"config.json says packing_format {quantization['packing_format']!r}; moesaic reads 'auto_round:auto_gptq'"
         )
-    blocks = quantization.get("block_name_to_quantize") or ""
-    blocks = blocks.split(",") if isinstance(blocks, str) else blocks
+    said = quantization.get("block_name_to_quantize") or ""
+    blocks = said.split(",") if isinstance(said, str) else entries(quantization, "block_name_to_quantize")
     engine_name = FAMILIES[architecture.family].engine_name
     found: dict[str, str] = {}
     for unit, members in architecture.units.items():
@@ -172,16 +184,16 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
 
 def asked_format(name: str, quantization: Mapping[str, Any], blocks: Sequence[str]) -> str:
     """The format that vLLM gives a module of this (engine's) name. Raises `CheckpointError` for one nobody wrote code for."""
-    extra = quantization.get("extra_config") or {}
+    extra = table(quantization, "extra_config")
     exact = next((key for key in extra if key == name or name.endswith(f".{key}")), None)
-    searched = (key for key in extra if set(key) & set(r"*+?^$()[]{}|\\") and re.search(key, name))
+    searched = (key for key in extra if set(key) & set(r"*+?^$()[]{}|\\") and expression(key).search(name))
     key = exact or next(searched, None)
-    if key is None and not any(name.startswith(block) for block in blocks):
+    if key is None and blocks and not any(name.startswith(block) for block in blocks):
         return "bf16"
-    said = {"data_type": "int", **quantization, **(extra[key] if key is not None else {})}
-    if said["bits"] >= 16:
+    said = {"data_type": "int", **quantization, **(table(extra, key) if key is not None else {})}
+    if said.get("bits") in (16, 32):
         return "bf16"
-    format = next((f for f, wide in WIDTHS.items() if wide == (said["bits"], said["group_size"])), None)
+    format = next((f for f, wide in WIDTHS.items() if wide == (said.get("bits"), said.get("group_size"))), None)
     if format is None or said["data_type"] != "int" or not said.get("sym", True):
         asked = {k: said.get(k) for k in ("bits", "group_size", "data_type", "sym")}
         raise CheckpointError(f"config.json has {name} as {asked}; moesaic reads {', '.join(WIDTHS)}")

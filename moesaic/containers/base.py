@@ -267,6 +267,22 @@ def entries(quantization: Mapping[str, Any], key: str) -> list[str]:
     return found
 
 
+def table(where: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under `key`; an empty one where there is no such key. Raises `CheckpointError`."""
+    found = where.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json has {key} = {found!r:.80}; wanted an object")
+    return found
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """A regular expression of config.json, compiled. Raises `CheckpointError`."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(f"config.json has the pattern {pattern!r:.80}, which is none: {error}") from error
+
+
 def stream_bytes(columns: int, bits: int, word: int = 1) -> int:
     """Bytes of one row of codes as a bit stream, in whole words of `word` bytes."""
     return -(-columns * bits // (8 * word)) * word

@@ -12,7 +12,6 @@ come, as the sources are served. (vLLM's MXFP4 kernels for Blackwell round activ
 Leaves out zero points, and activation scales that need calibrating (`input_global_scale`).
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,12 +30,15 @@ from .base import (
     Part,
     Unpack,
     compare,
+    entries,
+    expression,
     firsts,
     modules,
     pack_bits,
     siblings,
     small_modules,
     stream_bytes,
+    table,
     unpack_bits,
 )
 from .fp8 import FP8_BLOCK, pack_e4m3, unpack_e4m3
@@ -263,12 +265,13 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
     not those of the format that it would get.
     """
     quantization = config["quantization_config"]
-    ignore = quantization.get("ignore") or []
+    groups = table(quantization, "config_groups")
     rules = {
         target: format_of(group, quantization)
-        for group in quantization.get("config_groups", {}).values()
-        for target in group["targets"]
+        for group in (table(groups, name) for name in groups)
+        for target in entries(group, "targets")
     }
+    ignore = entries(quantization, "ignore")
     engine_name = FAMILIES[architecture.family].engine_name
     found: dict[str, str] = {}
     for unit, members in architecture.units.items():
@@ -292,12 +295,12 @@ def asked_format(name: str, rules: Mapping[str, str], ignore: Iterable[str]) -> 
 
 
 def matches(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    return expression(target[3:]).match(name) is not None if target.startswith("re:") else target == name
 
 
 def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
     """The format that a config group describes. Raises `CheckpointError` for one nobody wrote code for."""
-    wire, weights = group.get("format") or quantization.get("format"), group["weights"]
+    wire, weights = group.get("format") or quantization.get("format"), table(group, "weights")
     for format, scheme in SCHEMES.items():
         same = all(weights.get(key) == scheme.weights.get(key) for key in DECIDES)
         if wire == scheme.wire and same and weights.get("symmetric", True):

@@ -6,7 +6,6 @@ its group, in the natural order: older readers want it there, vLLM drops it. Lea
 widths (auto_round).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..errors import CheckpointError, PlanError
 from ..families import FAMILIES, Architecture
 from ..formats import Scales
 from . import auto_round
-from .base import Container, Packing, Part, compare, firsts, modules
+from .base import Container, Packing, Part, compare, expression, firsts, modules, table
 from .unquantized import BF16
 
 WIDTHS = {format: wide for format, wide in auto_round.WIDTHS.items() if wide[0] in (4, 8)}
@@ -88,14 +87,14 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         raise CheckpointError(
             f"config.json has GPTQ with {said}; moesaic reads {', '.join(WIDTHS)}, symmetric, in order"
         )
-    skips = [key[2:] for key in quantization.get("dynamic") or {} if key.startswith("-:")]
+    skips = [expression(key[2:]) for key in table(quantization, "dynamic") if key.startswith("-:")]
     engine_name = FAMILIES[architecture.family].engine_name
     found: dict[str, str] = {}
     for members in architecture.units.values():
         for first in firsts(members):
             name = engine_name(first.name)
             name = name if first.expert is None else name.rsplit(".", 2)[0]
-            plain = any(re.match(skip, name) for skip in skips)
+            plain = any(skip.match(name) for skip in skips)
             if first.expert is None and names is not None:
                 plain = f"{first.name}.weight" in names
             same = [n for n in members if n.projection == first.projection]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, Place, compare, pack_bits, stream_bytes, unpack_bits
+from .base import Container, Packing, Part, Place, compare, pack_bits, stream_bytes, table, unpack_bits
 from .unquantized import BF16
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -156,7 +156,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
 
     Raises `CheckpointError` for a mode nobody wrote code for, and where the tensors are not those of the format.
     """
-    quantization = config["quantization"]
+    quantization = table(config, "quantization")
     found: dict[str, str] = {}
     by_module: dict[str, str] = {}
     for linear in architecture.linears:

@@ -26,7 +26,7 @@ from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
 from ..plan import SOURCE, Plan
 from ..progress import progress
-from ..rounding import ROUNDINGS, Rounding
+from ..rounding import ROUNDINGS, Rounding, round_siblings
 from ..stream import Change, LayerRun, State
 from ..tokens import TokenSet
 from .excess import excess
@@ -135,10 +135,8 @@ def rounded(
     """A `Change`: the values that an export of these matrices would hold, second scales shared as there."""
     value = dict(zip((linear.name for linear in linears), weights))
     for group in siblings(linears):
-        amax = torch.stack([value[n.name].abs().max() for n in group]).max()
-        shared = format.share(amax) if format.share else None
-        for n in group:
-            value[n.name] = format.decode(*rounding.round(value[n.name], format, shared, {}))
+        pairs = round_siblings(rounding, [value[n.name] for n in group], format)
+        value |= {n.name: format.decode(*pair) for n, pair in zip(group, pairs)}
     return [value[linear.name] for linear in linears]
 
 

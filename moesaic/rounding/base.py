@@ -1,26 +1,116 @@
-"""What a rounding is: weights to codes and scales, for any number format, and what it has to be told beside."""
+"""What a rounding is: weights to codes and scales, for any number format, and what it has to be told beside.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+Matrices come in batches: the experts of a layer have one shape, and a GPU wants them side by side. Those
+that a server fuses (gate and up of one expert; q, k and v) see the same inputs and may share a second level
+of scale, so here they are one matrix, stacked by rows (`stacked`, `split`). Leaves out where inputs come from.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
 from torch import Tensor
 
 from ..formats import NumberFormat, Scales
 
-Known = Mapping[str, Tensor]  # what is known about a matrix's inputs, by the names that `needs` uses
+
+@dataclass(frozen=True)
+class Batch:
+    """E matrices of one shape, and what is known of the vectors that each multiplies. What is not known is None.
+
+    tokens_E     how many vectors the means below are taken over
+    moments_EI   E[x²]
+    hessian_EII  E[x xᵀ], F32
+    pool_EII     E[x xᵀ] over all tokens of the layer, as each matrix would see them if every token came to it;
+                 [1, I, I] where that is one for all. What few tokens leave open is taken from there.
+    """
+
+    w_EOI: Tensor
+    tokens_E: Tensor | None = None
+    moments_EI: Tensor | None = None
+    hessian_EII: Tensor | None = None
+    pool_EII: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes and scales of E matrices, and per matrix what the rounding has to report ("damping", "pooled")."""
+
+    codes_EOI: Tensor
+    scales: tuple[Scales, ...]
+    facts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def values(self, format: NumberFormat) -> Tensor:
+        """F32 weights [E, O, I]: exactly what a server multiplies with."""
+        return torch.stack([format.decode(codes, s) for codes, s in zip(self.codes_EOI, self.scales)])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Matrices that make one output together, E times side by side, and tokens to see that output on.
+
+    weights    [E, O, I] each; siblings stacked
+    forward    (matrices as in `weights`, x [E, n, D]) -> y [E, n, D']
+    x_EnD      inputs; E rows of equal length, the shorter ones filled up with anything
+    weight_En  what a token's squared error counts: the square of its gate, 0 for what only fills up
+    """
+
+    weights: tuple[Tensor, ...]
+    forward: Callable[[Sequence[Tensor], Tensor], Tensor]
+    x_EnD: Tensor
+    weight_En: Tensor
+
+
+Round = Callable[[Batch, NumberFormat], Rounded]
+RoundBlock = Callable[[Block, NumberFormat], tuple[Rounded, ...]]
 
 
 @dataclass(frozen=True)
 class Rounding:
     """One way to round.
 
-    needs  names of what `round` reads from `known`: "second_moments" (E[x²], [I]), "hessian" (E[xxᵀ], [I, I])
-    kernel whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones
-    round  (w [O, I] F32, format, second level shared with fused siblings or None, known) -> codes [O, I], Scales
+    needs        names of the fields of `Batch` that `round` cannot do without: "hessian"; empty: it needs no data
+    round        matrices by themselves
+    round_block  matrices together, by the output that they make together; None: it makes no difference
+    kernel       whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones
     """
 
     name: str
     needs: tuple[str, ...]
-    round: Callable[[Tensor, NumberFormat, Tensor | None, Known], tuple[Tensor, Scales]]
+    round: Round
     reference: str
+    round_block: RoundBlock | None = None
     kernel: str = ""
+
+
+def stacked(weights: Sequence[Tensor], format: NumberFormat) -> bool:
+    """Whether matrices may be stacked by rows without a block of `format` lying across two of them."""
+    rows = format.block[0]
+    return rows > 0 and all(w.shape[-2] % rows == 0 for w in weights)
+
+
+def split(rounded: Rounded, rows: Sequence[int], format: NumberFormat) -> list[list[tuple[Tensor, Scales]]]:
+    """Codes and scales of each matrix that was stacked, by its number of rows; of all E."""
+    found = []
+    for codes_OI, scales in zip(rounded.codes_EOI, rounded.scales):
+        members, start = [], 0
+        for count in rows:
+            blocks = slice(start // (format.block[0] or count), -(-(start + count) // (format.block[0] or count)))
+            part = replace(
+                scales,
+                blocks=None if scales.blocks is None else scales.blocks[blocks],
+                offsets=None if scales.offsets is None else scales.offsets[blocks],
+            )
+            members.append((codes_OI[start : start + count], part))
+            start += count
+        found.append(members)
+    return found
+
+
+def round_siblings(rounding: Rounding, weights: Sequence[Tensor], format: NumberFormat) -> list[tuple[Tensor, Scales]]:
+    """Matrices [O, I] that a server fuses, rounded without data; they get one second level of scale."""
+    if not stacked(weights, format):
+        assert format.share is None
+        return [pair for w in weights for pair in split(rounding.round(Batch(w[None]), format), [len(w)], format)[0]]
+    rounded = rounding.round(Batch(torch.cat(list(weights))[None]), format)
+    return split(rounded, [len(w) for w in weights], format)[0]

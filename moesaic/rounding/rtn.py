@@ -1,14 +1,14 @@
 """RTN: scales by the format's standard rule, every weight to its nearest grid point."""
 
-from torch import Tensor
+import torch
 
-from ..formats import NumberFormat, Scales
-from .base import Known, Rounding
+from ..formats import NumberFormat
+from .base import Batch, Rounded, Rounding
 
 
-def round(w_OI: Tensor, format: NumberFormat, shared: Tensor | None, known: Known) -> tuple[Tensor, Scales]:
-    scales = format.scales(w_OI, shared)
-    return format.encode(w_OI, scales), scales
+def round(batch: Batch, format: NumberFormat) -> Rounded:
+    scales = tuple(format.scales(w_OI) for w_OI in batch.w_EOI)
+    return Rounded(torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)]), scales)
 
 
 RTN = Rounding("rtn", (), round, "https://arxiv.org/abs/2210.17323", kernel="standard")

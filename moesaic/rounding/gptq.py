@@ -1,0 +1,181 @@
+"""GPTQ: column after column to its nearest grid point, each first pulled to make up for the errors before it.
+
+Frantar et al. write it with the factor of the inverse Hessian. What is solved here is the same recurrence, code
+for code, with the factor of the Hessian itself, H = L Lᵀ, the last column first; nothing is inverted:
+
+    wanted_k = w_k + Σ error_j · L_jk / L_kk  over the columns j already done,    error_j = w_j − value_j
+
+The sum is split in halves, recursively, so that almost all of it is large matrix products; the E matrices of a
+batch go side by side. Scales are chosen first, by the format's search, and blocks stay where they are: going
+through the columns by size of input changes the sequence alone, and so suits any container. Leaves out moving
+the scales afterwards: done by the error of the weights, it costs more than GPTQ has gained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..formats import NumberFormat, Scales
+from .base import Batch, Rounded, Rounding
+
+LEAF = 32  # columns that are done one by one before their errors are multiplied out together
+COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, and scales are fitted to it
+PRIOR = 0.5  # the pool weighs as much as this many tokens for each column
+DAMP, DAMP_FEW = 0.02, 0.03  # of the mean diagonal; plus, times columns over tokens. Least error on inputs held out
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Matrices and Hessians with their columns by size of input, ascending: the last column is the first to be done.
+
+    order_EI     the column of the matrix that stands at each place
+    w_EIO        F32, transposed, so that a column is contiguous
+    hessian_EII  F32, blended with the pool and damped
+    damping_E    what was added to its diagonal, in mean diagonals
+    pooled_E     the pool's share in it
+    """
+
+    order_EI: Tensor
+    w_EIO: Tensor
+    hessian_EII: Tensor
+    damping_E: list[float]
+    pooled_E: list[float]
+
+    @staticmethod
+    def of(batch: Batch) -> "Ordered":
+        """Raises `InputError` when a Hessian is not finite."""
+        blends = [blended(batch, e) for e in range(len(batch.w_EOI))]
+        orders = [h_II.diagonal().argsort() for h_II, _, _ in blends]
+        return Ordered(
+            torch.stack(orders),
+            torch.stack([w_OI.float().T[order] for w_OI, order in zip(batch.w_EOI, orders)]),
+            torch.stack([h_II[order][:, order] for (h_II, _, _), order in zip(blends, orders)]),
+            [damping for _, damping, _ in blends],
+            [pooled for _, _, pooled in blends],
+        )
+
+    def restored(self, x_EIO: Tensor) -> Tensor:
+        """[E, O, I], columns back in their places."""
+        return torch.stack([x_IO[order.argsort()].T for x_IO, order in zip(x_EIO, self.order_EI)])
+
+    def facts(self) -> dict[str, tuple[float, ...]]:
+        return {"damping": tuple(self.damping_E), "pooled": tuple(self.pooled_E)}
+
+
+def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
+    """One matrix's Hessian with the pool in it and its diagonal raised; by how much, and the pool's share.
+
+    Without a token, and without a pool, it is the identity: every weight goes to its nearest.
+    """
+    assert batch.hessian_EII is not None
+    h_II, width = batch.hessian_EII[e].float(), batch.w_EOI.shape[2]
+    tokens = float("inf") if batch.tokens_E is None else float(batch.tokens_E[e])
+    prior = 0.0 if batch.pool_EII is None else PRIOR * width
+    pooled = prior / (tokens + prior) if tokens + prior else 0.0
+    if batch.pool_EII is not None:
+        pool_II = batch.pool_EII[e if len(batch.pool_EII) > 1 else 0].float()
+        mine, theirs = h_II.trace(), pool_II.trace()
+        h_II = (1 - pooled) * h_II + pooled * (mine / theirs if mine > 0 < theirs else 1.0) * pool_II
+    mean = float(h_II.diagonal().mean())
+    if not mean < float("inf"):
+        raise InputError(
+            f"the inputs of a matrix {list(batch.w_EOI.shape[1:])} hold infinities or NaNs; "
+            "calibrate on other text, or find the layer before that makes them"
+        )
+    damping = DAMP + DAMP_FEW * width / max(tokens + prior, 1.0)
+    eye_I = torch.full_like(h_II.diagonal(), damping * mean if mean else 1.0)
+    return h_II + torch.diag(eye_I), damping, pooled
+
+
+def compensation(ordered: Ordered) -> Tensor:
+    """L_jk / L_kk of each Hessian, [E, I, I], below the diagonal. One that cannot be factored is damped twice as much."""
+    pull_EII = torch.empty_like(ordered.hessian_EII)
+    for e, h_II in enumerate(ordered.hessian_EII):
+        mean, damping = h_II.diagonal().mean() / (1 + ordered.damping_E[e]), ordered.damping_E[e]
+        l_II, failed = torch.linalg.cholesky_ex(h_II)
+        while failed:
+            h_II.diagonal().add_(damping * mean)
+            damping = ordered.damping_E[e] = 2 * damping
+            l_II, failed = torch.linalg.cholesky_ex(h_II)
+        torch.div(l_II, l_II.diagonal(), out=pull_EII[e])
+    return pull_EII
+
+
+def sweep(
+    ordered: Ordered, pull_EII: Tensor, format: NumberFormat, scales: Sequence[Scales],
+    flow_EIO: Tensor, error_EIO: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose every column's codes, the last column first; returns codes, and what the codes were chosen for, [E, I, O].
+
+    `flow_EIO` begins as what pulls each column already, and ends as what its error has become: the whole of it,
+    or what it changed by from `error_EIO`. While it works, what is done lies above what is still to do.
+    """
+    w_EIO, found = ordered.w_EIO, []
+    members = torch.arange(len(w_EIO), device=w_EIO.device)
+    steps = steps_by_column(format, scales, w_EIO.shape[2])
+    block_EI = ordered.order_EI // (format.block[1] or w_EIO.shape[1])
+    wanted_EIO = torch.empty_like(w_EIO)
+
+    def span(start: int, stop: int) -> None:
+        if stop - start > LEAF:
+            middle = (start + stop) // 2
+            span(middle, stop)
+            pull = pull_EII[:, middle:stop, start:middle].transpose(1, 2)
+            flow_EIO[:, start:middle].baddbmm_(pull, flow_EIO[:, middle:stop])
+            span(start, middle)
+            return
+        for k in reversed(range(start, stop)):
+            if k + 1 < stop:
+                pull = pull_EII[:, k + 1 : stop, k : k + 1].transpose(1, 2)
+                flow_EIO[:, k : k + 1].baddbmm_(pull, flow_EIO[:, k + 1 : stop])
+            here = tuple(step_EGO[members, block_EI[:, k]] for step_EGO in steps)
+            wanted_EO = torch.add(w_EIO[:, k], flow_EIO[:, k], out=wanted_EIO[:, k])
+            found.append(format.round(wanted_EO, *here))
+            torch.sub(w_EIO[:, k], format.value(found[-1], *here), out=flow_EIO[:, k])
+            if error_EIO is not None:
+                flow_EIO[:, k] -= error_EIO[:, k]
+
+    span(0, w_EIO.shape[1])
+    return torch.stack(found[::-1], 1), wanted_EIO
+
+
+def steps_by_column(format: NumberFormat, scales: Sequence[Scales], rows: int) -> tuple[Tensor, ...]:
+    """Each level of steps as [E, G, O]: a block of columns -> the step of every row."""
+    levels = zip(*(format.steps(s) for s in scales))
+    count = format.block[0] or rows
+    return tuple(torch.stack([s.repeat_interleave(count, 0)[:rows].T for s in level]).contiguous() for level in levels)
+
+
+def searched(w_EOI: Tensor, format: NumberFormat) -> list[Scales]:
+    return [format.search(w_OI, format.scales(w_OI)) for w_OI in w_EOI]
+
+
+def compensated(ordered: Ordered, w_EOI: Tensor, format: NumberFormat) -> tuple[Tensor, list[Scales], Tensor]:
+    """Codes [E, I, O], scales and errors [E, I, O] of one GPTQ sweep; of a second one, where the grid is coarse.
+
+    Scales are searched by the plain error of weights: by that of outputs they serve the few columns of large
+    input, and the clipped rest leaves more to make up for than it can.
+    """
+    pull_EII, scales = compensation(ordered), searched(w_EOI, format)
+    error_EIO = torch.zeros_like(ordered.w_EIO)
+    codes_EIO, wanted_EIO = sweep(ordered, pull_EII, format, scales, error_EIO)
+    if format.element_bits <= COARSE:
+        scales = searched(ordered.restored(wanted_EIO), format)
+        codes_EIO, _ = sweep(ordered, pull_EII, format, scales, error_EIO.zero_())
+    return codes_EIO, scales, error_EIO
+
+
+def round(batch: Batch, format: NumberFormat) -> Rounded:
+    """Codes and scales for E matrices; reports `damping` and `pooled` of each.
+
+    Memory: beside the batch, E · (2 I² + 4 I O) F32 numbers. Raises `InputError` for a Hessian that is not finite.
+    """
+    ordered = Ordered.of(batch)
+    codes_EIO, scales, _ = compensated(ordered, batch.w_EOI, format)
+    return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
+
+
+GPTQ = Rounding("gptq", ("hessian_EII",), round, "https://arxiv.org/abs/2210.17323")

@@ -1,0 +1,238 @@
+"""Prune as a whole: from text to a smaller folder that is the source with experts masked, in our stream and in transformers.
+
+Ranking is redone here from the statistics on disk; logits are held to those of the unpruned model whose
+dropped experts cannot be selected, and to the full transformers model filled with the pruned folder.
+"""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from children import child, contents, dying
+from reference import Reference
+from safetensors.torch import load_file
+from torch import Tensor
+
+import moesaic.prune as prune_module
+from moesaic.checkpoint import Checkpoint
+from moesaic.corpus import Corpus
+from moesaic.errors import CheckError, InputError, StaleError
+from moesaic.prune import prune
+from moesaic.stream import LayerRun, State
+
+WORDS = "the sum of all parts is less than one whole; def f(x): return x + 1\n"
+FAMILIES = ["minimax_m2", "minimax_m3_vl"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of text."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for domain in ("code", "prose"):
+        words = rng.permutation(WORDS.split() * 60).tolist()
+        (folder / f"{domain}.txt").write_text(" ".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(data: Path) -> Corpus:
+    return Corpus(data, tokens=384, length=48)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pruned(request, corpus, tmp_path_factory) -> tuple[Checkpoint, Path, dict[str, Any]]:
+    """Source, result and facts: 5 of 8 experts."""
+    root = tmp_path_factory.mktemp("pruned")
+    source = Checkpoint.open(tiny.make(root / "source", request.param))
+    return source, root / "out", prune(source.path, root / "out", 5, corpus=corpus, quiet=True)
+
+
+def kept_of(facts: dict[str, Any]) -> dict[int, list[int]]:
+    return {int(layer): ids for layer, ids in facts["kept"].items()}
+
+
+def logits(checkpoint: Checkpoint, ids_BT: Tensor, dropped: dict[int, list[int]] | None = None) -> Tensor:
+    run = LayerRun(checkpoint, device="cpu")
+    states = [State(run.embed(ids_BT), dropped or {})]
+    for _, after in run.sweep(states):
+        states = after
+    return run.logits(states[0].hidden_BTD.flatten(0, 1)).view(*ids_BT.shape, -1)
+
+
+def test_what_stays_is_the_best_by_the_statistics_on_disk(pruned):
+    """REAP from the raw sums, ties to the lower index: a sort that anyone can read."""
+    source, out, facts = pruned
+    files = sorted((out / "moesaic" / "stats").rglob("*.safetensors"))
+    assert len(files) == len(source.architecture.moe_layers)
+    for file, layer in zip(files, source.architecture.moe_layers):
+        sums = load_file(file)
+        gated, tokens = sums["gated"].sum(0).tolist(), sums["tokens"].sum(0).tolist()
+        score = [g / t if t else 0.0 for g, t in zip(gated, tokens)]
+        order = sorted(range(8), key=lambda e: (-score[e], e))
+        assert facts["kept"][str(layer)] == sorted(order[:5])
+        assert facts["margins"][str(layer)] == pytest.approx((score[order[4]] - score[order[5]]) / score[order[4]])
+
+
+def test_facts_are_those_of_the_folder(pruned):
+    source, out, facts = pruned
+    result = Checkpoint.open(out)
+    payload = sum(t.nbytes for f in out.glob("*.safetensors") for t in load_file(f).values())
+    assert facts["bytes"] == payload == sum(s.info.bytes for s in result.stored.values())
+    assert facts["source_bytes"] == sum(s.info.bytes for s in source.stored.values())
+    assert (facts["experts"], facts["source_experts"], facts["calibration_tokens"]) == (5, 8, 384)
+    assert facts["verified"]["structure"] == facts["verified"]["finite"] == len(result.inventory)
+    on_disk = json.loads((out / "moesaic" / "prune.json").read_text())
+    assert {k: on_disk[k] for k in facts} == json.loads(json.dumps(facts))
+
+
+def test_logits_are_those_of_the_source_with_the_dropped_experts_masked(pruned):
+    source, out, facts = pruned
+    dropped = {layer: sorted(set(range(8)) - set(ids)) for layer, ids in kept_of(facts).items()}
+    ids_BT = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(0))
+    small, masked = logits(Checkpoint.open(out), ids_BT), logits(source, ids_BT, dropped)
+    assert torch.allclose(small, masked, rtol=0, atol=1e-5)
+    assert float((masked - logits(source, ids_BT)).abs().max()) > 0.1, "and the masked ones were in use"
+
+
+def test_logits_are_those_of_transformers_with_the_same_values(pruned):
+    _, out, _ = pruned
+    ids_BT = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(logits(Checkpoint.open(out), ids_BT), Reference(out).logits(ids_BT), rtol=0, atol=1e-4)
+
+
+def test_transformers_own_loader_takes_it_whole(pruned):
+    """No key missing, none left over, no shape changed; and the experts it holds are as many as are kept."""
+    source, out, _ = pruned
+    nested = source.family.name == "minimax_m3_vl"
+    loader = transformers.AutoModelForImageTextToText if nested else transformers.AutoModelForCausalLM
+    model, told = loader.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    assert {p.shape[0] for n, p in model.named_parameters() if n.endswith("mlp.experts.gate_up_proj")} == {5}
+
+
+def test_an_empty_selection_of_criteria_cannot_pass_here(pruned, corpus, tmp_path):
+    """Another criterion keeps others, so the tests above look at a choice."""
+    source, _, facts = pruned
+    other = prune(source.path, tmp_path / "out", 5, "frequency", corpus=corpus, quiet=True)
+    assert other["kept"] != facts["kept"] and other["criterion"] == "frequency"
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_from_the_least_count_to_the_largest(m2, corpus, tmp_path, count):
+    """2 is what a token selects: every token then gets all experts there are."""
+    facts = prune(m2.path, tmp_path / "out", count, "mass", "intersection", corpus, quiet=True)
+    assert {len(ids) for ids in facts["kept"].values()} == {count} and facts["policy"] == "intersection"
+    assert Checkpoint.open(tmp_path / "out").architecture.experts == count
+
+
+def test_the_same_call_gives_the_same_bytes_and_the_old_folder_again(m2, corpus, tmp_path):
+    def files(name: str) -> dict[str, bytes]:
+        found = contents(tmp_path / name)
+        return found | {"moesaic/prune.json": found["moesaic/prune.json"].replace(str(tmp_path / name).encode(), b"OUT")}
+
+    for name in ("one", "two"):
+        prune(m2.path, tmp_path / name, 4, corpus=corpus, quiet=True)
+    assert files("one") == files("two")
+    prune(m2.path, tmp_path / "one", 4, corpus=corpus, quiet=True)
+    assert files("one") == files("two")
+
+
+@pytest.mark.parametrize("sign, step", [(signal.SIGKILL, 23), (signal.SIGINT, 61)], ids=lambda x: str(x))
+def test_after_any_death_the_same_call_finishes_the_same_folder(m2, corpus, tmp_path, sign, step):
+    """In calibration, in export, between them: the folder ends as if nothing had happened."""
+    out, deaths = tmp_path / "out", 0
+
+    def work() -> None:
+        prune(m2.path, out, 4, corpus=corpus, quiet=True)
+
+    work()
+    whole = contents(out)
+    for at in (1, 2, 3, 4, *range(5, 140, step)):
+        shutil.rmtree(out)
+        deaths += child(dying(work, at, sign)) in (130, -signal.SIGKILL)
+        work()
+        assert contents(out) == whole, f"after death at call {at}"
+    assert deaths >= 5
+
+
+def test_interrupted_while_verifying(m2, corpus, tmp_path, monkeypatch):
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prune_module, "verify", interrupted)
+        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
+    assert prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)["verified"]
+
+
+def test_a_result_that_does_not_verify_is_an_error(m2, corpus, tmp_path, monkeypatch):
+    real = prune_module.export
+
+    def damaging(*args: Any) -> Checkpoint:
+        result = real(*args)
+        where = result.where("model.norm.weight")
+        with open(result.path / where.file, "r+b") as f:
+            f.seek(where.offset)
+            f.write(b"\x12")
+        return result
+
+    monkeypatch.setattr(prune_module, "export", damaging)
+    with pytest.raises(CheckError, match=r"does not verify: bytes: model\.norm\.weight differs") as caught:
+        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
+    assert caught.value.exit_code == 1
+
+
+# Wrong calls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1, 8, 9])
+def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
+    sentence = f"asked to keep {count} experts; wanted at least 2, which each token selects, and fewer than the 8 there are"
+    with pytest.raises(InputError, match=sentence):
+        prune(m2.path, tmp_path / "out", count, corpus=corpus, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("criterion, policy, sentence", [("luck", "pooled", "no criterion 'luck'"), ("reap", "vote", "no domain policy 'vote'")])
+def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path, criterion, policy, sentence):
+    with pytest.raises(InputError, match=sentence):
+        prune(m2.path, tmp_path / "out", 4, criterion, policy, corpus, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_taken(m2, m3, corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists and is no export of moesaic's"):
+        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
+    assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
+    prune(m2.path, tmp_path / "mine", 4, corpus=corpus, quiet=True)
+    before = contents(tmp_path / "mine")
+    with pytest.raises(InputError, match="mine holds an export of 4 experts a layer; name another folder or remove it"):
+        prune(m2.path, tmp_path / "mine", 5, corpus=corpus, quiet=True)
+    with pytest.raises(StaleError, match="was made from source"):
+        prune(m3.path, tmp_path / "mine", 4, corpus=corpus, quiet=True)
+    assert contents(tmp_path / "mine") == before
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"data": Path("/nowhere")}, "/nowhere is no folder; wanted text, one domain a file"),
+        ({"tokens": 10}, "asked for 10 tokens in rows of 48; wanted at least one row"),
+        ({"tokens": 10**7}, r"asked for 208,333 rows, and the text holds \d+"),
+        ({"length": 5000, "tokens": 10_000}, "rows of 5,000 tokens are longer than the model's context, 4,096"),
+        ({"length": 1}, "rows of 1 tokens; wanted at least 1 row of 2"),
+    ],
+)
+def test_text_that_will_not_do(m2, corpus, tmp_path, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        prune(m2.path, tmp_path / "out", 4, corpus=dataclasses.replace(corpus, **change), quiet=True)
