@@ -1,0 +1,213 @@
+"""What each command runs, and what it prints. Every one returns its facts, for --json.
+
+A module is imported when its command is given, so that --help answers at once.
+"""
+
+import argparse
+import importlib
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+Arguments = argparse.Namespace
+
+
+def room(name: str) -> Any:
+    """A module of this package, imported now."""
+    return importlib.import_module(f"moesaic.{name}")
+
+
+def corpus(a: Arguments) -> Any:
+    return room("corpus").Corpus(a.data, a.heldout, a.tokens, a.length, a.seed)
+
+
+def run_inspect(a: Arguments) -> dict[str, Any]:
+    facts = room("inspect").inspect(a.model, a.base)
+    show(room("inspect").table(facts))
+    for layer, ids in facts.get("kept", {}).items():
+        print(f"layer {layer} kept experts {' '.join(map(str, ids))}")
+    return facts
+
+
+def run_prune(a: Arguments) -> dict[str, Any]:
+    if a.preview:
+        outlooks = room("prune").preview_cuts(a.model, a.out, a.experts, a.criterion, corpus(a), a.quiet)
+        show(room("preview").table(outlooks))
+        return {"candidates": [o.facts() for o in outlooks]}
+    if len(a.experts) > 1:
+        raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
+    facts = room("prune").prune(
+        a.model, a.out, a.experts[0], a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet
+    )
+    margins = sorted(facts["margins"].values())
+    print(
+        f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
+        f"by {facts['criterion']} on {facts['calibration_tokens']:,} tokens"
+    )
+    print(f"cut margin (last kept over first dropped): least {margins[0]:.2%}, median {margins[len(margins) // 2]:.2%}")
+    for layer, margin in facts["margins"].items():
+        print(f"  layer {layer:>3}  margin {margin:7.2%}  halves agree {facts['jaccard'][layer]:4.0%}")
+    for warning in facts["warnings"]:
+        print(f"note: {warning}")
+    sizes(facts)
+    return facts
+
+
+def run_quantize(a: Arguments) -> dict[str, Any]:
+    facts = room("quantize").quantize(
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, not a.no_verify, a.quiet
+    )
+    if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
+        middle = errors[len(errors) // 2]
+        print(
+            f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm"
+        )
+    sizes(facts)
+    return facts
+
+
+def run_verify(a: Arguments) -> dict[str, Any]:
+    checkpoint = room("checkpoint").Checkpoint
+    verdict = room("verify").verify(a.export, checkpoint.open(a.source) if a.source else None, a.quiet)
+    for finding in verdict.findings:
+        print(f"FAIL  {finding}")
+    print(
+        ", ".join(f"{check} × {count:,}" for check, count in verdict.compared.items())
+        + (": all hold" if verdict.holds else "")
+    )
+    facts = {
+        "holds": verdict.holds,
+        "compared": dict(verdict.compared),
+        "findings": [vars(f) for f in verdict.findings],
+    }
+    return facts | {"exit": 0 if verdict.holds else 1}
+
+
+def run_calibrate(a: Arguments) -> dict[str, Any]:
+    source = room("checkpoint").Checkpoint.open(a.model)
+    tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
+    statistics = room("calibrate").calibrate(source, tokens, a.run / "stats", a.quiet)
+    few, least = statistics.few(room("select").FEW_TOKENS), room("select").FEW_TOKENS
+    print(
+        f"{statistics.tokens:,} tokens of {', '.join(statistics.domains)} through {len(statistics.layers)} MoE layers"
+    )
+    print(f"experts reached by fewer than {least} tokens: {len(few)}")
+    print(f"experts with values that are no numbers: {len(statistics.nonfinite())}")
+    print(f"statistics: {a.run / 'stats'}")
+    return {
+        "tokens": statistics.tokens,
+        "domains": statistics.domains,
+        "few_tokens": few,
+        "nonfinite": statistics.nonfinite(),
+    }
+
+
+def run_compress(a: Arguments) -> dict[str, Any]:
+    recipe = room("compress").Recipe(
+        a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, a.fit, a.bits,
+        a.formats or room("candidates").FORMATS_OFFERED, None if a.hours is None else 3600 * a.hours,
+    )  # fmt: skip
+    return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))
+
+
+def run_demo(a: Arguments) -> dict[str, Any]:
+    return told(room("demo").demo(a.run, a.quiet))
+
+
+def run_evaluate(a: Arguments) -> dict[str, Any]:
+    checkpoint, evaluate = room("checkpoint").Checkpoint, room("evaluate")
+    source, export = checkpoint.open(a.against), checkpoint.open(a.export)
+    out = a.out or a.export / "moesaic"
+    rows = corpus(a).evaluation(source, out / "evaluation.safetensors")
+    scores = evaluate.evaluate(source, export, [evaluate.Reading.of(rows)], out, quiet=a.quiet)
+    found = {s.name: vars(s) for s in scores.scores if not s.part}
+    tell_scores(found)
+    print(f"every figure: {out / 'scores.json'}")
+    return {"scores": found, "nonfinite": scores.facts["readings"][0]["nonfinite"]}
+
+
+def run_fit(a: Arguments) -> dict[str, Any]:
+    fit = room("fit")
+    facts = fit.fit(
+        room("checkpoint").Checkpoint.open(a.model), fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency
+    )
+    show(fit.table(facts))
+    if a.explain:
+        print(fit.explain(facts))
+    return facts
+
+
+def run_serve(a: Arguments) -> dict[str, Any]:
+    fit, vllm = room("fit"), room("serve.vllm")
+    export = room("checkpoint").Checkpoint.open(a.export)
+    facts = fit.fit(export, fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency)
+    deployment = vllm.deployment(export, facts, a.host, a.port)
+    if a.print:
+        written = vllm.render(deployment, a.print)
+        print(written)
+        return {"printed": a.print, "text": written}
+    if deployment.nodes > 1 or shutil.which("vllm") is None:
+        why = "vLLM is not installed here" if deployment.nodes == 1 else f"this takes {deployment.nodes} machines"
+        raise InputError(f"{why}; --print command, compose, kubernetes or ray writes what starts it where it is")
+    return {"exit": subprocess.call(deployment.words(str(a.export)))}
+
+
+def run_report(a: Arguments) -> dict[str, Any]:
+    page = room("report").report(a.run)
+    print(f"report   {page}")
+    return {"report": str(page)}
+
+
+def told(facts: dict[str, Any]) -> dict[str, Any]:
+    """The end of a whole path: what was saved, what it cost, where the page is."""
+    size, before, after = room("inspect").size, facts["source_bytes"], facts["bytes"]
+    if facts["experts"] != facts["source_experts"]:
+        print(f"experts  {facts['source_experts']} -> {facts['experts']} in every layer")
+    print(f"size     {size(before)} -> {size(after)}: {1 - after / before:.1%} saved")
+    if chosen := facts["chosen"]:
+        print(f"budget   {chosen['bytes']:,} of {chosen['budget_bytes']:,} bytes on disk, every file counted")
+        before = (
+            f"predicted {chosen['predicted_nats']:.4f}, measured {chosen['measured_nats']:.4f} ± {chosen['error']:.4f}"
+        )
+        print(f"plan     {chosen['name']}: KL {before} before it was written")
+    tell_scores(facts["scores"])
+    for warning in facts["warnings"]:
+        print(f"note     {warning}")
+    print(f"model    {Path(facts['run']) / 'model'}")
+    print(f"report   {facts['report']}")
+    return facts
+
+
+def tell_scores(scores: dict[str, dict[str, Any]]) -> None:
+    kl, ppl, before = scores["kl_mean"], scores["ppl_export"], scores["ppl_source"]
+    top, ratio = scores["top1_agreement"], scores["delta_ln_ppl"]
+    print(
+        f"cost     KL(source‖export) {plus_minus(kl)} nats a token, over {kl['tokens']:,} tokens in {kl['rows']} rows"
+    )
+    print(f"         perplexity {plus_minus(before)} -> {plus_minus(ppl)}; paired Δ ln {plus_minus(ratio)}")
+    print(f"         top-1 agreement {top['value']:.1%} ± {top['error']:.1%}")
+
+
+def plus_minus(score: dict[str, Any]) -> str:
+    """A value with as many digits as its error deserves."""
+    value, error = score["value"], score["error"]
+    if value is None or not error:
+        return f"{value}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def sizes(facts: dict[str, Any]) -> None:
+    size = room("inspect").size
+    before, after = facts["source_bytes"], facts["bytes"]
+    print(f"{size(before)} -> {size(after)}, {1 - after / before:.1%} saved, in {facts['out']}")
+    if "verified" in facts:
+        print("verified: " + ", ".join(f"{check} × {count:,}" for check, count in facts["verified"].items()))
+
+
+def show(renderable: Any) -> None:
+    importlib.import_module("rich.console").Console().print(renderable)

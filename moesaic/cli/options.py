@@ -1,0 +1,170 @@
+"""The options of each command, and sizes and lists as people write them."""
+
+import argparse
+from pathlib import Path
+
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def bytes_of(text: str) -> int:
+    """Bytes as people write them: 90GB, 89GiB, 500_000_000."""
+    number = text.rstrip("BbKkMmGgTtIi ")
+    unit = text[len(number) :].strip().upper() or "B"
+    try:
+        return int(float(number.replace("_", "")) * UNITS[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 90GB or 89GiB") from None
+
+
+def counts_of(text: str) -> list[int]:
+    """Kept counts: 64, or 64,80,96."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count of experts; write 64, or 64,80,96") from None
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="text, one domain a file (code.txt, math.jsonl); else the text of this Python",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        metavar="DIR",
+        help="text to judge by; else a part of --data that calibration never sees",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65_536, metavar="N", help="tokens to calibrate on (default %(default)s)"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default 2048, or the model's context)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
+
+
+def inspect_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
+    p.add_argument("--base", type=Path, metavar="MODEL", help="find which experts of this model were kept")
+
+
+def prune_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--experts", type=counts_of, required=True, metavar="K", help="experts to keep in every layer")
+    p.add_argument(
+        "--criterion", default="reap", help="reap, mass, …, or auto: the best by preview (default %(default)s)"
+    )
+    p.add_argument(
+        "--preview", action="store_true", help="measure what cuts would cost (K may be 64,96), and write no model"
+    )
+    p.add_argument(
+        "--policy",
+        default="pooled",
+        help="how domains are weighed: pooled, mean, union, intersection (default %(default)s)",
+    )
+    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    text_options(p)
+
+
+def quantize_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--format", required=True, help="mxfp4, nvfp4, int4_g128, mxfp8, …")
+    p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
+    p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
+    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument("--rounding", default="rtn", help="rtn, or search for better scales (default %(default)s)")
+    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+
+
+def calibrate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder; more text later adds to what is there")
+    text_options(p)
+
+
+def compress_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+    p.add_argument(
+        "--fit", type=bytes_of, metavar="SIZE", help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan"
+    )
+    p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
+    p.add_argument(
+        "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"
+    )
+    p.add_argument("--hours", type=float, metavar="H", help="for pricing options; the less, the fewer tokens")
+    p.add_argument("--experts", type=int, metavar="K", help="experts to keep in every layer (default: all)")
+    p.add_argument(
+        "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"
+    )
+    p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
+    p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
+    p.add_argument("--policy", default="pooled", help="how domains are weighed (default %(default)s)")
+    p.add_argument("--rounding", default="rtn", help="how codes are chosen (default %(default)s)")
+    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument(
+        "--evaluation-tokens", type=int, default=65_536, metavar="N", help="tokens to judge by (default %(default)s)"
+    )
+    text_options(p)
+
+
+def demo_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", type=Path, nargs="?", default=Path("moesaic-demo"), help="run folder (default %(default)s)")
+
+
+def evaluate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    p.add_argument("--against", type=Path, required=True, metavar="MODEL", help="the source")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where scores go (default EXPORT/moesaic)")
+    text_options(p)
+
+
+def machine_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--devices", required=True, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
+    p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")
+    p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
+    p.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (default %(default)s)")
+
+
+def fit_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
+    machine_options(p)
+    p.add_argument("--explain", action="store_true", help="the formula behind each number")
+
+
+def serve_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    machine_options(p)
+    p.add_argument(
+        "--print", metavar="WAY", help="command, compose, kubernetes or ray: write it instead of running vLLM"
+    )
+    p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
+
+
+def report_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", type=Path)
+
+
+def verify_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("export", type=Path)
+    p.add_argument(
+        "--source", type=Path, metavar="MODEL", help="compare every tensor with what the plan makes of this model"
+    )
