@@ -17,20 +17,33 @@ from moesaic.containers.base import DTYPES, siblings
 from moesaic.formats import FORMATS
 
 
+def deal(source: Checkpoint, experts: str | list[str], rest: str = "source") -> dict[str, str]:
+    """A format for every linear. A list of formats for the experts is dealt out MoE layer by MoE layer."""
+    formats, layers = experts if isinstance(experts, list) else [experts], source.architecture.moe_layers
+    return {
+        n.name: source.formats[n.name]
+        if (chosen := rest if n.expert is None else formats[layers.index(n.layer) % len(formats)]) == "source"
+        else chosen
+        for n in source.architecture.linears
+    }
+
+
 def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str, out: Path) -> dict[str, Tensor]:
-    """Write `source` with `formats` (linear -> format, or "source") and return every linear's decoded weights, F32."""
+    """Write `source` with `formats` (linear -> format) and return every linear's decoded weights, F32."""
     target = CONTAINERS[container]
-    wanted = {name: source.formats[name] if format == "source" else format for name, format in formats.items()}
     tensors = {info.name: source.read(info.name) for info in source.architecture.tensors}
     decoded, stacks = {}, {}  # type: dict[str, Tensor], dict[str, list[Tensor]]
     for group in siblings(source.architecture.linears):
         largest = torch.stack([source.decode(linear.name).abs().max() for linear in group]).max()
         for linear in group:
-            packing, theirs = target.packing(wanted[linear.name]), source.container.packing(source.formats[linear.name])
+            packing, theirs = (
+                target.packing(formats[linear.name]),
+                source.container.packing(source.formats[linear.name]),
+            )
             if packing.layout == theirs.layout:
                 stored = source.parts(linear)
             else:
-                format = FORMATS[wanted[linear.name]]
+                format = FORMATS[formats[linear.name]]
                 w_OI = source.decode(linear.name)
                 scales = format.scales(w_OI, format.share(largest) if format.share else None)
                 stored = packing.pack(format.encode(w_OI, scales), scales)
@@ -44,7 +57,7 @@ def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str,
                 else:
                     stacks.setdefault(name, []).append(tensor)
     tensors |= {name: torch.stack(rows) for name, rows in stacks.items()}
-    quantization = target.config(source.architecture, wanted, source.config)
+    quantization = target.config(source.architecture, formats, source.config)
     write(out, tensors, plain(source) | ({key: quantization for key in target.keys} if quantization else {}))
     return decoded
 

@@ -1,5 +1,5 @@
 """compressed-tensors exports against the code that will read them: the library's own decompressor and matcher, vLLM's
-rules as vLLM states them, and transformers' loader, where it can and where it is known not to."""
+and vLLM's rules as vLLM states them. (tests/test_transformers_loads.py opens them in transformers.)"""
 
 import json
 import re
@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_named_modules
-from folders import write_folder
+from folders import deal, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration
@@ -28,19 +27,6 @@ from moesaic.families import Architecture
 
 CONTAINER = CONTAINERS["compressed_tensors"]
 CLASSES = {"minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration}
-
-
-def plan(source: Checkpoint, experts: str | list[str], rest: str = "source") -> dict[str, str]:
-    """A format for every linear; a list of formats for the experts is dealt out layer by layer."""
-    deal = experts if isinstance(experts, list) else [experts]
-    return {
-        n.name: deal[n.layer % len(deal)]
-        if n.expert is not None
-        else source.formats[n.name]
-        if rest == "source"
-        else rest
-        for n in source.architecture.linears
-    }
 
 
 def described(source: Checkpoint, formats: dict[str, str]) -> dict[str, Any]:
@@ -84,7 +70,7 @@ def test_a_wrong_weight_shape_is_seen() -> None:
 
 
 def test_source_bytes_stay(source: Checkpoint, tmp_path: Path) -> None:
-    write_folder(source, plan(source, "mxfp4"), "compressed_tensors", tmp_path / "out")
+    write_folder(source, deal(source, "mxfp4"), "compressed_tensors", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     kept = [n for n in source.architecture.linears if n.expert is None]
     assert kept
@@ -97,7 +83,7 @@ def test_source_bytes_stay(source: Checkpoint, tmp_path: Path) -> None:
 def test_siblings_share_one_divisor(source: Checkpoint, tmp_path: Path) -> None:
     """vLLM applies w1's to w3 as well, and the largest of q, k, v to all of them."""
     dense = "nvfp4" if source.architecture.family == "minimax_m2" else "source"
-    write_folder(source, plan(source, "nvfp4", dense), "compressed_tensors", tmp_path / "out")
+    write_folder(source, deal(source, "nvfp4", dense), "compressed_tensors", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     own = 0
     for expert in out.architecture.experts_of.values():
@@ -148,7 +134,7 @@ MIXES = [
 
 @pytest.mark.parametrize(("experts", "rest"), MIXES)
 def test_vllm_gives_each_module_its_format(source: Checkpoint, experts: str | list[str], rest: str) -> None:
-    formats = plan(source, experts, rest)
+    formats = deal(source, experts, rest)
     quantization = described(source, formats)
     for engine, ours in engine_names(source.architecture).items():
         group = vllm_group(quantization, engine)
@@ -163,7 +149,7 @@ def test_vllm_gives_each_module_its_format(source: Checkpoint, experts: str | li
 
 def test_nothing_else_is_matched(source: Checkpoint) -> None:
     """Routers, head, embedding, norms and vision, by the names of the disk and by vLLM's."""
-    quantization = described(source, plan(source, "mxfp4"))
+    quantization = described(source, deal(source, "mxfp4"))
     others = {t.name.removesuffix(".weight") for t in source.architecture.tensors}
     others |= {name.replace("block_sparse_moe", "mlp") for name in others}
     others |= {re.sub(r"(q|k|v)_proj$", "qkv_proj", name) for name in others if "vision" in name}
@@ -178,7 +164,7 @@ def test_nothing_else_is_matched(source: Checkpoint) -> None:
 @pytest.mark.parametrize(("experts", "rest"), MIXES)
 def test_transformers_matches_exactly_its_linears(source: Checkpoint, experts: str | list[str], rest: str) -> None:
     """compressed-tensors' own matcher, on transformers' modules: those that hold our dense linears, and no other."""
-    formats = plan(source, experts, rest)
+    formats = deal(source, experts, rest)
     quantization = described(source, formats)
     with torch.device("meta"):
         model = CLASSES[source.architecture.family](AutoConfig.from_pretrained(source.path))
@@ -199,7 +185,7 @@ def test_transformers_matches_exactly_its_linears(source: Checkpoint, experts: s
 @pytest.mark.parametrize(("experts", "rest"), MIXES[:4])
 def test_transformers_takes_the_right_group_for_experts(source: Checkpoint, experts: str, rest: str) -> None:
     """Its rule: the first group with a regular expression that says "experts"; dense is the first without."""
-    quantization = described(source, plan(source, experts, rest))
+    quantization = described(source, deal(source, experts, rest))
     parsed = QuantizationConfig.model_validate(quantization)
     assert get_experts_scheme(parsed).format == SCHEMES[experts].wire
     if rest != "bf16":
@@ -211,7 +197,7 @@ def test_transformers_takes_the_right_group_for_experts(source: Checkpoint, expe
 
 def test_patterns_stay_few(source: Checkpoint) -> None:
     """Layers are alternatives of one expression, experts \\d+: the config does not grow with the model."""
-    quantization = described(source, plan(source, ["mxfp4", "nvfp4"]))
+    quantization = described(source, deal(source, ["mxfp4", "nvfp4"]))
     assert sum(len(g["targets"]) for g in quantization["config_groups"].values()) <= 10
     assert len(json.dumps(quantization)) < 5000
 
@@ -270,16 +256,16 @@ def on_disk(source: Checkpoint, formats: dict[str, str]) -> frozenset[str]:
 
 def test_targets_in_the_names_of_the_disk_are_caught(m2: Checkpoint) -> None:
     """vLLM would find no scheme for the experts, leave them BF16 and drop what is on disk."""
-    formats = plan(m2, "mxfp4")
+    formats = deal(m2, "mxfp4")
     names, good = on_disk(m2, formats), described(m2, formats)
     assert read_back(m2, good, names) == formats
     bad = edited(good, lambda target: target.replace(r"\.mlp\.", r"\.block_sparse_moe\."))
-    with pytest.raises(CheckpointError, match=r"weight_packed.*engine's names"):
+    with pytest.raises(CheckpointError, match="weight_packed.*names that the engine knows"):
         read_back(m2, bad, names)
 
 
 def test_targets_without_default_projection_names_are_caught(m3: Checkpoint) -> None:
-    formats = plan(m3, "mxfp4")
+    formats = deal(m3, "mxfp4")
     names, good = on_disk(m3, formats), described(m3, formats)
     assert read_back(m3, good, names) == formats
     bad = edited(good, lambda target: re.sub(r"experts(.*)\(.*\)", r"experts\1(w1|w2|w3)", target))
@@ -288,14 +274,14 @@ def test_targets_without_default_projection_names_are_caught(m3: Checkpoint) -> 
 
 
 def test_an_indexer_apart_from_qkv_is_caught(m3: Checkpoint) -> None:
-    quantization = described(m3, plan(m3, "mxfp4"))
+    quantization = described(m3, deal(m3, "mxfp4"))
     quantization["ignore"].append(r"re:.*index_(q|k)_proj$")
     with pytest.raises(CheckpointError, match=r"layers\.\d+\.qkv, which engines fuse"):
         read_back(m3, quantization)
 
 
 def test_projections_apart_are_caught(m2: Checkpoint) -> None:
-    quantization = described(m2, plan(m2, "mxfp4"))
+    quantization = described(m2, deal(m2, "mxfp4"))
     nvfp4 = SCHEMES["nvfp4"].group([r"re:.*experts\.\d+\.w3$"])
     quantization["config_groups"] = {"first": nvfp4, **quantization["config_groups"]}
     with pytest.raises(CheckpointError, match=r"layers\.0\.experts, which engines fuse"):
@@ -303,9 +289,9 @@ def test_projections_apart_are_caught(m2: Checkpoint) -> None:
 
 
 def test_tensors_of_another_format_are_caught(source: Checkpoint) -> None:
-    quantization = described(source, plan(source, "mxfp4"))
+    quantization = described(source, deal(source, "mxfp4"))
     with pytest.raises(CheckpointError, match=r"mxfp4 for an engine.*hold weight_global_scale"):
-        read_back(source, quantization, on_disk(source, plan(source, "nvfp4")))
+        read_back(source, quantization, on_disk(source, deal(source, "nvfp4")))
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -316,11 +302,11 @@ def test_plans_that_no_engine_loads_are_refused(m2: Checkpoint, m3: Checkpoint) 
         return CONTAINER.config(source.architecture, formats, source.config)
 
     with pytest.raises(PlanError, match=r"layers\.1\.qkv holds an indexer"):
-        config(m3, plan(m3, "mxfp4", "nvfp4"))
-    assert config(m2, plan(m2, "mxfp4", "nvfp4"))
+        config(m3, deal(m3, "mxfp4", "nvfp4"))
+    assert config(m2, deal(m2, "mxfp4", "nvfp4"))
     one = m2.architecture.linears[1].name
     with pytest.raises(PlanError, match=r"layers\.0\.qkv would mix fp8_block and mxfp8"):
-        config(m2, plan(m2, "mxfp4") | {one: "mxfp8"})
+        config(m2, deal(m2, "mxfp4") | {one: "mxfp8"})
     narrow = m2.family.read(m2.config | {"intermediate_size": 96})
     formats = {n.name: "int4_g64" if n.expert is not None else "bf16" for n in narrow.linears}  # names do not change
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*int4_g64's 64"):
@@ -332,90 +318,4 @@ def test_plans_that_no_engine_loads_are_refused(m2: Checkpoint, m3: Checkpoint) 
 
 
 def test_no_format_at_all_is_no_config(source: Checkpoint) -> None:
-    assert CONTAINER.config(source.architecture, plan(source, "bf16", "bf16"), source.config) is None
-
-
-# transformers --------------------------------------------------------------------------------------------------------
-
-
-def load(path: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
-    transformers.utils.logging.set_verbosity_error()
-    model, report = CLASSES[family].from_pretrained(path, dtype=dtype, output_loading_info=True)
-    assert not any(report.values()), report
-    with torch.no_grad():
-        model(torch.arange(1, 9)[None])  # dense modules are decompressed by the first forward pass
-    return model
-
-
-def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
-    """Largest difference of a parameter from our values, relative to the largest weight of its matrix."""
-    theirs, a = dict(model.named_parameters()), source.architecture
-    prefix = "model.layers." if a.family == "minimax_m2" else "model.language_model.layers."
-    wanted = {}
-    for layer in range(a.layers):
-        for name, ours in source.family.parameters(a, layer).items():
-            if ours[0].removesuffix(".weight") in decoded:
-                wanted[f"{prefix}{layer}.{name}"] = torch.cat([decoded[n.removesuffix(".weight")] for n in ours])
-    for layer in a.moe_layers:
-        experts = [{p: decoded[n.name] for p, n in a.experts_of[layer, e].items()} for e in range(a.experts)]
-        wanted[f"{prefix}{layer}.mlp.experts.gate_up_proj"] = torch.stack(
-            [torch.cat([e["gate"], e["up"]]) for e in experts]
-        )
-        wanted[f"{prefix}{layer}.mlp.experts.down_proj"] = torch.stack([e["down"] for e in experts])
-    assert sum(w.numel() for w in wanted.values()) == sum(n.elements for n in a.linears)
-    return max(
-        float((theirs[k].detach().float() - w.to(dtype).float()).abs().max() / w.abs().max()) for k, w in wanted.items()
-    )
-
-
-F32, B16 = torch.float32, torch.bfloat16
-LOADS = [
-    ("m2", "int4_g32", "int4_g32", B16),
-    ("m2", "int3_g64", "int8_g128", B16),
-    ("m2", "mxfp4", "mxfp4", B16),
-    ("m2", "mxfp4", "bf16", B16),
-    ("m2", "mxfp4", "mxfp8", B16),
-    ("m2", "mxfp4", "source", F32),
-    ("m2", "fp8_channel", "fp8_channel", F32),
-    ("m3", "mxfp4", "mxfp4", B16),
-    ("m3", "mxfp4", "source", B16),
-    ("m3", "int2_g32", "source", B16),
-    ("m3", "fp8_channel", "fp8_channel", F32),
-]
-
-
-@pytest.mark.parametrize(("family", "experts", "rest", "dtype"), LOADS)
-def test_transformers_loads_our_values(
-    family: str, experts: str, rest: str, dtype: torch.dtype, request, tmp_path
-) -> None:
-    source = request.getfixturevalue(family)
-    decoded = write_folder(source, plan(source, experts, rest), "compressed_tensors", tmp_path / "out")
-    assert worst(load(tmp_path / "out", source.architecture.family, dtype), source, decoded, dtype) == 0.0
-
-
-def test_transformers_in_bf16_rounds_scales_that_are_f32(m2: Checkpoint, tmp_path: Path) -> None:
-    """FP8 rests are exact in float32 alone: with dtype=bfloat16 the loader casts weight_scale before it multiplies."""
-    decoded = write_folder(m2, plan(m2, "mxfp4"), "compressed_tensors", tmp_path / "out")
-    assert 0 < worst(load(tmp_path / "out", "minimax_m2", B16), m2, decoded, B16) < 2**-7
-
-
-REFUSES = [
-    ("m3", "int4_g32", "int4_g32"),  # it concatenates weight_shape of gate and up
-    ("m3", "mxfp4", "bf16"), ("m2", "mxfp8", "mxfp8"), ("m3", "mxfp8", "mxfp8"), ("m2", "fp8_block", "fp8_block"),
-    ("m2", "int8_channel", "int8_channel"), ("m2", ["mxfp4", "int4_g32"], "source"), ("m3", ["mxfp4", "int4_g32"], "source"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("family", "experts", "rest"), REFUSES)
-def test_transformers_is_known_to_refuse(family: str, experts: str | list[str], rest: str, request, tmp_path) -> None:
-    """Which of vLLM's exports transformers 5.23 cannot open. A newer one that can will fail here: then tell the user."""
-    source = request.getfixturevalue(family)
-    write_folder(source, plan(source, experts, rest), "compressed_tensors", tmp_path / "out")
-    with pytest.raises(RuntimeError, match=r"conversion of the weights|ignore_mismatched_sizes"):
-        load(tmp_path / "out", source.architecture.family, B16)
-
-
-def test_transformers_is_known_to_misread_nvfp4_experts(source: Checkpoint, tmp_path: Path) -> None:
-    """It leaves the divisor out, without a word: experts come out hundreds to thousands of times too large."""
-    decoded = write_folder(source, plan(source, "nvfp4"), "compressed_tensors", tmp_path / "out")
-    assert worst(load(tmp_path / "out", source.architecture.family, B16), source, decoded, B16) > 100
+    assert CONTAINER.config(source.architecture, deal(source, "bf16", "bf16"), source.config) is None

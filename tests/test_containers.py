@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import write_folder
+from folders import deal, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -115,12 +115,10 @@ PLANS = {
 @pytest.mark.parametrize("container", PLANS)
 def test_a_whole_model_opens_as_planned(source: Checkpoint, container: str, tmp_path: Path) -> None:
     """Names, dtypes and shapes on disk, as the safetensors library sees them, are the inventory's."""
-    experts, rest = PLANS[container]
-    formats = {n.name: experts if n.expert is not None else rest for n in source.architecture.linears}
+    formats = deal(source, *PLANS[container])
     decoded = write_folder(source, formats, container, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
-    assert out.container.name == container
-    assert out.formats == {n: source.formats[n] if f == "source" else f for n, f in formats.items()}
+    assert out.container.name == container and out.formats == formats
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         seen = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

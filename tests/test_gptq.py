@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import write_folder
+from folders import deal, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +146,7 @@ def test_plans_that_no_engine_loads_are_refused(m2: Checkpoint, m3: Checkpoint) 
 
 @pytest.mark.parametrize(("experts", "rest"), [("int4_g32", "int4_g32"), ("bf16", "int8_g64"), ("int8_g128", "bf16")])
 def test_gptq_reads_back(source: Checkpoint, experts: str, rest: str, tmp_path: Path) -> None:
-    formats = {n.name: rest if n.expert is None else experts for n in source.architecture.linears}
+    formats = deal(source, experts, rest)
     write_folder(source, formats, "gptq", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     assert out.formats == formats

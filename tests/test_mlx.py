@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import write_folder
+from folders import deal, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +17,8 @@ MLX = CONTAINERS["mlx"]
 MIXED = {"gate": "affine3_g32", "up": "mxfp4", "down": "affine6_g128"}  # one layer's experts, by projection
 
 
-def plan(source: Checkpoint, experts: str | dict[str, str], rest: str) -> dict[str, str]:
-    return {
-        n.name: rest if n.expert is None else experts if isinstance(experts, str) else experts[n.projection]
-        for n in source.architecture.linears
-    }
+def by_projection(source: Checkpoint, rest: str) -> dict[str, str]:
+    return {n.name: rest if n.expert is None else MIXED[n.projection] for n in source.architecture.linears}
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 5, 6, 8))
@@ -54,7 +51,7 @@ def test_the_second_scale_comes_back_to_the_bit(largest: float) -> None:
 
 def test_experts_lie_stacked(source: Checkpoint, tmp_path: Path) -> None:
     """switch_mlp.{gate,up,down}_proj [experts, out, …]; row e is expert e's own packing, wherever w1, w2, w3 stood."""
-    decoded = write_folder(source, plan(source, MIXED, "bf16"), "mlx", tmp_path / "out")
+    decoded = write_folder(source, by_projection(source, "bf16"), "mlx", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     a, layer = out.architecture, out.architecture.moe_layers[0]
     block = f"{a.layer_prefix}{layer}.block_sparse_moe"
@@ -72,7 +69,7 @@ def test_experts_lie_stacked(source: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_source_bytes_become_words(m3: Checkpoint, tmp_path: Path) -> None:
-    write_folder(m3, plan(m3, "affine4_g64", "source"), "mlx", tmp_path / "out")
+    write_folder(m3, deal(m3, "affine4_g64", "source"), "mlx", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     for linear in (n for n in m3.architecture.linears if n.expert is None):
         words, scales = out.read(f"{linear.name}.weight"), out.read(f"{linear.name}.scales")
@@ -82,7 +79,7 @@ def test_source_bytes_become_words(m3: Checkpoint, tmp_path: Path) -> None:
 
 def test_the_map_names_every_module(source: Checkpoint, tmp_path: Path) -> None:
     """mlx-lm guesses what the map leaves out from shapes, and 2-bit groups of 64 look like 4-bit groups of 32."""
-    write_folder(source, plan(source, MIXED, "affine4_g64"), "mlx", tmp_path / "out")
+    write_folder(source, by_projection(source, "affine4_g64"), "mlx", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config.pop("quantization")
     assert config.pop("quantization_config") == quantization
@@ -97,7 +94,7 @@ def test_the_map_names_every_module(source: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_map_may_be_short(m2: Checkpoint) -> None:
     """As mlx_lm.convert writes it: defaults, and what departs from them; what has no scales is BF16."""
-    formats = plan(m2, "affine4_g64", "bf16")
+    formats = deal(m2, "affine4_g64", "bf16")
     names = frozenset(
         MLX.place(m2.architecture, n).tensor(part).name
         for n in m2.architecture.linears
@@ -121,10 +118,10 @@ def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
 
     one = "model.layers.1.block_sparse_moe.experts.2.w1"
     with pytest.raises(PlanError, match=r"layers\.1.*switch_mlp\.gate_proj would stack experts in mxfp4 and mxfp8"):
-        config(plan(m2, "mxfp4", "mxfp8") | {one: "mxfp8"})
+        config(deal(m2, "mxfp4", "mxfp8") | {one: "mxfp8"})
     with pytest.raises(PlanError, match=r"layers\.0\.qkv holds no routed experts"):
-        config(plan(m2, "mxfp4", "nvfp4"))
-    assert config(plan(m2, "nvfp4", "mxfp8"))
+        config(deal(m2, "mxfp4", "nvfp4"))
+    assert config(deal(m2, "nvfp4", "mxfp8"))
     narrow = m2.family.read(m2.config | {"intermediate_size": 96})
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*affine4_g64's 64"):
         MLX.config(narrow, dict.fromkeys(m2.formats, "affine4_g64"), m2.config)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED
-from folders import write_folder, write_twin
+from folders import deal, write_folder, write_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,10 +54,10 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 def export(source: Checkpoint, experts: str | dict[str, str], rest: str, out: Path) -> dict[str, Tensor]:
-    formats = {
-        n.name: rest if n.expert is None else experts if isinstance(experts, str) else experts[n.projection]
-        for n in source.architecture.linears
-    }
+    if isinstance(experts, str):
+        formats = deal(source, experts, rest)
+    else:
+        formats = {n.name: rest if n.expert is None else experts[n.projection] for n in source.architecture.linears}
     decoded = write_folder(source, formats, "mlx", out)
     write_twin(source, decoded, twin(out), torch.float32)
     for folder in (out, twin(out)):

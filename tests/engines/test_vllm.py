@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import SHARED
-from folders import write_folder, write_twin
+from folders import deal, write_folder, write_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,11 +137,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def export(out: Path, source: Checkpoint, case: Case) -> Path:
     """The exported folder, and its BF16 twin beside it."""
     container, _, experts, rest = case
-    deal, layers = experts if isinstance(experts, list) else [experts], source.architecture.moe_layers
-    formats = {
-        n.name: rest if n.expert is None else deal[layers.index(n.layer) % len(deal)]
-        for n in source.architecture.linears
-    }
+    formats = deal(source, experts, rest)
     if container == "auto_round" and source.architecture.family == "minimax_m3_vl":
         formats |= {n.name: "bf16" for n in source.architecture.linears if n.role == "qkv"}
     write_twin(source, write_folder(source, formats, container, out), out.with_name(out.name + "-deq"))

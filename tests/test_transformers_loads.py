@@ -1,0 +1,96 @@
+"""compressed-tensors exports in transformers 5.23's own loader: where it gives our values, and where it is known not to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from folders import deal, write_folder
+from transformers import MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration
+
+from moesaic.checkpoint import Checkpoint
+
+CLASSES = {"minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration}
+
+
+def load(path: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
+    transformers.utils.logging.set_verbosity_error()
+    model, report = CLASSES[family].from_pretrained(path, dtype=dtype, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        model(torch.arange(1, 9)[None])  # dense modules are decompressed by the first forward pass
+    return model
+
+
+def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
+    """Largest difference of a parameter from our values, relative to the largest weight of its matrix."""
+    theirs, a = dict(model.named_parameters()), source.architecture
+    prefix = "model.layers." if a.family == "minimax_m2" else "model.language_model.layers."
+    wanted = {}
+    for layer in range(a.layers):
+        for name, ours in source.family.parameters(a, layer).items():
+            if ours[0].removesuffix(".weight") in decoded:
+                wanted[f"{prefix}{layer}.{name}"] = torch.cat([decoded[n.removesuffix(".weight")] for n in ours])
+    for layer in a.moe_layers:
+        experts = [{p: decoded[n.name] for p, n in a.experts_of[layer, e].items()} for e in range(a.experts)]
+        wanted[f"{prefix}{layer}.mlp.experts.gate_up_proj"] = torch.stack(
+            [torch.cat([e["gate"], e["up"]]) for e in experts]
+        )
+        wanted[f"{prefix}{layer}.mlp.experts.down_proj"] = torch.stack([e["down"] for e in experts])
+    assert sum(w.numel() for w in wanted.values()) == sum(n.elements for n in a.linears)
+    return max(
+        float((theirs[k].detach().float() - w.to(dtype).float()).abs().max() / w.abs().max()) for k, w in wanted.items()
+    )
+
+
+F32, B16 = torch.float32, torch.bfloat16
+LOADS = [
+    ("m2", "int4_g32", "int4_g32", B16),
+    ("m2", "int3_g64", "int8_g128", B16),
+    ("m2", "mxfp4", "mxfp4", B16),
+    ("m2", "mxfp4", "bf16", B16),
+    ("m2", "mxfp4", "mxfp8", B16),
+    ("m2", "mxfp4", "source", F32),
+    ("m2", "fp8_channel", "fp8_channel", F32),
+    ("m3", "mxfp4", "mxfp4", B16),
+    ("m3", "mxfp4", "source", B16),
+    ("m3", "int2_g32", "source", B16),
+    ("m3", "fp8_channel", "fp8_channel", F32),
+]
+
+
+@pytest.mark.parametrize(("family", "experts", "rest", "dtype"), LOADS)
+def test_transformers_loads_our_values(
+    family: str, experts: str, rest: str, dtype: torch.dtype, request, tmp_path
+) -> None:
+    source = request.getfixturevalue(family)
+    decoded = write_folder(source, deal(source, experts, rest), "compressed_tensors", tmp_path / "out")
+    assert worst(load(tmp_path / "out", source.architecture.family, dtype), source, decoded, dtype) == 0.0
+
+
+def test_transformers_in_bf16_rounds_scales_that_are_f32(m2: Checkpoint, tmp_path: Path) -> None:
+    """FP8 rests are exact in float32 alone: with dtype=bfloat16 the loader casts weight_scale before it multiplies."""
+    decoded = write_folder(m2, deal(m2, "mxfp4"), "compressed_tensors", tmp_path / "out")
+    assert 0 < worst(load(tmp_path / "out", "minimax_m2", B16), m2, decoded, B16) < 2**-7
+
+
+REFUSES = [
+    ("m3", "int4_g32", "int4_g32"),  # it concatenates weight_shape of gate and up
+    ("m3", "mxfp4", "bf16"), ("m2", "mxfp8", "mxfp8"), ("m3", "mxfp8", "mxfp8"), ("m2", "fp8_block", "fp8_block"),
+    ("m2", "int8_channel", "int8_channel"), ("m2", ["mxfp4", "int4_g32"], "source"), ("m3", ["mxfp4", "int4_g32"], "source"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "experts", "rest"), REFUSES)
+def test_transformers_is_known_to_refuse(family: str, experts: str | list[str], rest: str, request, tmp_path) -> None:
+    """Which of vLLM's exports transformers 5.23 cannot open. A newer one that can will fail here: then tell the user."""
+    source = request.getfixturevalue(family)
+    write_folder(source, deal(source, experts, rest), "compressed_tensors", tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"conversion of the weights|ignore_mismatched_sizes"):
+        load(tmp_path / "out", source.architecture.family, B16)
+
+
+def test_transformers_is_known_to_misread_nvfp4_experts(source: Checkpoint, tmp_path: Path) -> None:
+    """It leaves the divisor out, without a word: experts come out hundreds to thousands of times too large."""
+    decoded = write_folder(source, deal(source, "nvfp4"), "compressed_tensors", tmp_path / "out")
+    assert worst(load(tmp_path / "out", source.architecture.family, B16), source, decoded, B16) > 100
