@@ -198,7 +198,7 @@ def contests(
     told_by = iter(picked)
     ships = [found[int(np.argmin([next(told_by).nats for _ in found]))] for _, found, _ in rows]
     branches = [Branch.of(c.plan) for c in ships] + [Branch.of(p) for _, _, plain in rows for p in plain.values()]
-    judged = iter(measure(source, branches, judge, run / "contest", title="judge"))
+    judged = iter(measure(source, branches, judge, run / "judge", title="judge"))
     mine, facts = [next(judged) for _ in ships], []
     print(
         f"\nchosen on {choice.tokens:,} tokens, judged on {judge.tokens:,} others; KL in nats ± one standard error over rows"

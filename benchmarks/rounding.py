@@ -92,7 +92,7 @@ def main() -> None:
             }
             if a.peer:
                 peer = Path(__file__).with_name("rounding_peer.py")
-                commands["llm-compressor"] = [str(a.peer), str(peer), str(path), format]
+                commands["llm-compressor"] = [str(a.peer), "-P", str(peer), str(path), format]
             for way, command in commands.items():
                 run = json.loads(subprocess.check_output(command).splitlines()[-1])
                 print(f"{format:10} {way:15}", "  ".join(f"{k} {v:.4g}" for k, v in run.items()), flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from .checkpoint import Checkpoint
@@ -121,16 +122,11 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB = {count / 2**30:,.2f} GiB"
 
 
-def table(facts: dict[str, Any]) -> Table:
-    """The facts of `inspect`, to look at."""
+def table(facts: dict[str, Any]) -> Group:
+    """The facts of `inspect`, to look at. The totals stand below the table, where no width breaks them."""
     whole, active = facts["parameters"] / 1e9, facts["active_parameters"] / 1e9
     title = f"{facts['family']}, {whole:,.2f} B parameters, {active:,.2f} B active a token"
-    shown = Table(title=title, title_justify="left", caption_justify="left", show_edge=False)
-    shown.caption = (
-        f"{facts['layers']} layers, {facts['moe_layers']} with {facts['experts']} experts, {facts['experts_per_token']} a token; "
-        f"{facts['tensors']:,} tensors, {facts['bytes']:,} bytes = {size(facts['bytes'])}"
-        + ("" if facts["weights_present"] else "\nno weights here: what a complete release of this config holds")
-    )
+    shown = Table(title=title, title_justify="left", show_edge=False)
     for heading in ("part", "tensors", "parameters", "GB", "GiB", "formats"):
         shown.add_column(heading, justify="left" if heading in ("part", "formats") else "right")
     for role, share in facts["roles"].items():
@@ -139,4 +135,10 @@ def table(facts: dict[str, Any]) -> Table:
             role, f"{share['tensors']:,}", f"{share['parameters']:,}",
             f"{share['bytes'] / 1e9:,.2f}", f"{share['bytes'] / 2**30:,.2f}", formats,
         )  # fmt: skip
-    return shown
+    below = [
+        f"{facts['layers']} layers, {facts['moe_layers']} with {facts['experts']} experts, {facts['experts_per_token']} a token",
+        f"{facts['tensors']:,} tensors, {facts['bytes']:,} bytes = {size(facts['bytes'])}",
+    ]
+    if not facts["weights_present"]:
+        below.append("no weights here: what a complete release of this config holds")
+    return Group(shown, *below)

@@ -20,16 +20,16 @@ from moesaic.formats import FORMATS
 def deal(source: Checkpoint, experts: str | list[str], rest: str = "source") -> dict[str, str]:
     """A format for every linear. A list of formats for the experts is dealt out MoE layer by MoE layer."""
     formats, layers = experts if isinstance(experts, list) else [experts], source.architecture.moe_layers
+    dense = source.formats if rest == "source" else dict.fromkeys(source.formats, rest)
     return {
-        n.name: source.formats[n.name]
-        if (chosen := rest if n.expert is None else formats[layers.index(n.layer) % len(formats)]) == "source"
-        else chosen
+        n.name: dense[n.name] if n.expert is None else formats[layers.index(n.layer) % len(formats)]
         for n in source.architecture.linears
     }
 
 
 def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str, out: Path) -> dict[str, Tensor]:
-    """Write `source` with `formats` (linear -> format) and return every linear's decoded weights, F32."""
+    """Write `source` with `formats` (linear -> format, or "source") and return every linear's decoded weights, F32."""
+    formats = {name: source.formats[name] if format == "source" else format for name, format in formats.items()}
     target = CONTAINERS[container]
     tensors = {info.name: source.read(info.name) for info in source.architecture.tensors}
     decoded, stacks = {}, {}  # type: dict[str, Tensor], dict[str, list[Tensor]]

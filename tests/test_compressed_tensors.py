@@ -260,7 +260,7 @@ def test_targets_in_the_names_of_the_disk_are_caught(m2: Checkpoint) -> None:
     names, good = on_disk(m2, formats), described(m2, formats)
     assert read_back(m2, good, names) == formats
     bad = edited(good, lambda target: target.replace(r"\.mlp\.", r"\.block_sparse_moe\."))
-    with pytest.raises(CheckpointError, match="weight_packed.*names that the engine knows"):
+    with pytest.raises(CheckpointError, match=r"weight_packed.*names that the engine knows"):
         read_back(m2, bad, names)
 
 

@@ -4,7 +4,7 @@ No copy of the matrix in BF16 or F32 is made: one row at a time lies in buffers 
 result equals decode → `NumberFormat.scales` → `search` → `encode` → the packing of compressed-tensors, to the bit.
 
 Why numba: the user's machine needs no compiler, wheels are there for every platform, and LLVM compiles for
-the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes some ten seconds once; the result is
+the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes ten to twenty seconds once; the result is
 cached beside these files, or in the user's cache folder where they are read-only. torch's own compiler wants g++.
 
 Kernels run on one thread and release the GIL. Threads over matrices are the caller's (`ThreadPoolExecutor`).

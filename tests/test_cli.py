@@ -1,0 +1,294 @@
+"""The command line: what it prints is what --json says, exit codes mean what they promise, and no call ends in a traceback.
+
+Commands run in this process (or a fork of it, where they are interrupted); only --help, which must be
+quick, is timed in one of its own.
+"""
+
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from children import contents
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.cli import COMMANDS, main, parser
+from moesaic.errors import MoesaicError
+from moesaic.inspect import size
+from moesaic.verify import verify
+
+Told = tuple[dict[str, Any], str]  # facts of --json, and the text before them
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for domain in ("code", "prose"):
+        words = rng.permutation("the sum of all parts is less than one whole def x return".split() * 400).reshape(-1, 8)
+        (folder / f"{domain}.txt").write_text("\n".join(" ".join(line) for line in words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(data: Path) -> list[str]:
+    return ["--data", str(data), "--tokens", "384", "--length", "48"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("cli") / "model", "minimax_m3_vl")
+
+
+@pytest.fixture(scope="module")
+def smaller(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model to look at."""
+    out = tmp_path_factory.mktemp("smaller") / "out"
+    assert main(["prune", str(model), str(out), "--experts", "4", "--quiet", *text]) == 0
+    return out
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+    """Run a command with --json and --quiet; its last line parses, and standard error is silent."""
+
+    def run(*words: str | Path, code: int = 0) -> Told:
+        capsys.readouterr()
+        assert main([*map(str, words), "--json", "--quiet"]) == code
+        out, err = capsys.readouterr()
+        *text, last = out.rstrip("\n").split("\n")
+        assert not [line for line in err.splitlines() if not line.startswith("[transformers]")], err
+        return json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")), "\n".join(text)
+
+    return run
+
+
+# What is printed --------------------------------------------------------------------------------------------------
+
+
+def test_inspect(tell, model, smaller):
+    facts, text = tell("inspect", model)
+    assert f"{facts['tensors']:,} tensors, {facts['bytes']:,} bytes" in text and f"{facts['experts']} experts" in text
+    facts, text = tell("inspect", smaller, "--base", model)
+    kept = json.loads((smaller / "moesaic" / "prune.json").read_text())["kept"]
+    assert facts["kept"] == kept
+    for layer, ids in kept.items():
+        assert f"layer {layer} kept experts {' '.join(map(str, ids))}" in text
+
+
+def test_prune(tell, model, text, tmp_path):
+    facts, said = tell("prune", model, tmp_path / "out", "--experts", 5, "--criterion", "mass", *text)
+    assert "kept 5 of 8 experts in 2 layers by mass on 384 tokens" in said
+    for layer, margin in facts["margins"].items():
+        assert f"layer {layer:>3}  margin {margin:7.2%}  halves agree {facts['jaccard'][layer]:4.0%}" in said
+    assert f"{size(facts['source_bytes'])} -> {size(facts['bytes'])}" in said and f"in {tmp_path / 'out'}" in said
+    assert all(f"note: {warning}" in said for warning in facts["warnings"])
+    assert facts["bytes"] == sum(s.info.bytes for s in Checkpoint.open(tmp_path / "out").stored.values())
+
+
+def test_quantize(tell, model, tmp_path):
+    facts, said = tell("quantize", model, tmp_path / "out", "--format", "mxfp4", "--rest", "bf16")
+    assert f"{size(facts['source_bytes'])} -> {size(facts['bytes'])}" in said
+    assert all(f"{check} × {count:,}" in said for check, count in facts["verified"].items())
+
+
+def test_verify(tell, model, smaller, tmp_path):
+    facts, said = tell("verify", smaller, "--source", model)
+    assert facts["holds"] and facts["findings"] == [] and said.endswith(": all hold")
+    assert all(f"{check} × {count:,}" in said for check, count in facts["compared"].items())
+    broken = shutil.copytree(smaller, tmp_path / "broken")
+    (broken / "LICENSE").unlink()
+    (broken / "tokenizer.json").write_text("{}")
+    facts, said = tell("verify", broken, "--source", model, code=1)
+    assert not facts["holds"] and "all hold" not in said
+    assert [f"FAIL  {f['check']}: {f['where']} {f['what']}" for f in facts["findings"]] == said.splitlines()[:2]
+    tell("verify", broken, code=0)  # by itself it is a whole model
+
+
+def test_calibrate(tell, model, text, tmp_path):
+    facts, said = tell("calibrate", model, tmp_path / "run", *text)
+    assert facts["tokens"] == 384 and facts["domains"] == ["code", "prose"]
+    assert "384 tokens of code, prose through 2 MoE layers" in said
+    assert f"fewer than 32 tokens: {len(facts['few_tokens'])}" in said and f"no numbers: {len(facts['nonfinite'])}" in said
+
+
+def test_evaluate(tell, model, smaller, text, tmp_path):
+    facts, said = tell("evaluate", smaller, "--against", model, "--out", tmp_path, *text)
+    kl, top = facts["scores"]["kl_mean"], facts["scores"]["top1_agreement"]
+    assert kl["value"] > 0 and f"over {kl['tokens']:,} tokens in {kl['rows']} rows" in said
+    assert f"top-1 agreement {top['value']:.1%} ± {top['error']:.1%}" in said
+    same, _ = tell("evaluate", model, "--against", model, "--out", tmp_path / "same", *text)
+    assert same["scores"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-7)
+
+
+def test_compress_and_report(tell, model, text, tmp_path):
+    run = tmp_path / "run"
+    words = ["--experts", 4, "--format", "mxfp4", "--evaluation-tokens", 192, *text]
+    facts, said = tell("compress", model, run, *words)
+    assert "experts  8 -> 4 in every layer" in said and f"{size(facts['source_bytes'])} -> {size(facts['bytes'])}" in said
+    assert verify(run / "model", Checkpoint.open(model), quiet=True).holds
+    assert Path(facts["report"]).is_file() and facts["report"] in said
+    again, said = tell("report", run)
+    assert Path(again["report"]).is_file() and again["report"] in said
+
+
+def test_fit_and_serve(tell, model, smaller):
+    facts, said = tell("fit", model, "--devices", "1x24GiB", "--context", 1024)
+    assert facts and said
+    facts, said = tell("serve", smaller, "--devices", "1x24GiB", "--context", 1024, "--print", "command")
+    assert facts["text"] in said and str(smaller) in facts["text"]
+
+
+# Help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_real_calls(command, capsys):
+    """Each parses, as the command that it stands under; and --help shows it."""
+    example = COMMANDS[command].example
+    assert parser().parse_args(shlex.split(example)[1:]).command == command and example.startswith("moesaic ")
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"example: {example}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = "import sys\nfrom moesaic.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    print(*sys.modules)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5, "seconds of CPU"
+    assert not {"torch", "numpy", "transformers", "rich", "numba"} & set(out.split())
+    assert all(command in out for command in COMMANDS)
+
+
+# Wrong calls ------------------------------------------------------------------------------------------------------
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no such model": (["inspect", "/nowhere"], "/nowhere has no config.json; name the folder of a model"),
+    "a file for a model": (["inspect", __file__], "has no config.json"),
+    "no such base": (["inspect", "MODEL", "--base", "/nowhere"], "/nowhere has no config.json"),
+    "a stranger for a base": (["inspect", "MODEL", "--base", "OTHER"], "have different families, layers or widths"),
+    "too few experts": (["prune", "MODEL", "OUT", "--experts", "1"], "asked to keep 1 experts; wanted at least 2"),
+    "too many experts": (["prune", "MODEL", "OUT", "--experts", "8"], "fewer than the 8 there are"),
+    "several counts": (["prune", "MODEL", "OUT", "--experts", "4,5"], "wanted one count, or --preview to compare several"),
+    "no such criterion": (["prune", "MODEL", "OUT", "--experts", "4", "--criterion", "luck"], "no criterion 'luck'"),
+    "no such policy": (["prune", "MODEL", "OUT", "--experts", "4", "--policy", "vote"], "no domain policy 'vote'"),
+    "no such text": (["prune", "MODEL", "OUT", "--experts", "4", "--data", "/nowhere"], "/nowhere is no folder"),
+    "a folder that is taken": (["prune", "MODEL", "OTHER", "--experts", "4"], "exists and is no export of moesaic's"),
+    "a file for a folder": (["prune", "MODEL", __file__, "--experts", "4"], "exists and is no export of moesaic's"),
+    "into the source": (["quantize", "MODEL", "MODEL", "--format", "mxfp4"], "lies in the source's own folder"),
+    "no such format": (["quantize", "MODEL", "OUT", "--format", "mxfp5"], "no format 'mxfp5'; there are"),
+    "no such container": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--to", "zip"], "no container 'zip'"),
+    "no such rounding": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--rounding", "up"], "no rounding 'up'"),
+    "no export": (["verify", "MODEL", "--source", "MODEL"], "has no moesaic/plan.json"),
+    "no source": (["verify", "MODEL", "--source", "/nowhere"], "/nowhere has no config.json"),
+    "nothing to compare": (["evaluate", "MODEL", "--against", "/nowhere"], "/nowhere has no config.json"),
+    "too little text": (["calibrate", "MODEL", "OUT", "--tokens", "10", "--length", "20"], "wanted at least one row"),
+    "no run": (["report", "/nowhere"], "/nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_a_wrong_call_is_one_sentence_and_exit_2(model, m2, tmp_path, capsys, call):
+    words, sentence = WRONG[call]
+    places = {"MODEL": str(model), "OTHER": str(m2.path), "OUT": str(tmp_path / "out")}
+    capsys.readouterr()
+    assert main([places.get(w, w) for w in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"moesaic {words[0]}: ") and sentence in err
+    assert err.count("\n") == 1 and "Traceback" not in err and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["fly"], ["prune", "a"], ["prune", "a", "b", "--experts", "few"], ["inspect", "a", "--colour"], ["quantize", "a", "b"]]
+)
+def test_what_is_no_call_at_all_is_exit_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and "usage: moesaic" in err and "Traceback" not in err
+
+
+def test_errors_have_the_exit_codes_they_promise():
+    codes = {error.__name__: error.exit_code for error in below(MoesaicError)}
+    assert codes.pop("CheckError") == 1 and set(codes.values()) == {2}
+
+
+def below(error: type[MoesaicError]) -> list[type[MoesaicError]]:
+    return [error] + [deeper for child in error.__subclasses__() for deeper in below(child)]
+
+
+# Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def spawn(words: list[str], said: Path) -> int:
+    """The command in a fork, its output in the file `said`; returns the process."""
+    pid = os.fork()
+    if not pid:
+        with open(said, "w", buffering=1) as file:
+            sys.stdout = sys.stderr = file
+            code = main(words)
+        os._exit(code)
+    return pid
+
+
+def interrupted_when(sign: Callable[[], bool], pid: int) -> int:
+    """Ctrl-C as soon as `sign` is seen; the exit code."""
+    while not sign():
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            pytest.fail("the command ended before it could be interrupted")
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGINT)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_ctrl_c_from_outside_in_calibration_and_the_same_command_goes_on(model, text, tmp_path, tell):
+    """As a user does it: the first layer's statistics are there, then Ctrl-C, then the same words again."""
+    out, said, long = tmp_path / "out", tmp_path / "said", [*text[:-3], "4800", "--length", "48"]
+    words = ["prune", str(model), str(out), "--experts", "4", "--quiet", *long]
+    code = interrupted_when(lambda: any(out.rglob("001.safetensors")), spawn(words, said))
+    assert code == 130 and "\nmoesaic prune: interrupted; the same command continues\n" in said.read_text()
+    assert "Traceback" not in said.read_text() and not list(out.rglob("*.partial"))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("001.safetensors")}
+    tell(*words[:-0 or None])
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "what was done is not done again"
+    other = tmp_path / "other"
+    tell("prune", model, other, "--experts", "4", *long)
+    drop = {"moesaic/prune.json"}  # names the folder
+    assert {k: v for k, v in contents(out).items() if k not in drop} == {k: v for k, v in contents(other).items() if k not in drop}
+
+
+@pytest.mark.parametrize("command", ["verify", "quantize"])
+def test_ctrl_c_at_once(model, smaller, tmp_path, command):
+    """Wherever it strikes, nothing but that sentence is said."""
+    words = {
+        "verify": ["verify", str(smaller), "--source", str(model)],
+        "quantize": ["quantize", str(model), str(tmp_path / "out"), "--format", "int4_g32", "--rest", "bf16"],
+    }[command]
+    said, codes = tmp_path / "said", []
+    for wait in (0.0, 0.01, 0.03, 0.1):
+        pid = spawn([*words, "--quiet"], said)
+        started = time.monotonic()
+        while not said.exists():
+            time.sleep(0.001)
+        time.sleep(max(0.0, wait - (time.monotonic() - started)))
+        try:
+            os.kill(pid, signal.SIGINT)
+        except ProcessLookupError:
+            pass
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        assert codes[-1] in (0, 130, -signal.SIGINT) and "Traceback" not in said.read_text()
+    assert main([*words, "--quiet"]) == 0

@@ -1,0 +1,137 @@
+"""The whole path on small models, as a user gives it on the command line: what it leaves, what it says, and that it continues."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from moesaic.calibrate import calibrate
+from moesaic.checkpoint import Checkpoint
+from moesaic.cli import main
+from moesaic.corpus import Corpus
+from moesaic.divergence import Bootstrap, against
+from moesaic.errors import InputError
+from moesaic.evaluate import Reading, Scores, evaluate
+from moesaic.export import export
+from moesaic.plan import Plan
+from moesaic.preview import candidates, preview
+from moesaic.stream import LayerRun, State
+from moesaic.verify import verify
+
+FAMILIES = ("minimax_m2", "minimax_m3_vl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of text, every line its own."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for domain in ("sums", "words"):
+        lines = (f"{domain} {a} and {b} make {a + b}, said {c}" for a, b, c in rng.integers(0, 10**6, (1500, 3)))
+        (folder / f"{domain}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    return Checkpoint.open(tiny.make(tmp_path / "model", request.param))
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """The JSON object that a command printed last."""
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_compress_prunes_rounds_verifies_measures_and_reports(
+    model: Checkpoint, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, keep = tmp_path / "run", model.architecture.experts // 2
+    call = ["compress", str(model.path), str(run), "--experts", str(keep), "--format", "mxfp4", "--data", str(data)]
+    call += ["--tokens", "512", "--length", "64", "--evaluation-tokens", "384", "--json", "--quiet"]
+    assert main(call) == 0
+    facts = said(capsys)
+    result = Checkpoint.open(run / "model")
+    assert result.architecture.experts == facts["experts"] == keep
+    assert facts["bytes"] == sum(t.bytes for t in result.inventory) < facts["source_bytes"]
+    assert {f for n, f in result.formats.items() if result.architecture.by_name[n].role == "experts"} == {"mxfp4"}
+    assert verify(run / "model", model, quiet=True).holds
+    scores = Scores.read(run / "scores.json")
+    kl = scores.find("kl_mean")
+    assert kl is not None and kl.value is not None and kl.value > 0 and facts["scores"]["kl_mean"]["value"] == kl.value
+    assert "<svg" in (run / "report.html").read_text()
+    before = {f: f.stat().st_mtime_ns for f in (run / "model").rglob("*.safetensors")}
+    assert main(call) == 0, "the same call continues, and finds all done"
+    assert said(capsys)["scores"] == facts["scores"]
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_refused_in_the_first_second(model: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = model.architecture.top_k - 1
+    for options, sentence in (
+        (["--experts", str(few)], f"asked to keep {few} experts"),
+        (["--format", "int7"], "no format 'int7'"),
+        (["--to", "zip"], "no container 'zip'"),
+    ):
+        assert main(["compress", str(model.path), str(tmp_path / "run"), *options]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_preview_is_what_the_pruned_model_costs(model: Checkpoint, data: Path, tmp_path: Path) -> None:
+    """Masked logits are the pruned model's: the figure before a byte is written is the figure afterwards."""
+    corpus = Corpus(data, tokens=512, length=64)
+    statistics = calibrate(model, corpus.calibration(model, tmp_path / "t.safetensors"), tmp_path / "stats", quiet=True)
+    rows = corpus.evaluation(model, tmp_path / "e.safetensors")
+    keep = model.architecture.experts // 2
+    found = candidates(statistics, [keep], ("reap", "frequency"), seeds=1)
+    outlooks = preview(model, found, rows, quiet=True)
+    assert [o.kl_nats.value for o in outlooks] == sorted(o.kl_nats.value for o in outlooks)
+    assert {o.candidate.criterion for o in outlooks} == {"reap", "frequency", "random 0"}
+    for o in outlooks:
+        assert o.tokens == rows.rows * (rows.ids_BT.shape[1] - 1) and o.nonfinite == 0
+        assert 0 < o.overlap.value < 1 and o.kl_nats.value > 0
+    best = outlooks[0]
+    pruned = export(model, Plan(model.container.name, best.candidate.kept), tmp_path / "out", quiet=True)
+    scores = evaluate(model, pruned, [Reading.of(rows)], tmp_path / "scores", quiet=True)
+    kl, top = scores.find("kl_mean"), scores.find("top1_agreement")
+    assert kl is not None and top is not None
+    assert best.kl_nats.value == pytest.approx(kl.value, rel=1e-4)
+    assert best.top1.value == pytest.approx(top.value, abs=2e-3)
+
+
+def test_overlap_is_one_less_total_variation(model: Checkpoint, data: Path, tmp_path: Path) -> None:
+    rows = Corpus(data, tokens=128, length=64).evaluation(model, tmp_path / "e.safetensors")
+    run, hidden_BTD = swept(model, rows.ids_BT)
+    noisy_BTD = hidden_BTD + 0.1 * torch.randn(hidden_BTD.shape, generator=torch.manual_seed(0))
+    (divergence,) = against(run, hidden_BTD, [noisy_BTD], rows.ids_BT)
+    p, q = (run.logits(h[:, :-1].flatten(0, 1)).double().softmax(-1) for h in (hidden_BTD, noisy_BTD))
+    wanted = float(torch.minimum(p, q).sum(-1).mean())
+    assert Bootstrap(divergence).mean(divergence["overlap"]).value == pytest.approx(wanted, rel=1e-6)
+    kl = float((p * (p.log() - q.log())).sum(-1).mean())
+    assert Bootstrap(divergence).mean(divergence["kl_nats"]).value == pytest.approx(kl, rel=1e-5)
+
+
+def swept(model: Checkpoint, ids_BT: torch.Tensor) -> tuple[LayerRun, torch.Tensor]:
+    run = LayerRun(model)
+    states = [State(run.embed(ids_BT))]
+    for _, after in run.sweep(states):
+        states = after
+    return run, states[0].hidden_BTD
+
+
+def test_text_to_judge_by_was_not_calibrated_on(model: Checkpoint, data: Path, tmp_path: Path) -> None:
+    corpus = Corpus(data, tokens=2048, length=64)
+    first, second = corpus.calibration(model, tmp_path / "a"), corpus.evaluation(model, tmp_path / "b")
+    assert second.shared_with(first) == 0 and first.shared_with(first) == first.tokens
+    with pytest.raises(InputError, match="longer than the model's context"):
+        Corpus(data, tokens=10**7, length=10**7).calibration(model, tmp_path / "c")
+
+
+@pytest.mark.long
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path / "run"), "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert "46.0% saved" in text and "nats a token" in text and str(tmp_path / "run" / "report.html") in text
