@@ -88,7 +88,8 @@ def main() -> None:
         save_file(data(a.rows, *a.shape), path)
         for format in a.formats:
             commands = {
-                way: [sys.executable, __file__, "--data", str(path), "--ways", way, "--formats", format] for way in a.ways
+                way: [sys.executable, __file__, "--data", str(path), "--ways", way, "--formats", format]
+                for way in a.ways
             }
             if a.peer:
                 peer = Path(__file__).with_name("rounding_peer.py")

@@ -37,7 +37,9 @@ def main() -> None:
     started = time.process_time()
     module = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
     module.weight.data = w.clone()
-    observer = Observer.load_from_registry(args.observer or "memoryless_minmax", base_name="weight", args=args, module=module)
+    observer = Observer.load_from_registry(
+        args.observer or "memoryless_minmax", base_name="weight", args=args, module=module
+    )
     observer(module.weight)
     params = observer.get_qparams()
     global_scale = params.get("global_scale")

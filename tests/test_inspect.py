@@ -92,7 +92,9 @@ def test_kept_experts_are_found_without_any_note(source, tmp_path, format):
 
 def test_a_stranger_is_no_relative(m2, m3, tmp_path):
     stranger = tiny.make(tmp_path / "stranger", "minimax_m2", seed=1)
-    with pytest.raises(CheckpointError, match=r"router row \d of layer 0 .* resembles none of .* it was not made from that model"):
+    with pytest.raises(
+        CheckpointError, match=r"router row \d of layer 0 .* resembles none of .* it was not made from that model"
+    ):
         inspect(stranger, m2.path)
     with pytest.raises(InputError, match="have different families, layers or widths"):
         inspect(m3.path, m2.path)

@@ -136,7 +136,9 @@ def test_from_the_least_count_to_the_largest(m2, corpus, tmp_path, count):
 def test_the_same_call_gives_the_same_bytes_and_the_old_folder_again(m2, corpus, tmp_path):
     def files(name: str) -> dict[str, bytes]:
         found = contents(tmp_path / name)
-        return found | {"moesaic/prune.json": found["moesaic/prune.json"].replace(str(tmp_path / name).encode(), b"OUT")}
+        return found | {
+            "moesaic/prune.json": found["moesaic/prune.json"].replace(str(tmp_path / name).encode(), b"OUT")
+        }
 
     for name in ("one", "two"):
         prune(m2.path, tmp_path / name, 4, corpus=corpus, quiet=True)
@@ -195,13 +197,18 @@ def test_a_result_that_does_not_verify_is_an_error(m2, corpus, tmp_path, monkeyp
 
 @pytest.mark.parametrize("count", [-1, 0, 1, 8, 9])
 def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
-    sentence = f"asked to keep {count} experts; wanted at least 2, which each token selects, and fewer than the 8 there are"
+    sentence = (
+        f"asked to keep {count} experts; wanted at least 2, which each token selects, and fewer than the 8 there are"
+    )
     with pytest.raises(InputError, match=sentence):
         prune(m2.path, tmp_path / "out", count, corpus=corpus, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("criterion, policy, sentence", [("luck", "pooled", "no criterion 'luck'"), ("reap", "vote", "no domain policy 'vote'")])
+@pytest.mark.parametrize(
+    "criterion, policy, sentence",
+    [("luck", "pooled", "no criterion 'luck'"), ("reap", "vote", "no domain policy 'vote'")],
+)
 def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path, criterion, policy, sentence):
     with pytest.raises(InputError, match=sentence):
         prune(m2.path, tmp_path / "out", 4, criterion, policy, corpus, quiet=True)

@@ -123,7 +123,9 @@ def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(quantize_module, "export", damaging)
-    with pytest.raises(CheckError, match=r"does not verify: codes: .*layers\.1\.block_sparse_moe\.experts\.0\.w1 has codes") as caught:
+    with pytest.raises(
+        CheckError, match=r"does not verify: codes: .*layers\.1\.block_sparse_moe\.experts\.0\.w1 has codes"
+    ) as caught:
         quantize(m3.path, tmp_path / "out", "mxfp4", quiet=True)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out" / "moesaic" / "quantize.json").exists()
@@ -132,4 +134,6 @@ def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
 def test_facts_are_on_disk(m2, tmp_path):
     facts = quantize(m2.path, tmp_path / "out", "mxfp4", quiet=True)
     on_disk = json.loads((tmp_path / "out" / "moesaic" / "quantize.json").read_text())
-    assert {k: on_disk[k] for k in facts} == json.loads(json.dumps(facts)) and on_disk["inputs"] == {"source": m2.identity}
+    assert {k: on_disk[k] for k in facts} == json.loads(json.dumps(facts)) and on_disk["inputs"] == {
+        "source": m2.identity
+    }

@@ -24,7 +24,7 @@ from .base import Batch, Rounded, Rounding
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
 COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, and scales are fitted to it
 PRIOR = 0.5  # the pool weighs as much as this many tokens for each column
-DAMP, DAMP_FEW = 0.02, 0.03  # of the mean diagonal; plus, times columns over tokens. Least error on inputs held out
+DAMP, DAMP_FEW = 0.01, 0.03  # of the median diagonal, the second times columns over tokens; of least held-out error
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ordered:
     order_EI     the column of the matrix that stands at each place
     w_EIO        F32, transposed, so that a column is contiguous
     hessian_EII  F32, blended with the pool and damped
-    damping_E    what was added to its diagonal, in mean diagonals
+    damping_E    what was added to its diagonal, in medians of it: a few inputs of great size should not count
     pooled_E     the pool's share in it
     """
 
@@ -79,26 +79,30 @@ def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
         pool_II = batch.pool_EII[e if len(batch.pool_EII) > 1 else 0].float()
         mine, theirs = h_II.trace(), pool_II.trace()
         h_II = (1 - pooled) * h_II + pooled * (mine / theirs if mine > 0 < theirs else 1.0) * pool_II
-    mean = float(h_II.diagonal().mean())
-    if not mean < float("inf"):
+    diagonal_I = h_II.diagonal()
+    if not diagonal_I.isfinite().all():
         raise InputError(
             f"the inputs of a matrix {list(batch.w_EOI.shape[1:])} hold infinities or NaNs; "
             "calibrate on other text, or find the layer before that makes them"
         )
     damping = DAMP + DAMP_FEW * width / max(tokens + prior, 1.0)
-    eye_I = torch.full_like(h_II.diagonal(), damping * mean if mean else 1.0)
-    return h_II + torch.diag(eye_I), damping, pooled
+    return h_II + torch.diag(torch.full_like(diagonal_I, damping * typical(diagonal_I))), damping, pooled
+
+
+def typical(diagonal_I: Tensor) -> float:
+    """The median of what is not zero; 1 where all is."""
+    return float(diagonal_I[diagonal_I > 0].median()) if (diagonal_I > 0).any() else 1.0
 
 
 def compensation(ordered: Ordered) -> Tensor:
     """L_jk / L_kk of each Hessian, [E, I, I], below the diagonal. One that cannot be factored is damped twice as much."""
     pull_EII = torch.empty_like(ordered.hessian_EII)
     for e, h_II in enumerate(ordered.hessian_EII):
-        mean, damping = h_II.diagonal().mean() / (1 + ordered.damping_E[e]), ordered.damping_E[e]
+        unit = typical(h_II.diagonal()) / (1 + ordered.damping_E[e])
         l_II, failed = torch.linalg.cholesky_ex(h_II)
         while failed:
-            h_II.diagonal().add_(damping * mean)
-            damping = ordered.damping_E[e] = 2 * damping
+            h_II.diagonal().add_(ordered.damping_E[e] * unit)
+            ordered.damping_E[e] *= 2
             l_II, failed = torch.linalg.cholesky_ex(h_II)
         torch.div(l_II, l_II.diagonal(), out=pull_EII[e])
     return pull_EII

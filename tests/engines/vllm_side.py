@@ -33,13 +33,16 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_capacity, get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 def flags(*words: str) -> dict[str, Any]:
     """Exits, as `vllm serve` does, at a word that it does not know."""
     read = make_arg_parser(FlexibleArgumentParser()).parse_args(list(words))
+    read.model = read.model_tag
     validate_parsed_serve_args(read)
     return {key: str(value) for key, value in (vars(read) | vars(AsyncEngineArgs.from_cli_args(read))).items()}
 
@@ -60,6 +63,7 @@ def cache(folder: str, q: dict[str, Any]) -> dict[str, Any]:
         specs[f"index.{n}"] = MLAAttentionSpec(
             block_size=q["page_tokens"], num_kv_heads=1, head_size=q["index_width"], dtype=torch.bfloat16
         )
+    resolve_kv_cache_layout(config, [[layout.name for layout in KVCacheLayout]], specs.values())
     configs = get_kv_cache_configs(config, [specs], [q["bytes"]])
     tokens, concurrency = get_kv_cache_capacity(config, generate_scheduler_kv_cache_config(configs))
     return {"pages": configs[0].num_blocks, "tokens": tokens, "concurrency": concurrency}
