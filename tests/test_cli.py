@@ -35,7 +35,9 @@ Told = tuple[dict[str, Any], str]  # facts of --json, and the text before them
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for domain in ("code", "prose"):
-        words = rng.permutation("the sum of all parts is less than one whole def x return".split() * 400).reshape(-1, 8)
+        words = rng.permutation(
+            ["the", "sum", "of", "all", "parts", "is", "less", "than", "one", "whole", "def", "x", "return"] * 400
+        ).reshape(-1, 8)
         (folder / f"{domain}.txt").write_text("\n".join(" ".join(line) for line in words))
     return folder
 
@@ -248,11 +250,14 @@ def below(error: type[MoesaicError]) -> list[type[MoesaicError]]:
 
 def spawn(words: list[str], said: Path) -> int:
     """The command in a fork, its output in the file `said`; returns the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child is ready to be interrupted
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return pid
     code = 70
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with open(said, "w", buffering=1) as file:
             sys.stdout = sys.stderr = file
             code = main(words)

@@ -18,7 +18,7 @@ def room(path: Path) -> str:
 
 
 def rooms_imported(path: Path, tree: ast.AST) -> set[str]:
-    """Rooms that a file imports: `from ..room import x`, `from .. import room`, `from moesaic.room import x`, `import moesaic.room`."""
+    """Rooms that a file imports, by whichever of Python's ways: relative or absolute, a name or a module."""
     package = ["moesaic", *path.relative_to(ROOT).parts[:-1]]
     found = set()
     for node in ast.walk(tree):
