@@ -154,14 +154,21 @@ class Checkpoint:
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
         """The stored tensors of one matrix, by meaning (see `Packing`)."""
-        packing, place = (
-            self.container.packing(self.formats[linear.name]),
-            self.container.place(self.architecture, linear),
-        )
-        return {
-            key: self.load(place.tensor(part).name, place.start(part), part.bytes).reshape(part.shape)
-            for key, part in packing.parts(linear.shape).items()
-        }
+        found = {}
+        for key, part in self.located(linear).items():
+            whole = self.where(part.info.name)
+            found[key] = self.load(part.info.name, part.offset - whole.offset, part.info.bytes).reshape(part.info.shape)
+        return found
+
+    def located(self, linear: Linear) -> dict[str, Stored]:
+        """Where the tensors of one matrix lie, by meaning: of a stack of experts, its own row and no more."""
+        packing = self.container.packing(self.formats[linear.name])
+        place, found = self.container.place(self.architecture, linear), {}
+        for key, part in packing.parts(linear.shape).items():
+            whole = self.where(place.tensor(part).name)
+            row = TensorInfo(whole.info.name, part.dtype, part.shape)
+            found[key] = Stored(row, whole.file, whole.offset + place.start(part))
+        return found
 
     def decode(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """A linear's weights [O, I], or a small tensor, in F32 on `device`: exactly the values that the file means.

@@ -125,23 +125,32 @@ def linear_pieces(target: Target) -> Iterator[Placed]:
             f"rounding {rounding.name} needs {', '.join(rounding.needs)}, and this export knows no data; use rtn"
         )
     for group in siblings(changed):
-        tensors = [t for n in group for t in target.packing(n).tensors(n.name, n.shape)]
+        place = target.container.place(target.architecture, group[0])
+        tensors = tuple(info for n in group for info in tensors_of(target, n).values())
         first = next(iter(stored_parts(target, group[0]).values()))
-        yield (first.file, first.offset), Piece(tuple(tensors), make=partial(round_together, target, group, rounding))
+        make = partial(round_together, target, group, rounding)
+        yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
 
 
 def copies(target: Target, linear: Linear) -> Iterator[Placed]:
-    theirs = stored_parts(target, linear)
-    for key, part in target.packing(linear).parts(linear.shape).items():
-        info = TensorInfo(f"{linear.name}.{part.suffix}", part.dtype, part.shape)
-        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy=(target.source.path, theirs[key]))
+    theirs, place = stored_parts(target, linear), target.container.place(target.architecture, linear)
+    for key, info in tensors_of(target, linear).items():
+        copy = (target.source.path, theirs[key])
+        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy, row=place.row, rows=place.rows)
+
+
+def tensors_of(target: Target, linear: Linear) -> dict[str, TensorInfo]:
+    """What the target has of one matrix, by meaning: a tensor each, or a row of one."""
+    module, parts = (
+        target.container.place(target.architecture, linear).module,
+        target.packing(linear).parts(linear.shape),
+    )
+    return {key: TensorInfo(f"{module}.{part.suffix}", part.dtype, part.shape) for key, part in parts.items()}
 
 
 def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
     """Where the source has the tensors of a matrix of the target, by meaning."""
-    source, origin = target.source, target.origin[linear.name]
-    parts = source.container.packing(source.formats[origin.name]).parts(origin.shape)
-    return {key: source.where(f"{origin.name}.{part.suffix}") for key, part in parts.items()}
+    return target.source.located(target.origin[linear.name])
 
 
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:

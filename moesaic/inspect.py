@@ -74,7 +74,10 @@ def shares(checkpoint: Checkpoint) -> dict[str, Share]:
 
     for linear in checkpoint.architecture.linears:
         packing = checkpoint.container.packing(checkpoint.formats[linear.name])
-        add(linear.role, packing.tensors(linear.name, linear.shape), linear.elements)
+        tensors = packing.tensors(linear.name, linear.shape)
+        add(linear.role, tensors, linear.elements)
+        if checkpoint.container.place(checkpoint.architecture, linear).row:  # counted with the first of its stack
+            found[linear.role].tensors -= len(tensors)
     for tensor in checkpoint.architecture.tensors:
         add({"router_bias": "router"}.get(tensor.role, tensor.role), [tensor], tensor.elements)
     return dict(found)

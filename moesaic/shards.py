@@ -31,15 +31,26 @@ OTHER_WAY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # two f
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that come to be together: one copied as it is, or several that `make` computes in this order."""
+    """Tensors that come to be together: one copied as it is, or several that `make` computes in this order.
+
+    Where `row` is given, each is that row of a tensor that stacks `rows` of them; other pieces hold the others.
+    """
 
     tensors: tuple[TensorInfo, ...]
     copy: tuple[Path, Stored] | None = None  # the folder and the range to copy
     make: Callable[[], Iterable[Tensor]] | None = None
+    row: int | None = None
+    rows: int = 1
 
     @property
     def bytes(self) -> int:
         return sum(t.bytes for t in self.tensors)
+
+    @property
+    def entries(self) -> tuple[TensorInfo, ...]:
+        """The whole tensors, as a header lists them."""
+        stack = () if self.row is None else (self.rows,)
+        return tuple(TensorInfo(t.name, t.dtype, stack + t.shape) for t in self.tensors)
 
 
 @dataclass
@@ -48,10 +59,15 @@ class Shard:
     pieces: list[Piece] = field(default_factory=list)
     payload_bytes: int = 0
 
+    @property
+    def entries(self) -> list[TensorInfo]:
+        """Every tensor once, in the order of the pieces."""
+        return list({t.name: t for piece in self.pieces for t in piece.entries}.values())
+
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The file's header, and where each tensor starts. Widest elements first, so that all are aligned."""
         at, entries, starts = 0, {"__metadata__": {"format": "pt"}}, {}  # type: int, dict[str, dict], dict[str, int]
-        for t in sorted((t for p in self.pieces for t in p.tensors), key=lambda t: -DTYPE_BYTES[t.dtype]):
+        for t in sorted(self.entries, key=lambda t: -DTYPE_BYTES[t.dtype]):
             entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.bytes]}
             starts[t.name] = at
             at += t.bytes
@@ -62,13 +78,20 @@ class Shard:
 
 
 def plan_shards(pieces: Iterable[Piece], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Pieces in their order, cut into files of at most `limit` bytes (a larger piece has a file of its own)."""
-    shards = [Shard("")]
+    """Pieces in their order, cut into files of at most `limit` bytes (a larger one has a file of its own).
+
+    The rows of one stack stay together, where the first of them stands.
+    """
+    together: dict[str, list[Piece]] = {}
     for piece in pieces:
-        if shards[-1].pieces and shards[-1].payload_bytes + piece.bytes > limit:
+        together.setdefault(piece.tensors[0].name, []).append(piece)
+    shards = [Shard("")]
+    for group in together.values():
+        size = sum(piece.bytes for piece in group)
+        if shards[-1].pieces and shards[-1].payload_bytes + size > limit:
             shards.append(Shard(""))
-        shards[-1].pieces.append(piece)
-        shards[-1].payload_bytes += piece.bytes
+        shards[-1].pieces += group
+        shards[-1].payload_bytes += size
     for i, shard in enumerate(shards):
         shard.file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
     return shards
@@ -99,7 +122,7 @@ def is_complete(path: Path, shard: Shard) -> bool:
     except CheckpointError:  # not there, or torn by a power cut: to be written
         return False
     starts = shard.layout()[1]
-    wanted = {TensorInfo(t.name, t.dtype, t.shape): starts[t.name] for p in shard.pieces for t in p.tensors}
+    wanted = {TensorInfo(t.name, t.dtype, t.shape): starts[t.name] for t in shard.entries}
     if found != wanted:
         raise CheckpointError(f"{path} is not the shard that this command writes; use another folder or remove it")
     return True
@@ -143,14 +166,16 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
     """Put one piece's tensors where the header says they are."""
     if piece.copy is not None:
         folder, stored = piece.copy
-        copy_range(folder / stored.file, stored.offset, stored.info.bytes, fd, starts[piece.tensors[0].name])
+        (info,) = piece.tensors
+        at = starts[info.name] + (piece.row or 0) * info.bytes
+        copy_range(folder / stored.file, stored.offset, stored.info.bytes, fd, at)
     else:
         assert piece.make is not None
         for info, tensor in zip(piece.tensors, piece.make(), strict=True):
             data = tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
             if data.nbytes != info.bytes:
                 raise CheckpointError(f"{info.name} came out as {data.nbytes:,} bytes, wanted {info.bytes:,}")
-            write_at(fd, data.data, starts[info.name])
+            write_at(fd, data.data, starts[info.name] + (piece.row or 0) * info.bytes)
     meter.advance(piece.bytes)
 
 

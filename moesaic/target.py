@@ -53,9 +53,10 @@ class Target:
                     f"{container.name} carries {', '.join(container.packings)} and not {format}; "
                     "choose another container, or another format for the units that would keep it"
                 )
-        config.pop("quantization_config", None)
+        for key in source.container.keys:
+            config.pop(key, None)
         if (quantization := container.config(new, formats, source.config)) is not None:
-            config["quantization_config"] = quantization
+            config |= dict.fromkeys(container.keys, quantization)
         return Target(source, plan, container, config, new, formats, origin)
 
     def packing(self, linear: Linear) -> Packing:

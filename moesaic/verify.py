@@ -25,7 +25,7 @@ from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
 from .errors import InputError, MoesaicError
-from .export import NOTE, carried, rounding_of
+from .export import NOTE, carried, round_together, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
@@ -35,6 +35,7 @@ from .target import Target, keeps_bytes
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
 SAMPLE_ROWS = 32  # decoded of a matrix whose magnitude its codes and scales already bound
 THREADS = 4
+REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
 CHUNK = 1 << 24  # elements looked at in one go: an embedding can be gigabytes
 
 
@@ -84,8 +85,22 @@ class Reader:
         return tensor
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
-        parts = self.packing(linear).parts(linear.shape)
-        return {key: self.tensor(f"{linear.name}.{part.suffix}") for key, part in parts.items()}
+        """The tensors of one matrix, by meaning: of a stack of experts, its own row and no more."""
+        checkpoint, found = self.checkpoint, {}
+        place = checkpoint.container.place(checkpoint.architecture, linear)
+        for key, part in self.packing(linear).parts(linear.shape).items():
+            name = place.tensor(part).name
+            if place.row is None:
+                found[key] = self.tensor(name)
+            else:
+                file = self.files[checkpoint.where(name).file]
+                found[key] = file.get_slice(name)[place.row : place.row + 1].reshape(part.shape)
+        return found
+
+    def names(self, linear: Linear) -> list[str]:
+        """The tensors that hold one matrix."""
+        place = self.checkpoint.container.place(self.checkpoint.architecture, linear)
+        return [place.tensor(part).name for part in self.packing(linear).parts(linear.shape).values()]
 
     def packing(self, linear: Linear) -> Packing:
         return self.checkpoint.container.packing(self.checkpoint.formats[linear.name])
@@ -198,7 +213,8 @@ def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
     work = [
         partial(check_small, sides, info.name, meter) for info in architecture.tensors if info.name not in sides.bad
     ]
-    work += [partial(check_linears, sides, group, meter) for group in siblings(architecture.linears)]
+    groups = enumerate(siblings(architecture.linears))
+    work += [partial(check_linears, sides, group, i % REFERENCE_EVERY == 0, meter) for i, group in groups]
     pool = ThreadPoolExecutor(THREADS)
     try:
         for found in pool.map(lambda job: job(), work):
@@ -229,10 +245,10 @@ def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:
     return next((plan.kept[layer] for layer, names in routers.items() if name in names and plan.kept), None)
 
 
-def check_linears(sides: Sides, group: tuple[Linear, ...], meter: Meter) -> Verdict:
+def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, meter: Meter) -> Verdict:
     """Matrices that share a second level of scale: finite, of a weight's magnitude, and what the plan says they are."""
     verdict, target = Verdict(), sides.target
-    whole = [n for n in group if not any(t.name in sides.bad for t in sides.export.packing(n).tensors(n.name, n.shape))]
+    whole = [n for n in group if not any(name in sides.bad for name in sides.export.names(n))]
     stored = {linear.name: sides.export.parts(linear) for linear in whole}
     sound = [check_values(n, sides.export.packing(n), stored[n.name], verdict) for n in whole]
     if sides.source is not None and target is not None:
@@ -243,7 +259,7 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], meter: Meter) -> Verd
                 for key in differing_parts(stored[linear.name], wanted):
                     verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
         if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
-            check_rounded(sides.source, target, group, stored, verdict)
+            check_rounded(sides.source, target, group, stored, by_reference, verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
     return verdict
 
@@ -291,12 +307,12 @@ def check_rounded(
     target: Target,
     group: tuple[Linear, ...],
     stored: Mapping[str, Mapping[str, Tensor]],
+    by_reference: bool,
     verdict: Verdict,
 ) -> None:
     """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
     weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
-    rounding = rounding_of(target.plan)
-    again = None if rounding.needs else round_siblings(rounding, weights, target.packing(group[0]).number_format)
+    again = rounded_again(target, group, weights, by_reference)
     for i, (linear, w_OI) in enumerate(zip(group, weights)):
         packing, parts = target.packing(linear), stored[linear.name]
         mine = packing.decode(parts, linear.shape)
@@ -308,11 +324,26 @@ def check_rounded(
         if again is None:
             continue
         verdict.compared["codes"] += len(parts)
-        wanted = packing.pack(*again[i])
+        wanted = again[i]
         if wrong := differing_parts(parts, wanted):
             count = int((mine != packing.decode(wanted, linear.shape)).sum())
             what = f"has {', '.join(wrong)} and {count:,} of {mine.numel():,} weights that rounding the source does not give"
             verdict.add("codes", linear.name, what)
+
+
+def rounded_again(
+    target: Target, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
+) -> list[dict[str, Tensor]] | None:
+    """The tensors that rounding the source gives, by kernels where there are some; None where only data would tell."""
+    rounding = rounding_of(target.plan)
+    if rounding.needs:
+        return None
+    packings = [target.packing(n) for n in group]
+    if by_reference:
+        pairs = round_siblings(rounding, weights, packings[0].number_format)
+        return [packing.pack(*pair) for packing, pair in zip(packings, pairs)]
+    made = iter(round_together(target, group, rounding))
+    return [{key: next(made) for key in packing.parts(n.shape)} for n, packing in zip(group, packings)]
 
 
 def expert_errors(export: Checkpoint, verdict: Verdict) -> dict[str, list[float]]:
@@ -328,7 +359,8 @@ def expert_errors(export: Checkpoint, verdict: Verdict) -> dict[str, list[float]
 
 def check_coverage(sides: Sides, verdict: Verdict) -> None:
     """Where no header entry was condemned, every tensor was looked at, and compared with the source if there is one."""
-    there, compared = len(sides.export.checkpoint.inventory), verdict.compared
+    model, compared = sides.export.checkpoint, verdict.compared
+    there = len(model.architecture.tensors) + sum(len(sides.export.names(n)) for n in model.architecture.linears)
     looked = {"looked at": compared["finite"]}
     if sides.target is not None and not rounding_of(sides.target.plan).needs:
         looked["compared with the source"] = compared["bytes"] + compared["rows"] + compared["codes"]
@@ -344,8 +376,7 @@ def differing_parts(mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
+    """Headers are compared elsewhere; to containers, the same bytes may be of another dtype and shape."""
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 

@@ -33,7 +33,33 @@ def test_machines(text, name, count, device_bytes, nodes):
     assert machine.nodes * machine.per_node == count
 
 
-@pytest.mark.parametrize("text", ["", "x", "0xH100", "2x", "2xH1000", "-1xH100", "2x0GiB", "95", "5000xH100", "GiB"])
+@pytest.mark.parametrize(
+    ("text", "claimed"), [("2x95GiB@0.97", 0.97), ("DGX Spark @ .9", 0.9), ("h100@1", 1.0), ("h100", 0.92)]
+)
+def test_what_an_engine_claims(text, claimed):
+    machine = Machine.parse(text)
+    assert machine.requested_bytes == int(machine.card.bytes * claimed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "h100@",
+        "h100@1.1",
+        "h100@0.9@0.9",
+        "@0.9",
+        "",
+        "x",
+        "0xH100",
+        "2x",
+        "2xH1000",
+        "-1xH100",
+        "2x0GiB",
+        "95",
+        "5000xH100",
+        "GiB",
+    ],
+)
 def test_no_machines(text):
     with pytest.raises(InputError):
         Machine.parse(text)

@@ -12,6 +12,11 @@ from hypothesis import strategies as st
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.errors import CheckpointError, PlanError
+from moesaic.export import export, sorted_pieces
+from moesaic.plan import Plan
+from moesaic.shards import plan_shards
+from moesaic.target import Target
+from moesaic.verify import verify
 
 MLX = CONTAINERS["mlx"]
 MIXED = {"gate": "affine3_g32", "up": "mxfp4", "down": "affine6_g128"}  # one layer's experts, by projection
@@ -126,3 +131,43 @@ def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*affine4_g64's 64"):
         MLX.config(narrow, dict.fromkeys(m2.formats, "affine4_g64"), m2.config)
     assert config(dict.fromkeys(m2.formats, "bf16")) is None
+
+
+# Through export ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("experts", "rest"), [("affine4_g32", "affine8_g64"), ("mxfp8", "mxfp8"), ("nvfp4", "bf16")])
+def test_export_writes_stacks_row_by_row(source: Checkpoint, experts: str, rest: str, tmp_path: Path) -> None:
+    """The tensors are those of the short way, `verify` finds them so, and rows that change places do not pass."""
+    a = source.architecture
+    formats = {unit: rest if members[0].expert is None else experts for unit, members in a.units.items()}
+    out = export(source, Plan("mlx", {}, formats), tmp_path / "out", quiet=True)
+    write_folder(source, {n.name: formats[n.unit] for n in a.linears}, "mlx", tmp_path / "slow")
+    slow = Checkpoint.open(tmp_path / "slow")
+    assert slow.config == out.config and slow.stored.keys() == out.stored.keys()
+    for name in slow.stored:
+        assert torch.equal(*(model.read(name).reshape(-1).view(torch.uint8) for model in (slow, out))), name
+    assert verify(out.path, source, quiet=True).holds
+    stored = out.where(next(n for n in out.stored if n.endswith("switch_mlp.down_proj.scales")))
+    with open(out.path / stored.file, "r+b") as file:
+        file.seek(stored.offset)
+        rows = file.read(stored.info.bytes)
+        file.seek(stored.offset)
+        file.write(rows[stored.info.bytes // a.experts :] + rows[: stored.info.bytes // a.experts])
+    verdict = verify(out.path, source, quiet=True)
+    assert {finding.check for finding in verdict.findings} >= {
+        "bytes" if experts == "mxfp8" == source.container.name else "codes"
+    }
+
+
+def test_a_stack_stays_in_one_file(source: Checkpoint, tmp_path: Path) -> None:
+    """Whatever the limit: its rows come from all over the source, and a header can only list it once."""
+    kept = {layer: (1, 3, 6) for layer in source.architecture.moe_layers}
+    formats = {unit: "affine3_g32" for unit in source.architecture.units}
+    target = Target.of(source, Plan("mlx", kept, formats))
+    shards = plan_shards(sorted_pieces(target), 20_000)
+    names = [entry.name for shard in shards for entry in shard.entries]
+    assert len(shards) > 5 and len(names) == len(set(names))
+    assert sum(shard.payload_bytes for shard in shards) == target.payload_bytes
+    stack = next(e for shard in shards for e in shard.entries if e.name.endswith("switch_mlp.up_proj.weight"))
+    assert stack.shape[0] == 3

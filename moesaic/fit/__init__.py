@@ -27,6 +27,7 @@ def fit(
     shapes = Shapes.of(model)
     layout = choose(shapes, machine)
     at = Footprint.of(shapes, machine, layout, kv, concurrency)
+    room = budget_of(at, context, concurrency)
     typical = at.cache_bytes(at.reserve.typical)
     pages, request = at.pages(at.reserve.typical), at.request_pages(context)
     longest = {
@@ -46,7 +47,7 @@ def fit(
         "kv": kv,
         "concurrency": concurrency,
         "disk_bytes": shapes.disk.value,
-        "budget_bytes": budget_of(at, context, concurrency),
+        "budget_bytes": room.value,
         "device": {
             "bytes": machine.card.bytes, "requested_bytes": machine.requested_bytes, "weight_bytes": at.weight_bytes,
             "repeated_bytes": at.repeated_bytes, "reserve_bytes": asdict(at.reserve),
@@ -60,7 +61,7 @@ def fit(
             "longest_context": longest,
         },
         "plans": plans(shapes, machine, context, kv, concurrency),
-        "explain": [asdict(line) for line in at.lines(context, concurrency)],
+        "explain": [asdict(line) for line in (*at.lines(context, concurrency), room)],
     }  # fmt: skip
 
 

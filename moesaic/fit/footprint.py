@@ -107,11 +107,6 @@ class Footprint:
             lines.append(Figure("room for a length of", length, formula, "tokens"))
         return lines
 
-    def room(self, context: int, concurrency: int) -> int:
-        """Weights that a device may hold beside the typical reserve and the cache of such requests."""
-        cache = (self.request_pages(context) * concurrency + 1) * self.page_bytes
-        return self.machine.requested_bytes - self.reserve.typical - cache
-
 
 def token_figure(shapes: Shapes, layout: Layout, kv: str) -> Figure:
     """Heads are cut down to one a device and no further; an indexer's keys are whole on every device."""

@@ -6,7 +6,7 @@ the GPU wire. Leaves out speed: bandwidth, links, arithmetic.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import InputError
 
@@ -69,8 +69,11 @@ class Machine:
 
     @staticmethod
     def parse(text: str) -> "Machine":
-        """Devices as people write them: `2x95GiB`, `4xH100 NVL`, `h200`, `2 x DGX Spark`. Raises `InputError`."""
-        found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
+        """Devices as people write them: `2x95GiB`, `4xH100 NVL`, `h200`, and `2 x DGX Spark@0.9` to claim so much of each.
+
+        Raises `InputError` that names the cards.
+        """
+        found = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?([^@\s][^@]*?)\s*(?:@\s*(0?\.\d+|1|1\.0+)\s*)?", text)
         count, what = (int(found[1] or 1), found[2]) if found else (0, "")
         size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GTM]i?B)", what, re.IGNORECASE)
         if size:
@@ -83,7 +86,7 @@ class Machine:
             raise InputError(f"{text!r} names no devices; write 2x95GiB, or a count and one of {names}: 4xH100 NVL")
         if not 1 <= count <= 1024 or not card.bytes:
             raise InputError(f"{text!r} is {count} devices of {card.bytes:,} bytes; wanted 1 to 1024 that have memory")
-        return Machine(card, count)
+        return Machine(replace(card, utilization=float(found[3])) if found and found[3] else card, count)
 
     @property
     def name(self) -> str:

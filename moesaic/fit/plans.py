@@ -11,7 +11,7 @@ from ..containers import CONTAINERS
 from ..errors import InputError, PlanError
 from .footprint import Footprint
 from .machine import Machine
-from .shapes import Layout, Model, Shapes
+from .shapes import Figure, Layout, Model, Shapes
 
 CONTAINER = "compressed_tensors"
 FORMATS = ("mxfp8", "nvfp4", "mxfp4", "int4_g128", "int3_g128", "int2_g128")
@@ -43,10 +43,16 @@ def choose(shapes: Shapes, machine: Machine) -> Layout:
     return layout
 
 
-def budget_of(at: Footprint, context: int, concurrency: int) -> int:
-    """What the devices have room for, less what they hold more than once."""
-    repeated = at.weight_bytes * at.layout.devices - at.shapes.disk.value
-    return at.room(context, concurrency) * at.layout.devices - repeated
+def budget_of(at: Footprint, context: int, concurrency: int) -> Figure:
+    """What the devices have room for beside the cache of such requests, less what they hold more than once."""
+    n, weights, disk = at.layout.devices, at.weight_bytes, at.shapes.disk.value
+    requested, reserved, pages = at.machine.requested_bytes, at.reserve.typical, at.request_pages(context)
+    return Figure(
+        "a model may have",
+        (requested - reserved - (pages * concurrency + 1) * at.page_bytes) * n - (weights * n - disk),
+        f"({requested:,} - reserve {reserved:,} - ({pages:,} pages × {concurrency} + 1) × {at.page_bytes:,} B) × {n} devices"
+        f" - repeated ({weights:,} × {n} - {disk:,})",
+    )
 
 
 def budget(machine: Machine, model: Model, context: int | None = None, kv: str = "bf16", concurrency: int = 1) -> int:
@@ -55,7 +61,8 @@ def budget(machine: Machine, model: Model, context: int | None = None, kv: str =
     Counts router rows as the model has them; one with fewer experts repeats fewer, and has a little more room.
     """
     shapes, context = Shapes.of(model), asked(model, context, concurrency)
-    found = budget_of(Footprint.of(shapes, machine, choose(shapes, machine), kv, concurrency), context, concurrency)
+    at = Footprint.of(shapes, machine, choose(shapes, machine), kv, concurrency)
+    found = budget_of(at, context, concurrency).value
     if found <= 0:
         raise InputError(
             f"{machine.name} have no room for weights beside {concurrency} × {context:,} tokens of {kv} cache; "
