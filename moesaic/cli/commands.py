@@ -107,8 +107,13 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
 
 
 def run_compress(a: Arguments) -> dict[str, Any]:
+    size = a.fit
+    if a.devices:
+        fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
+        size = fit.budget(fit.Machine.parse(a.devices), source, a.context)
+        print(f"budget   {room('inspect').size(size)} on {a.devices}")
     recipe = room("compress").Recipe(
-        a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, a.fit, a.bits,
+        a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, None if a.hours is None else 3600 * a.hours,
     )  # fmt: skip
     return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))

@@ -105,6 +105,8 @@ def compress_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--fit", type=bytes_of, metavar="SIZE", help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan"
     )
+    p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
+    p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
     p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
     p.add_argument(
         "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"

@@ -7,6 +7,7 @@ of scale, so here they are one matrix, stacked by rows (`stacked`, `split`). Lea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -89,22 +90,24 @@ def stacked(weights: Sequence[Tensor], format: NumberFormat) -> bool:
     return rows > 0 and all(w.shape[-2] % rows == 0 for w in weights)
 
 
+def of_rows(scales: Scales, start: int, stop: int, format: NumberFormat) -> Scales:
+    """The scales of rows `start` … `stop`, which must not cut a block."""
+    count = format.block[0]
+    blocks = slice(start // count, -(-stop // count)) if count else slice(None)
+    return replace(
+        scales,
+        blocks=None if scales.blocks is None else scales.blocks[blocks],
+        offsets=None if scales.offsets is None else scales.offsets[blocks],
+    )
+
+
 def split(rounded: Rounded, rows: Sequence[int], format: NumberFormat) -> list[list[tuple[Tensor, Scales]]]:
-    """Codes and scales of each matrix that was stacked, by its number of rows; of all E."""
-    found = []
-    for codes_OI, scales in zip(rounded.codes_EOI, rounded.scales):
-        members, start = [], 0
-        for count in rows:
-            blocks = slice(start // (format.block[0] or count), -(-(start + count) // (format.block[0] or count)))
-            part = replace(
-                scales,
-                blocks=None if scales.blocks is None else scales.blocks[blocks],
-                offsets=None if scales.offsets is None else scales.offsets[blocks],
-            )
-            members.append((codes_OI[start : start + count], part))
-            start += count
-        found.append(members)
-    return found
+    """Codes and scales of each matrix that was stacked, given their numbers of rows; for each of E."""
+    ends = list(accumulate(rows, initial=0))
+    return [
+        [(codes_OI[a:b], of_rows(scales, a, b, format)) for a, b in pairwise(ends)]
+        for codes_OI, scales in zip(rounded.codes_EOI, rounded.scales)
+    ]
 
 
 def round_siblings(rounding: Rounding, weights: Sequence[Tensor], format: NumberFormat) -> list[tuple[Tensor, Scales]]:

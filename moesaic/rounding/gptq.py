@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..formats import NumberFormat, Scales
 from .base import Batch, Rounded, Rounding
+from .search import searched
 
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
 COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, and scales are fitted to it
@@ -153,21 +154,17 @@ def steps_by_column(format: NumberFormat, scales: Sequence[Scales], rows: int) -
     return tuple(torch.stack([s.repeat_interleave(count, 0)[:rows].T for s in level]).contiguous() for level in levels)
 
 
-def searched(w_EOI: Tensor, format: NumberFormat) -> list[Scales]:
-    return [format.search(w_OI, format.scales(w_OI)) for w_OI in w_EOI]
-
-
 def compensated(ordered: Ordered, w_EOI: Tensor, format: NumberFormat) -> tuple[Tensor, list[Scales], Tensor]:
     """Codes [E, I, O], scales and errors [E, I, O] of one GPTQ sweep; of a second one, where the grid is coarse.
 
     Scales are searched by the plain error of weights: by that of outputs they serve the few columns of large
     input, and the clipped rest leaves more to make up for than it can.
     """
-    pull_EII, scales = compensation(ordered), searched(w_EOI, format)
+    pull_EII, scales = compensation(ordered), [searched(w_OI, format) for w_OI in w_EOI]
     error_EIO = torch.zeros_like(ordered.w_EIO)
     codes_EIO, wanted_EIO = sweep(ordered, pull_EII, format, scales, error_EIO)
     if format.element_bits <= COARSE:
-        scales = searched(ordered.restored(wanted_EIO), format)
+        scales = [searched(w_OI, format) for w_OI in ordered.restored(wanted_EIO)]
         codes_EIO, _ = sweep(ordered, pull_EII, format, scales, error_EIO.zero_())
     return codes_EIO, scales, error_EIO
 

@@ -5,14 +5,30 @@ plain squared error, and a kernel does the same from stored bytes.
 """
 
 import torch
+from torch import Tensor
 
-from ..formats import NumberFormat
-from .base import Batch, Rounded, Rounding
+from ..formats import NumberFormat, Scales
+from .base import Batch, Rounded, Rounding, of_rows
+
+CHUNK = 1 << 18  # weights looked at in one go: a cache holds them, while every candidate passes by
+
+
+def searched(w_OI: Tensor, format: NumberFormat, moments_I: Tensor | None = None) -> Scales:
+    """`format.search` from its standard scales on, some rows at a time."""
+    scales, rows = format.scales(w_OI), format.block[0] or len(w_OI)
+    step = rows * max(1, CHUNK // (rows * w_OI.shape[1]))
+    parts = [
+        format.search(w_OI[start : start + step], of_rows(scales, start, start + step, format), moments_I)
+        for start in range(0, len(w_OI), step)
+    ]
+    blocks = [part.blocks for part in parts if part.blocks is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return Scales(torch.cat(blocks) if blocks else None, scales.shared, torch.cat(offsets) if offsets else None)
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:
     moments = [None] * len(batch.w_EOI) if batch.moments_EI is None else list(batch.moments_EI)
-    scales = tuple(format.search(w_OI, format.scales(w_OI), m_I) for w_OI, m_I in zip(batch.w_EOI, moments))
+    scales = tuple(searched(w_OI, format, m_I) for w_OI, m_I in zip(batch.w_EOI, moments))
     return Rounded(torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)]), scales)
 
 
