@@ -13,7 +13,7 @@ FLOORS = (
     ("kernels", "families"),
     ("containers",),
     ("checkpoint", "tokens"),
-    ("corpus", "stream", "shards", "target"),
+    ("corpus", "stream", "shards", "target", "reader"),
     ("calibrate", "rounding", "divergence"),
     ("measure", "allocate"),
     ("fit", "export"),

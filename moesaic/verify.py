@@ -7,18 +7,18 @@ out quality (evaluate) and engines (tests/engines).
 """
 
 import filecmp
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
@@ -29,6 +29,7 @@ from .export import NOTE, carried, round_together, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
+from .reader import Reader
 from .rounding import round_siblings
 from .target import Target, keeps_bytes
 
@@ -72,40 +73,6 @@ class Verdict:
         self.errors |= other.errors
 
 
-class Reader:
-    """Tensors of a folder, by the safetensors library; may be used by several threads."""
-
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self.checkpoint = checkpoint
-        names = {s.file for s in checkpoint.stored.values()}
-        self.files: dict[str, Any] = {n: stack.enter_context(safe_open(checkpoint.path / n, "pt")) for n in names}
-
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self.files[self.checkpoint.where(name).file].get_tensor(name)
-        return tensor
-
-    def parts(self, linear: Linear) -> dict[str, Tensor]:
-        """The tensors of one matrix, by meaning: of a stack of experts, its own row and no more."""
-        checkpoint, found = self.checkpoint, {}
-        place = checkpoint.container.place(checkpoint.architecture, linear)
-        for key, part in self.packing(linear).parts(linear.shape).items():
-            name = place.tensor(part).name
-            if place.row is None:
-                found[key] = self.tensor(name)
-            else:
-                file = self.files[checkpoint.where(name).file]
-                found[key] = file.get_slice(name)[place.row : place.row + 1].reshape(part.shape)
-        return found
-
-    def names(self, linear: Linear) -> list[str]:
-        """The tensors that hold one matrix."""
-        place = self.checkpoint.container.place(self.checkpoint.architecture, linear)
-        return [place.tensor(part).name for part in self.packing(linear).parts(linear.shape).values()]
-
-    def packing(self, linear: Linear) -> Packing:
-        return self.checkpoint.container.packing(self.checkpoint.formats[linear.name])
-
-
 @dataclass(frozen=True)
 class Sides:
     """The export, and beside it the source and what the plan makes of it, if they are known."""
@@ -136,15 +103,13 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     verdict.compared["structure"] = len(export.inventory)
     check_folder(export, verdict)
     target = target_of(export, source, bad, verdict) if source is not None else None
-    with ExitStack() as stack:
+    sides = Sides(Reader(export), Reader(source) if source is not None and target is not None else None, target, bad)
+    with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
-            theirs = Reader(source, stack) if source is not None and target is not None else None
-            sides = Sides(Reader(export, stack), theirs, target, bad)
+            check_tensors(sides, verdict, meter)
         except (OSError, SafetensorError) as error:
             verdict.add("structure", str(out), f"is refused by the safetensors library: {error}")
             return verdict
-        with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
-            check_tensors(sides, verdict, meter)
     check_coverage(sides, verdict)
     return verdict
 
@@ -225,18 +190,33 @@ def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
 
 def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
     """A norm, embedding, router or vision tensor: finite, and the source's own bytes or rows."""
-    verdict, tensor = Verdict(), sides.export.tensor(name)
+    verdict, bad, same, source = Verdict(), 0, True, sides.source
+    rows = None if sides.target is None else kept_rows(sides.target, name)
+    for mine, wanted in side_by_side(sides.export, source, name, rows):
+        bad += not_finite(mine)
+        same &= wanted is None or same_bytes(mine, wanted)
+        meter.advance(mine.nbytes)
     verdict.compared["finite"] += 1
-    if bad := not_finite(tensor):
+    if bad:
         verdict.add("finite", name, f"holds {bad:,} values that are no numbers")
-    if sides.source is not None and sides.target is not None:
-        rows, wanted = kept_rows(sides.target, name), sides.source.tensor(name)
-        check = "bytes" if rows is None else "rows"
-        verdict.compared[check] += 1
-        if not same_bytes(tensor, wanted if rows is None else wanted[list(rows)]):
-            verdict.add(check, name, "differs from the source's" + ("" if rows is None else " kept rows"))
-    meter.advance(tensor.nbytes)
+    if source is not None:
+        verdict.compared["bytes" if rows is None else "rows"] += 1
+        if not same:
+            what = "differs from the source's" + ("" if rows is None else " kept rows")
+            verdict.add("bytes" if rows is None else "rows", name, what)
     return verdict
+
+
+def side_by_side(
+    export: Reader, source: Reader | None, name: str, rows: tuple[int, ...] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of a tensor, each with the source's, or None where there is none; kept rows in one block."""
+    if source is None:
+        yield from zip(export.blocks(name), itertools.repeat(None))
+    elif rows is not None:
+        yield export.tensor(name), source.tensor(name)[list(rows)]
+    else:
+        yield from itertools.zip_longest(export.blocks(name), source.blocks(name), fillvalue=torch.empty(0))
 
 
 def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:

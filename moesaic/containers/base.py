@@ -52,7 +52,7 @@ class Packing:
     parts   (shape [O, I]) -> its tensors, by meaning: "codes", "blocks", "shared", "offsets", or what else there is
     pack    (codes [O, I], Scales) -> those tensors, by the same keys
     unpack  (those tensors, shape) -> codes [O, I], Scales
-    layout  two packings of one format with one layout differ in names alone: bytes may be copied across
+    layout  two packings of one format with one layout differ in names, dtypes and shapes alone: bytes may be copied
     in_kernels  whether `kernels` write (and, for a source, read) codes as they lie here
     """
 
