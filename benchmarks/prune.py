@@ -71,7 +71,8 @@ def measure(way: str, source: Path, made: Path, out: Path, keep: int) -> dict[st
     if way.endswith("synced"):
         on_disk(out)
     wall, after = time.perf_counter() - wall, resources(way)
-    return {"seconds": wall, "cpu_seconds": after[0] - before[0], "peak_mb": after[1]}
+    found = {"seconds": wall, "cpu_seconds": after[0] - before[0]}
+    return found if way.startswith("cp") else found | {"peak_mb": after[1]}
 
 
 def resources(way: str) -> tuple[float, float]:
@@ -122,7 +123,8 @@ def main() -> None:
             subprocess.run([sys.executable, str(a.generator), *words], check=True)
         found = repeat(folder, source, a.keep, a.repeats)
     for way, f in found.items():
-        print(f"{way:14} {f['gb_per_second']:6.2f} GB/s  {f['cpu_seconds']:6.2f} CPU s  {f['peak_mb']:7,.0f} MB peak")
+        peak = f"{f['peak_mb']:7,.0f} MB peak" if "peak_mb" in f else ""
+        print(f"{way:14} {f['gb_per_second']:6.2f} GB/s  {f['cpu_seconds']:6.2f} CPU s  {peak}")
     for kind in ("", ", synced"):
         ratio = found[f"prune{kind}"]["gb_per_second"] / found[f"cp{kind}"]["gb_per_second"]
         print(f"prune{kind} over cp{kind}: {ratio:.2f} of its bytes a second")

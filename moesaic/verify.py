@@ -35,9 +35,9 @@ from .target import Target, keeps_bytes
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
 SAMPLE_ROWS = 32  # decoded of a matrix whose magnitude its codes and scales already bound
-THREADS = 4
+THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
-CHUNK = 1 << 24  # elements looked at in one go: an embedding can be gigabytes
+CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
     work = [
         partial(check_small, sides, info.name, meter) for info in architecture.tensors if info.name not in sides.bad
     ]
-    groups = enumerate(siblings(architecture.linears))
+    groups = enumerate(together(sides))
     work += [partial(check_linears, sides, group, i % REFERENCE_EVERY == 0, meter) for i, group in groups]
     pool = ThreadPoolExecutor(THREADS)
     try:
@@ -186,6 +186,16 @@ def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
             verdict.take(found)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def together(sides: Sides) -> Iterator[tuple[Linear, ...]]:
+    """Matrices that were rounded together, and the others one by one: so much is in memory at a time."""
+    target = sides.target
+    for group in siblings(sides.export.checkpoint.architecture.linears):
+        if target is None or any(n.name not in target.origin or keeps_bytes(target, n) for n in group):
+            yield from ((n,) for n in group)
+        else:
+            yield group
 
 
 def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:

@@ -19,7 +19,7 @@ from ..formats import NumberFormat, Scales
 class Batch:
     """E matrices of one shape, and what is known of the vectors that each multiplies. What is not known is None.
 
-    tokens_E     how many vectors the means below are taken over
+    tokens_E     how many vectors of one size would tell as much as those that the means below are taken over
     moments_EI   E[x²]
     hessian_EII  E[x xᵀ], F32
     pool_EII     E[x xᵀ] over all tokens of the layer, as each matrix would see them if every token came to it;
@@ -31,6 +31,38 @@ class Batch:
     moments_EI: Tensor | None = None
     hessian_EII: Tensor | None = None
     pool_EII: Tensor | None = None
+
+
+@dataclass
+class Inputs:
+    """What a `Batch` says of the vectors that one matrix multiplies, added up from as many passes as it takes."""
+
+    outer_II: Tensor
+    vectors: float = 0.0
+    energy: float = 0.0
+    energy_squared: float = 0.0
+
+    @staticmethod
+    def empty(width: int, device: torch.device | str = "cpu") -> "Inputs":
+        return Inputs(torch.zeros(width, width, device=device))
+
+    def add(self, x_nI: Tensor, weight_n: Tensor | None = None) -> None:
+        """Take in vectors, each to count `weight` times."""
+        x_nI = x_nI.float() if weight_n is None else x_nI.float() * weight_n.sqrt()[:, None]
+        energy_n = x_nI.square().sum(1).double()
+        self.outer_II.addmm_(x_nI.T, x_nI)
+        self.vectors += len(x_nI) if weight_n is None else float(weight_n.sum())
+        self.energy += float(energy_n.sum())
+        self.energy_squared += float(energy_n.square().sum())
+
+    @property
+    def tokens(self) -> float:
+        """Kish's effective number: of vectors of unlike size the few large ones decide, and a sum knows little more."""
+        return self.energy**2 / self.energy_squared if self.energy_squared else 0.0
+
+    @property
+    def hessian_II(self) -> Tensor:
+        return self.outer_II / max(self.vectors, 1e-30)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .search import searched
 
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
 COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, and scales are fitted to it
-PRIOR = 0.5  # the pool weighs as much as this many tokens for each column
+PRIOR = 1.5  # the pool weighs as much as this many tokens for each column
 DAMP, DAMP_FEW = 0.01, 0.03  # of the median diagonal, the second times columns over tokens; of least held-out error
 
 
