@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.errors import MoesaicError
 
 WRITES = ((os, "copy_file_range"), (os, "pwrite"), (os, "replace"), (shutil, "copyfile"), (Path, "write_text"))
@@ -28,6 +30,7 @@ def child(work: Callable[[], Any], said: Path | None = None) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 70
     try:
+        mend_threads()
         work()
         code = 0
     except KeyboardInterrupt:
@@ -40,6 +43,11 @@ def child(work: Callable[[], Any], said: Path | None = None) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def mend_threads() -> None:
+    """Replace the thread pool that a fork breaks, before two threads come to do so at once: torch fails if they race."""
+    torch.set_num_threads(1)
 
 
 def dying(work: Callable[[], Any], at: int, sign: signal.Signals) -> Callable[[], Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from children import contents
+from children import contents, mend_threads
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import COMMANDS, main, parser
@@ -257,6 +257,7 @@ def spawn(words: list[str], said: Path) -> int:
         return pid
     code = 70
     try:
+        mend_threads()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with open(said, "w", buffering=1) as file:
             sys.stdout = sys.stderr = file
