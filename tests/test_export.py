@@ -26,7 +26,7 @@ from torch import Tensor
 
 import moesaic.export as export_module
 import moesaic.shards as shards_module
-from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint import Checkpoint, Stored, read_header
 from moesaic.containers import CONTAINERS
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
@@ -517,6 +517,31 @@ def test_tensors_are_aligned_in_the_file(larger, mixed, whole):
             for key, entry in json.loads(content[8 : 8 + length]).items():
                 width = {"F32": 4, "BF16": 2, "I64": 8}.get(entry.get("dtype"), 1)
                 assert key == "__metadata__" or entry["data_offsets"][0] % width == 0
+
+
+def test_a_model_that_is_not_small_is_two_files_at_least(m2, tmp_path, monkeypatch):
+    """Of about one size: two are written at a time."""
+    monkeypatch.setattr(shards_module, "SMALL", 100_000)
+    export(m2, pruning(m2), tmp_path / "out", quiet=True)
+    first, second = (p.stat().st_size for p in sorted((tmp_path / "out").glob("*.safetensors")))
+    assert 0.4 < first / (first + second) < 0.7
+    assert as_bytes(stored(tmp_path / "out")) == as_bytes(wanted_of(m2, pruning(m2)))
+    assert all(len(read_header(p)) for p in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_most_copied_bytes_keep_their_place_in_a_page(tmp_path, monkeypatch):
+    """Two thirds lie 264 bytes into a page, and would lie elsewhere without the padding."""
+    monkeypatch.setattr(shards_module, "SMALL", 0)
+    offsets = {"a": 264, "b": 3 * 4096 + 264, "c": 7 * 4096 + 1000}
+    (tmp_path / "source").write_bytes(bytes(i % 251 for i in range(12 * 4096)))
+    infos = {name: shards_module.TensorInfo(name, "U8", (4096,)) for name in offsets}
+    pieces = [Piece((infos[n],), copy=(tmp_path, Stored(infos[n], "source", at))) for n, at in offsets.items()]
+    shard = Shard("model.safetensors", pieces, 3 * 4096)
+    _, starts = shard.layout()
+    assert [(starts[n] - at) % 4096 for n, at in offsets.items()][:2] == [0, 0]
+    write_shards(tmp_path, [shard], Meter("test", 3 * 4096, "B"))
+    found, raw = load_file(tmp_path / "model.safetensors"), (tmp_path / "source").read_bytes()
+    assert all(found[n].numpy().tobytes() == raw[at : at + 4096] for n, at in offsets.items())
 
 
 @pytest.mark.parametrize("made", [torch.zeros(3, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)])

@@ -18,7 +18,7 @@ from ..containers import Container
 from ..export import carried, sorted_pieces
 from ..families import TensorInfo
 from ..plan import SOURCE
-from ..shards import SHARD_BYTES, index_of, plan_shards
+from ..shards import PAGE, SHARD_BYTES, SMALL, index_of, plan_shards
 from ..target import Target
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -53,9 +53,10 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
     a = source.architecture
     routers = [t for t in a.tensors if t.role in ("router", "router_bias")]
     rest = [t for t in a.tensors if t.role not in ("router", "router_bias")]
-    shards = 1 + 2 * sum(t.bytes for t in source.inventory) // SHARD_BYTES
+    total = sum(t.bytes for t in source.inventory)
+    headers = 64 if total <= SMALL else (2 + 2 * total // SHARD_BYTES) * (64 + PAGE)
     config = len(json.dumps(source.config, indent=2).encode())
-    still = sum(t.bytes for t in rest) + sum(entry_bytes(t) for t in a.tensors) + shards * 64
+    still = sum(t.bytes for t in rest) + sum(entry_bytes(t) for t in a.tensors) + headers
     still += sum((source.path / f).stat().st_size for f in carried(source.path)) + config
     still += NOTE_BYTES + UNIT_BYTES * len(a.units) + FOLDER_BYTES * folders(source)
     row = sum(t.bytes // a.experts for t in routers) + len(a.moe_layers) * len("   8191,\n")
