@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import child
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,16 +110,16 @@ def test_a_failed_writer_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_is_swept(tmp_path):
-    write_json(tmp_path / "sub" / "a.json", "note", {"x": 1}, {})
-    code = f"""
-from pathlib import Path; import os, signal
-from moesaic.artifact import atomic
-with atomic(Path({str(tmp_path / "sub" / "a.json")!r})) as partial:
-    partial.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert read_json(tmp_path / "sub" / "a.json", "note")["x"] == 1
+    file = tmp_path / "sub" / "a.json"
+    write_json(file, "note", {"x": 1}, {})
+
+    def killed() -> None:
+        with atomic(file) as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert child(killed) == -signal.SIGKILL
+    assert read_json(file, "note")["x"] == 1
     assert len(names(tmp_path / "sub")) == 2, "the kill came too late to leave anything"
     sweep_partials(tmp_path)
     assert names(tmp_path / "sub") == ["a.json"]
