@@ -15,7 +15,7 @@ FLOORS = (
     ("checkpoint", "tokens"),
     ("corpus", "stream", "shards", "target", "reader"),
     ("calibrate", "rounding", "divergence"),
-    ("measure", "allocate"),
+    ("measure", "allocate", "render"),
     ("fit", "export"),
     ("verify", "evaluate", "inspect"),
     ("select", "report", "serve"),

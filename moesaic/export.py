@@ -8,7 +8,7 @@ export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .families import Linear, TensorInfo
 from .kernels import cpu as kernels
 from .plan import Plan
 from .progress import progress
+from .render import from_files
 from .rounding import ROUNDINGS, Rounding, round_siblings
 from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
 from .target import Target, keeps_bytes
@@ -32,15 +33,18 @@ LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
 WRITTEN_ANEW = ("config.json", INDEX, "README.md")
 
 
-def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False) -> Checkpoint:
+def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rendered: Path | None = None) -> Checkpoint:
     """Write the model that `plan` makes of `source` to the folder `out`, and open it.
 
+    `rendered` is the folder of `render` where the plan's rounding needs data.
     Memory: a few decoded matrices for each of two threads. Raises `PlanError` before the first byte
     when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
     too small. Interrupted at any byte, the same call continues.
     """
-    target = Target.of(source, plan)
-    shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
+    target, rounding = Target.of(source, plan), rounding_of(plan)
+    if rounding.needs and rendered is None:
+        raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
+    shards = plan_shards(sorted_pieces(target, rendered), SHARD_BYTES)
     claim(out, source, plan)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         written = write_shards(out, shards, meter)
@@ -84,13 +88,14 @@ def rounding_of(plan: Plan) -> Rounding:
     return ROUNDINGS[plan.rounding]
 
 
-def sorted_pieces(target: Target) -> list[Piece]:
+def sorted_pieces(target: Target, rendered: Path | None = None) -> list[Piece]:
     """All pieces, in the order in which their bytes lie in the source, so that disks read forwards."""
-    found = list(small_pieces(target)) + list(linear_pieces(target))
+    found = list(small_pieces(target)) + list(linear_pieces(target, rendered))
     return [piece for _, piece in sorted(found, key=lambda p: p[0])]
 
 
 Placed = tuple[tuple[str, int], Piece]
+Make = Callable[[tuple[Linear, ...]], Iterable[Tensor]]  # of a group that a server fuses: its packed tensors
 
 
 def small_pieces(target: Target) -> Iterator[Placed]:
@@ -114,21 +119,20 @@ def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable
     return (source.read(name)[list(rows)],)
 
 
-def linear_pieces(target: Target) -> Iterator[Placed]:
+def linear_pieces(target: Target, rendered: Path | None) -> Iterator[Placed]:
     changed = [n for n in target.architecture.linears if not keeps_bytes(target, n)]
     for linear in target.architecture.linears:
         if keeps_bytes(target, linear):
             yield from copies(target, linear)
     rounding = rounding_of(target.plan)
-    if changed and rounding.needs:
-        raise PlanError(
-            f"rounding {rounding.name} needs {', '.join(rounding.needs)}, and this export knows no data; use rtn"
-        )
+    rounded: Make = partial(round_together, target, rounding=rounding)
+    if changed and rounding.needs and rendered is not None:
+        rounded = from_files(rendered, target)
     for group in siblings(changed):
         place = target.container.place(target.architecture, group[0])
         tensors = tuple(info for n in group for info in tensors_of(target, n).values())
         first = next(iter(stored_parts(target, group[0]).values()))
-        make = partial(round_together, target, group, rounding)
+        make = partial(rounded, group)
         yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
 
 

@@ -91,7 +91,7 @@ def test_what_else_is_kept_of_the_worked_example(worked):
 def test_pairs_of_experts_that_are_selected_together():
     sums = LayerSums(torch.zeros(3, dtype=torch.int64), 1, 4)
     chosen = torch.tensor([[0, 1], [1, 3], [1, 0]])
-    sums.route(Routing(0, torch.zeros(3, 4), chosen, torch.full((3, 2), 0.5)))
+    sums.route(Routing(0, torch.zeros(3, 4), chosen, torch.full((3, 2), 0.5), torch.zeros(3, 4)))
     assert sums.tensors()["together_EE"].tolist() == [[2, 2, 0, 0], [2, 3, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1]]
 
 

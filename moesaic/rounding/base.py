@@ -116,10 +116,9 @@ class Rounding:
     kernel: str = ""
 
 
-def stacked(weights: Sequence[Tensor], format: NumberFormat) -> bool:
-    """Whether matrices may be stacked by rows without a block of `format` lying across two of them."""
-    rows = format.block[0]
-    return rows > 0 and all(w.shape[-2] % rows == 0 for w in weights)
+def stacked(rows: Sequence[int], format: NumberFormat) -> bool:
+    """Whether matrices of so many rows may be stacked without a block of `format` lying across two of them."""
+    return format.block[0] > 0 and all(count % format.block[0] == 0 for count in rows)
 
 
 def of_rows(scales: Scales, start: int, stop: int, format: NumberFormat) -> Scales:
@@ -142,10 +141,23 @@ def split(rounded: Rounded, rows: Sequence[int], format: NumberFormat) -> list[l
     ]
 
 
+def round_members(
+    rounding: Rounding, batch: Batch, rows: Sequence[int], format: NumberFormat
+) -> tuple[list[list[tuple[Tensor, Scales]]], Mapping[str, tuple[float, ...]]]:
+    """A batch of stacked matrices, rounded and cut apart: for each of E its members; and what there is to report.
+
+    Where a block would lie across two members, they are rounded one by one.
+    """
+    if stacked(rows, format):
+        rounded = rounding.round(batch, format)
+        return split(rounded, rows, format), rounded.facts
+    assert format.share is None
+    parts = [rounding.round(replace(batch, w_EOI=w_EOI), format) for w_EOI in batch.w_EOI.split(list(rows), dim=1)]
+    members = [[(part.codes_EOI[e], part.scales[e]) for part in parts] for e in range(len(batch.w_EOI))]
+    return members, parts[0].facts
+
+
 def round_siblings(rounding: Rounding, weights: Sequence[Tensor], format: NumberFormat) -> list[tuple[Tensor, Scales]]:
     """Matrices [O, I] that a server fuses, rounded without data; they get one second level of scale."""
-    if not stacked(weights, format):
-        assert format.share is None
-        return [pair for w in weights for pair in split(rounding.round(Batch(w[None]), format), [len(w)], format)[0]]
-    rounded = rounding.round(Batch(torch.cat(list(weights))[None]), format)
-    return split(rounded, [len(w) for w in weights], format)[0]
+    batch = Batch(torch.cat(list(weights))[None])
+    return round_members(rounding, batch, [len(w_OI) for w_OI in weights], format)[0][0]

@@ -50,7 +50,7 @@ def route(
     selection_TE[:, list(dropped)] = -torch.inf
     experts_Tk = selection_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     gates_Tk = affinity_TE.gather(1, experts_Tk)
-    return Routing(layer, affinity_TE, experts_Tk, gates_Tk / gates_Tk.sum(-1, keepdim=True))
+    return Routing(layer, affinity_TE, experts_Tk, gates_Tk / gates_Tk.sum(-1, keepdim=True), x_TD)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ experts are in experts.py. What a family has to say comes from `Family`. Leaves 
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ..families import Linear
 from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
 from .memory import default_buffer_bytes, spans
-from .state import BlockPass, Change, State
+from .state import BlockPass, Change, LinearPass, Observer, State, ignore
 
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
@@ -124,7 +126,9 @@ class LayerRun:
                 if id(h_BTD) in found:
                     out[i] = found[id(h_BTD)].clone()
                 else:
-                    out[i] = found[id(h_BTD)] = attend(block, h_BTD, self.rotary, self.config, self.buffer_bytes)
+                    with self.watched(block, layer, states[i].observer):
+                        out[i] = attend(block, h_BTD, self.rotary, self.config, self.buffer_bytes)
+                    found[id(h_BTD)] = out[i]
         return out
 
     def feed_forward(self, layer: int, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -144,7 +148,8 @@ class LayerRun:
         for block, members in self.blocks(layer, (name,), states, ("dense", "shared")):
             module = block.get_submodule(name)
             for i in members:
-                out[i] = self.in_spans(module, normed[i], self.widening(module))
+                with self.watched(block, layer, states[i].observer):
+                    out[i] = self.in_spans(module, normed[i], self.widening(module))
         return out
 
     def moe(self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
@@ -181,6 +186,24 @@ class LayerRun:
         for span in spans(len(x_TD), widening * x_TD.shape[1] * x_TD.itemsize, self.buffer_bytes):
             out_TD[span] = module(x_TD[span])
         return out_TD
+
+    @contextmanager
+    def watched(self, block: nn.Module, layer: int, observer: Observer | None) -> Iterator[None]:
+        """While it lasts, `observer.linear` sees what goes into the matrices of `block`."""
+        hooks = []
+        if observer is not None and observer.linear is not ignore:
+            for name, tensors in self.family.parameters(self.architecture, layer).items():
+                found = [self.architecture.by_name.get(tensor.removesuffix(".weight")) for tensor in tensors]
+                linears = tuple(linear for linear in found if linear is not None)
+                module = block.get_submodule(name.rsplit(".", 1)[0])
+                if linears and not next(module.parameters()).is_meta:
+                    see = partial(see_inputs, linears, observer.linear)
+                    hooks.append(module.register_forward_pre_hook(see))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def widening(self, mlp: nn.Module) -> int:
         width = sum(p.shape[0] for p in mlp.parameters())
@@ -273,6 +296,12 @@ def text_config(where: str, config: Mapping[str, Any]) -> Any:
     text = getattr(importlib.import_module(module), name).from_dict(whole).get_text_config()
     text._attn_implementation = "sdpa"
     return text
+
+
+def see_inputs(
+    linears: tuple[Linear, ...], see: Callable[[LinearPass], None], module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    see(LinearPass(linears, inputs[0].flatten(0, -2)))
 
 
 def passed(layer: int, state: State, hidden_BTD: Tensor) -> State:

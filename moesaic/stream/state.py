@@ -27,6 +27,7 @@ class Routing:
     affinity_TE: Tensor  # sigmoid of the router's logits, before the correction bias
     experts_Tk: Tensor
     gates_Tk: Tensor
+    x_TD: Tensor  # what is routed, in the run's dtype
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class BlockPass:
     shared_TD: Tensor | None  # None where the family has no shared expert
 
 
+@dataclass(frozen=True)
+class LinearPass:
+    """Inputs of one matrix outside the routed experts, or of several stacked by rows. They may come in several passes."""
+
+    linears: tuple[Linear, ...]
+    x_nI: Tensor
+
+
 def ignore(seen: Any) -> None:
     """The observer's answer to what it does not care for."""
 
@@ -61,12 +70,14 @@ def ignore(seen: Any) -> None:
 class Observer:
     """Called while a MoE layer is computed: `route` once, then `expert` for each that was selected, then `block`.
 
+    `linear` is called in every layer, for what attention, dense and shared MLP multiply.
     Tensors are on the run's device and must not be changed; whoever keeps one keeps its memory.
     """
 
     route: Callable[[Routing], None] = ignore
     expert: Callable[[ExpertPass], None] = ignore
     block: Callable[[BlockPass], None] = ignore
+    linear: Callable[[LinearPass], None] = ignore
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""A plan's matrices rounded with data: one sweep, each layer calibrated on the outputs of the rounded ones before it.
+
+Within a layer too: o sees what rounded q, k and v give, down what rounded gate and up give, and tokens are
+routed as rounded attention routes them. What a server fuses is a group; each group becomes a small file of
+packed tensors, which is there when it is whole, and hidden states are saved after each layer. So the same call
+goes on where it was, and `export` takes the tensors from the files. Leaves out roundings that need no data:
+`export` does those by itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact import identity, read_json, write_json, write_tensors
+from ..checkpoint import Checkpoint
+from ..errors import PlanError
+from ..plan import Plan
+from ..progress import progress
+from ..rounding import ROUNDINGS
+from ..stream import LayerRun, State
+from ..target import Target
+from ..tokens import TokenSet
+from .group import Group, read_packed
+from .work import Work
+
+DONE = "rendered.json"
+
+
+def render(
+    source: Checkpoint, plan: Plan, tokens: TokenSet, folder: Path, quiet: bool = False,
+    device: torch.device | str | None = None, memory_bytes: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Round what `plan` changes, by its rounding, on `tokens`; returns what `folder`/rendered.json says.
+
+    Memory: that of `LayerRun`, and `memory_bytes` (by itself four times its buffer) for experts side by side with
+    their Hessians; one at least. Raises `PlanError` for a plan that cannot be carried out, `StaleError` when
+    `folder` holds matrices of another plan, source or text.
+    """
+    if plan.rounding not in ROUNDINGS:
+        raise PlanError(f"no rounding {plan.rounding!r}; there are {', '.join(ROUNDINGS)}")
+    target, inputs = Target.of(source, plan), inputs_of(source, plan) | {"tokens": tokens.identity}
+    if (folder / DONE).exists():
+        return read_json(folder / DONE, "rendered", inputs)
+    run = LayerRun(source, device)
+    work = Work(target, ROUNDINGS[plan.rounding], run, folder, inputs, memory_bytes or 4 * run.buffer_bytes)
+    layer, hidden_BTD = work.resume()
+    state = State(run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device), work.dropped())
+    with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as work.meter:
+        for facts in work.facts:
+            work.meter.advance(facts["weights"])
+        while layer <= max((g[0].layer for g in work.groups), default=-1):
+            state = work.advance(layer, state)
+            body = {"layer": layer, "groups": work.facts}
+            write_tensors(folder / "hidden.safetensors", "hidden", {"hidden_BTD": state.hidden_BTD.cpu()}, inputs, body)
+            layer += 1
+    write_json(folder / DONE, "rendered", summary(work, tokens), inputs)
+    (folder / "hidden.safetensors").unlink(missing_ok=True)
+    return read_json(folder / DONE, "rendered", inputs)
+
+
+def inputs_of(source: Checkpoint, plan: Plan) -> dict[str, str]:
+    return {"source": source.identity, "plan": identity(asdict(plan))}
+
+
+def summary(work: Work, tokens: TokenSet) -> dict[str, Any]:
+    """Counts, and by name the experts that no token reached, or that owe most of what they know to other tokens.
+
+    Raises `PlanError` when not every group was rounded exactly once.
+    """
+    groups = sorted(work.facts, key=lambda g: g["group"])
+    if [g["group"] for g in groups] != sorted(g[0].name for g in work.groups):
+        raise PlanError(f"{len(groups)} groups were rounded, the plan has {len(work.groups)}; report this as a bug")
+    experts = [g for g in groups if g["expert"] is not None]
+    return {
+        "rounding": work.rounding.name,
+        "tokens": tokens.tokens,
+        "groups": len(groups),
+        "unreached": [g["group"] for g in experts if g["tokens"] == 0],
+        "mostly_pooled": [g["group"] for g in experts if g.get("pooled", 0.0) > 0.5],
+        "pooled_mean": sum(g.get("pooled", 0.0) for g in experts) / max(1, len(experts)),
+        "damping_most": max((g.get("damping", 0.0) for g in groups), default=0.0),
+        "by_group": groups,
+    }
+
+
+def from_files(folder: Path, target: Target) -> Callable[[Group], list[Tensor]]:
+    """For `export`: a group -> its packed tensors, in the order of its members' parts.
+
+    Raises `InputError` where `folder` is not completely rendered, `StaleError` where it is of another plan.
+    """
+    inputs = inputs_of(target.source, target.plan)
+    read_json(folder / DONE, "rendered", inputs)
+    return lambda group: list(read_packed(folder, target, group, inputs).values())
