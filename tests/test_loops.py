@@ -1,0 +1,57 @@
+"""Loops in generated text, worked by hand, and against the plainest search there is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.divergence import Looped, looped
+from moesaic.divergence.loops import COPIES, LEAST_REPEATED
+
+ALL_DIFFERENT = list(range(100, 160))
+
+
+@pytest.mark.parametrize(
+    "ids, wanted",
+    [
+        ([], Looped(0, 0, 0, False)),
+        ([5], Looped(1, 0, 0, False)),
+        (ALL_DIFFERENT, Looped(60, 0, 0, False)),
+        ([*ALL_DIFFERENT, *[7, 8, 9] * 10], Looped(90, 27, 3, True)),  # ten turns of three: the first is no repetition
+        ([*[7, 8, 9] * 10, *ALL_DIFFERENT], Looped(90, 27, 3, False)),  # it got out of it
+        ([*ALL_DIFFERENT, *[7, 8, 9] * 10, 7], Looped(91, 28, 3, True)),  # cut off within a turn
+        ([7] * 17, Looped(17, 16, 1, True)),
+        ([7] * 16, Looped(16, 0, 0, False)),  # 15 repeat: too few
+        (ALL_DIFFERENT * 2, Looped(120, 0, 0, False)),  # said twice: a quotation
+        (ALL_DIFFERENT * 3, Looped(180, 120, 60, True)),
+        ([*[1] * 30, *[2, 3] * 20], Looped(70, 29 + 38, 2, True)),  # two loops; the second repeats more
+        ([*[1, 1, 2] * 9, 4, *ALL_DIFFERENT], Looped(88, 24, 3, False)),  # period 3, not the 1s within it
+    ],
+)
+def test_worked_by_hand(ids, wanted):
+    assert looped(ids) == wanted
+
+
+def test_the_share_of_a_text():
+    assert looped([*ALL_DIFFERENT, *[7, 8, 9] * 10]).share == 0.3
+    assert looped([]).share == 0.0
+
+
+def plainest(ids: list[int]) -> set[int]:
+    """Positions that repeat: every stretch of every period, tried one by one."""
+    found: set[int] = set()
+    for p in range(1, len(ids) + 1):
+        for start in range(len(ids)):
+            stop = start + p
+            while stop < len(ids) and ids[stop] == ids[stop - p]:
+                stop += 1
+            if stop - start >= COPIES * p and stop - start - p >= LEAST_REPEATED:
+                found |= set(range(start + p, stop))
+    return found
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=4), st.integers(1, 12)), max_size=4))
+def test_against_the_plainest_search(parts):
+    ids = [i for phrase, turns in parts for i in phrase * turns]
+    found, wanted = looped(ids), plainest(ids)
+    assert found.repeated == len(wanted) and found.endless == (len(ids) - 1 in wanted)
+    assert (found.period == 0) == (not wanted)
