@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.containers import CONTAINERS
+from moesaic.containers.base import pack_bits
 from moesaic.errors import PlanError
 from moesaic.formats import FORMATS, NumberFormat, Scales
 from moesaic.formats.base import LARGEST, no_candidates
 from moesaic.kernels import loops
 from moesaic.kernels.cpu import SOURCES, TARGETS, amax, requantize
+from moesaic.kernels.decode import decode, decodes
 
 every_source = pytest.mark.parametrize("source", SOURCES)
 every_target = pytest.mark.parametrize("target", TARGETS)
@@ -220,3 +222,19 @@ def test_a_matrix_that_is_a_view_is_read_as_it_looks():
     w = real_like(64, 512).bfloat16()
     plain = requantize("bf16", w[:, 128:384].contiguous(), None, FORMATS["int4_g32"])
     assert same_bits(requantize("bf16", w[:, 128:384], None, FORMATS["int4_g32"]).packed, plain.packed)
+
+
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if decodes(format)])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 37), (130, 384), (257, 1100)])
+def test_stored_codes_decode_to_the_formats_own_values(name: str, rows: int, columns: int) -> None:
+    """Every code there is, under every sort of scale; the last matrix is cut over threads."""
+    format = FORMATS[name]
+    w_OI = real_like(rows, columns, seed=5)
+    w_OI[: rows // 3] *= 0.0
+    scales = format.scales(w_OI)
+    codes_OI = torch.randint(0, 2**format.element_bits, (rows, columns), generator=torch.Generator().manual_seed(6)).to(
+        torch.uint8
+    )
+    for word in (1, 4):
+        found = decode(format, pack_bits(codes_OI, format.element_bits, word), scales, columns)
+        assert torch.equal(found.view(torch.int32), format.decode(codes_OI, scales).view(torch.int32))

@@ -30,7 +30,6 @@ from .base import (
     pack_bits,
     stream_bytes,
     table,
-    unpack_bits,
 )
 from .unquantized import BF16
 
@@ -63,15 +62,13 @@ def pack(codes_OI: Tensor, scales: Scales, *, format: str) -> dict[str, Tensor]:
     }
 
 
-def unpack(stored: Mapping[str, Tensor], shape: Sequence[int], *, format: str) -> tuple[Tensor, Scales]:
+def read(stored: Mapping[str, Tensor], shape: Sequence[int], *, format: str) -> tuple[Tensor, Scales]:
     """Raises `CheckpointError` for zero points that are not the middle."""
     if not torch.equal(stored["zeros"], zeros(shape, format).to(stored["zeros"].device)):
         raise CheckpointError(
             "qzeros are not those of a symmetric matrix; moesaic reads auto-round models made with sym"
         )
-    stream = stored["codes"].T.contiguous().view(torch.uint8)
-    codes_OI = unpack_bits(stream, FORMATS[format].element_bits, shape[1])
-    return codes_OI, Scales(stored["blocks"].T.contiguous())
+    return stored["codes"].T.contiguous().view(torch.uint8), Scales(stored["blocks"].T.contiguous())
 
 
 def packing(format: str) -> Packing:
@@ -80,7 +77,7 @@ def packing(format: str) -> Packing:
         f"{format} gptq",
         partial(parts, format=format),
         partial(pack, format=format),
-        partial(unpack, format=format),
+        partial(read, format=format),
     )
 
 

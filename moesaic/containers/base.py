@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import FAMILIES, Architecture, Linear, TensorInfo
 from ..formats import FORMATS, NumberFormat, Scales
+from ..kernels.decode import decode, decodes
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -40,8 +41,8 @@ class Part:
 
 
 Pack = Callable[[Tensor, Scales], dict[str, Tensor]]
-Unpack = Callable[[Mapping[str, Tensor], Sequence[int]], tuple[Tensor, Scales]]
-Read = Callable[[Architecture, Mapping[str, Any], frozenset[str] | None], dict[str, str]]
+Read = Callable[[Mapping[str, Tensor], Sequence[int]], tuple[Tensor, Scales]]
+Recognise = Callable[[Architecture, Mapping[str, Any], frozenset[str] | None], dict[str, str]]
 Config = Callable[[Architecture, Mapping[str, str], Mapping[str, Any]], dict[str, Any] | None]
 
 
@@ -51,7 +52,7 @@ class Packing:
 
     parts   (shape [O, I]) -> its tensors, by meaning: "codes", "blocks", "shared", "offsets", or what else there is
     pack    (codes [O, I], Scales) -> those tensors, by the same keys
-    unpack  (those tensors, shape) -> codes [O, I], Scales
+    read    (those tensors, shape) -> codes as one dense little-endian bit stream a row, uint8 [O, ·], and Scales
     layout  two packings of one format with one layout differ in names, dtypes and shapes alone: bytes may be copied
     in_kernels  whether `kernels` write (and, for a source, read) codes as they lie here
     """
@@ -60,7 +61,7 @@ class Packing:
     layout: str
     parts: Callable[[Sequence[int]], dict[str, Part]]
     pack: Pack
-    unpack: Unpack
+    read: Read
     in_kernels: bool = False
 
     @property
@@ -74,8 +75,16 @@ class Packing:
     def bytes(self, shape: Sequence[int]) -> int:
         return sum(part.bytes for part in self.parts(shape).values())
 
+    def unpack(self, stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+        """Codes [O, I] and scales from the tensors on disk: the inverse of `pack`."""
+        stream_OS, scales = self.read(stored, shape)
+        return unpack_bits(stream_OS, self.number_format.element_bits, shape[1]), scales
+
     def decode(self, stored: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         """F32 weights [O, I] from the tensors on disk."""
+        stream_OS, scales = self.read(stored, shape)
+        if stream_OS.device.type == "cpu" and decodes(self.number_format):
+            return decode(self.number_format, stream_OS, scales, shape[1])
         return self.number_format.decode(*self.unpack(stored, shape))
 
 
@@ -119,7 +128,7 @@ class Container:
     name: str
     quant_method: str
     packings: Mapping[str, Packing]
-    formats: Read
+    formats: Recognise
     config: Config
     reference: str
     place: Callable[[Architecture, Linear], Place] = alone
@@ -242,7 +251,7 @@ def compare(
             )
 
 
-def released(quant_method: str, read: Read) -> Config:
+def released(quant_method: str, read: Recognise) -> Config:
     """`Container.config` of a source's own container: the source's words, for a model that they still describe."""
 
     def config(
@@ -308,7 +317,9 @@ def pack_bits(codes_OI: Tensor, bits: int, word: int = 1) -> Tensor:
 
 
 def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
-    """Codes uint8 [O, columns] of `pack_bits`."""
+    """Codes uint8 [O, columns] of `pack_bits`; int16 where a code has 16 bits."""
+    if bits >= 8:
+        return stream.view({8: torch.uint8, 16: torch.int16}[bits])[:, :columns]
     rows = stream.shape[0]
     lanes, span = lanes_and_span(bits)
     groups = -(-columns // lanes)

@@ -28,7 +28,7 @@ from .base import (
     Pack,
     Packing,
     Part,
-    Unpack,
+    Read,
     compare,
     entries,
     expression,
@@ -39,9 +39,8 @@ from .base import (
     small_modules,
     stream_bytes,
     table,
-    unpack_bits,
 )
-from .fp8 import FP8_BLOCK, pack_e4m3, unpack_e4m3
+from .fp8 import FP8_BLOCK, pack_e4m3, read_e4m3
 from .mxfp8 import MXFP8_PACKING
 from .unquantized import BF16
 
@@ -65,8 +64,8 @@ def pack_nibbles(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
     return stored | ({} if scales.shared is None else {"shared": scales.shared})
 
 
-def unpack_nibbles(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
-    return unpack_bits(stored["codes"], 4, shape[1]), Scales(stored["blocks"], stored.get("shared"))
+def read_nibbles(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return stored["codes"], Scales(stored["blocks"], stored.get("shared"))
 
 
 def integer_parts(shape: Sequence[int], *, format: str, bits: int) -> Parts:
@@ -83,11 +82,11 @@ def pack_integers(codes_OI: Tensor, scales: Scales, *, bits: int) -> dict[str, T
     return {"codes": stream, "blocks": scales.blocks, "shape": torch.tensor(codes_OI.shape)}
 
 
-def unpack_integers(stored: Mapping[str, Tensor], shape: Sequence[int], *, bits: int) -> tuple[Tensor, Scales]:
+def read_integers(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
     """Raises `CheckpointError` when `weight_shape`, which transformers believes, is not the matrix's."""
     if (said := stored["shape"].tolist()) != list(shape):
         raise CheckpointError(f"weight_shape says {said} of a matrix {list(shape)}; export it again")
-    return unpack_bits(stored["codes"].view(torch.uint8), bits, shape[1]), Scales(stored["blocks"])
+    return stored["codes"].view(torch.uint8), Scales(stored["blocks"])
 
 
 def channel_parts(shape: Sequence[int], *, code_dtype: str, scale_dtype: str) -> Parts:
@@ -103,7 +102,7 @@ def pack_int8(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
     return {"codes": (codes_OI ^ 0x80).view(torch.int8), "blocks": scales.blocks}
 
 
-def unpack_int8(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+def read_int8(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
     return stored["codes"].view(torch.uint8) ^ 0x80, Scales(stored["blocks"])
 
 
@@ -117,14 +116,14 @@ def renamed(packing: Packing) -> Packing:
     return replace(packing, parts=parts)
 
 
-def channel(format: str, codes: str, scales: str, pack: Pack, unpack: Unpack) -> Packing:
+def channel(format: str, codes: str, scales: str, pack: Pack, read: Read) -> Packing:
     parts = partial(channel_parts, code_dtype=codes, scale_dtype=scales)
-    return Packing(format, f"{codes} + {scales} of a row", parts, pack, unpack)
+    return Packing(format, f"{codes} + {scales} of a row", parts, pack, read)
 
 
 def nibbles(format: str, scale_dtype: str, layout: str) -> Packing:
     parts = partial(nibble_parts, format=format, scale_dtype=scale_dtype)
-    return Packing(format, layout, parts, pack_nibbles, unpack_nibbles)
+    return Packing(format, layout, parts, pack_nibbles, read_nibbles)
 
 
 def integers(format: str, bits: int) -> Packing:
@@ -133,7 +132,7 @@ def integers(format: str, bits: int) -> Packing:
         f"int{bits} i32 stream + bf16 + shape",
         partial(integer_parts, format=format, bits=bits),
         partial(pack_integers, bits=bits),
-        partial(unpack_integers, bits=bits),
+        read_integers,
     )
 
 
@@ -143,8 +142,8 @@ CARRIED = {
     "nvfp4": nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor"),
     "mxfp8": renamed(MXFP8_PACKING),
     "fp8_block": renamed(FP8_BLOCK),
-    "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", pack_e4m3, unpack_e4m3),
-    "int8_channel": channel("int8_channel", "I8", "BF16", pack_int8, unpack_int8),
+    "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", pack_e4m3, read_e4m3),
+    "int8_channel": channel("int8_channel", "I8", "BF16", pack_int8, read_int8),
     **{name: integers(name, FORMATS[name].element_bits) for name in GROUPED},
     "bf16": BF16,
 }

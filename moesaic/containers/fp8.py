@@ -29,11 +29,11 @@ def pack_e4m3(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
     return {"codes": codes_OI.view(torch.float8_e4m3fn), "blocks": scales.blocks}
 
 
-def unpack_e4m3(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+def read_e4m3(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
     return stored["codes"].view(torch.uint8), Scales(stored["blocks"])
 
 
-FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack_e4m3, unpack_e4m3, in_kernels=True)
+FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack_e4m3, read_e4m3, in_kernels=True)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:

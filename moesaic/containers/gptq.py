@@ -35,13 +35,13 @@ def packing(format: str) -> Packing:
     def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
         return plain.pack(codes_OI, scales) | {"order": order(codes_OI.shape[1])}
 
-    def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
         """Raises `CheckpointError` for columns in another order."""
         if not torch.equal(stored["order"], order(shape[1]).to(stored["order"].device)):
             raise CheckpointError("g_idx is not in the natural order; moesaic reads GPTQ models made without desc_act")
-        return plain.unpack(stored, shape)
+        return plain.read(stored, shape)
 
-    return Packing(format, f"{plain.layout} + g_idx", parts, pack, unpack)
+    return Packing(format, f"{plain.layout} + g_idx", parts, pack, read)
 
 
 PACKINGS = {**{format: packing(format) for format in WIDTHS}, "bf16": BF16}

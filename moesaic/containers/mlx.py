@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, Place, compare, pack_bits, stream_bytes, table, unpack_bits
+from .base import Container, Packing, Part, Place, compare, pack_bits, stream_bytes, table
 from .unquantized import BF16
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -49,11 +49,11 @@ def pack(codes_OI: Tensor, scales: Scales, *, format: str) -> dict[str, Tensor]:
     return stored
 
 
-def unpack(stored: Mapping[str, Tensor], shape: Sequence[int], *, format: str) -> tuple[Tensor, Scales]:
-    codes_OI = unpack_bits(stored["codes"].view(torch.uint8), FORMATS[format].element_bits, shape[1])
+def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    stream_OS = stored["codes"].view(torch.uint8)
     if "shared" in stored:
-        return codes_OI, Scales(stored["blocks"].view(torch.float8_e4m3fn), (LARGEST / stored["shared"]).reshape(1))
-    return codes_OI, Scales(stored["blocks"], offsets=stored.get("offsets"))
+        return stream_OS, Scales(stored["blocks"].view(torch.float8_e4m3fn), (LARGEST / stored["shared"]).reshape(1))
+    return stream_OS, Scales(stored["blocks"], offsets=stored.get("offsets"))
 
 
 def largest(divisor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def packing(format: str, scale_dtype: str, layout: str) -> Packing:
         layout,
         partial(parts, format=format, scale_dtype=scale_dtype),
         partial(pack, format=format),
-        partial(unpack, format=format),
+        read,
     )
 
 

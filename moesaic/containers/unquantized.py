@@ -19,11 +19,11 @@ def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
     return {"codes": codes_OI.view(torch.bfloat16)}
 
 
-def unpack(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
-    return stored["codes"].view(torch.int16), Scales()
+def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+    return stored["codes"].view(torch.uint8), Scales()
 
 
-BF16 = Packing("bf16", "bf16", parts, pack, unpack, in_kernels=True)
+BF16 = Packing("bf16", "bf16", parts, pack, read, in_kernels=True)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
