@@ -45,12 +45,14 @@ class LayerRun:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         buffer_bytes: int | None = None,
+        attention: str = "sdpa",
     ) -> None:
         """Raises `CheckpointError` for a folder without weights.
 
         device        where to compute; by itself CUDA where there is one, else CPU
         dtype         of weights, activations and hidden states; routers, gates and the experts' sum stay F32
         buffer_bytes  working memory; less of it only makes smaller steps
+        attention     what transformers' modules attend with, by its name there
         """
         if not checkpoint.has_weights:
             raise CheckpointError(
@@ -61,7 +63,7 @@ class LayerRun:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype
         self.buffer_bytes = buffer_bytes or default_buffer_bytes(self.device)
-        self.config = text_config(family.configuration, checkpoint.config)
+        self.config = text_config(family.configuration, checkpoint.config, attention)
         self.text = family.text(checkpoint.config)  # as on disk
         self.modeling = importlib.import_module(family.modeling)
         self.rotary = getattr(self.modeling, family.rotary_class)(config=self.config).to(self.device)
@@ -289,12 +291,12 @@ class LayerRun:
         return self.checkpoint.rows(name, span.start, span.stop).to(self.device, self.dtype)
 
 
-def text_config(where: str, config: Mapping[str, Any]) -> Any:
+def text_config(where: str, config: Mapping[str, Any], attention: str) -> Any:
     """transformers' config of the language model. What it says of quantization is left out: values come decoded."""
     module, name = where.split(":")
     whole = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
     text = getattr(importlib.import_module(module), name).from_dict(whole).get_text_config()
-    text._attn_implementation = "sdpa"
+    text._attn_implementation = attention
     return text
 
 
