@@ -14,7 +14,7 @@ from typing import Any
 
 from .artifact import write_json
 from .calibrate import Statistics, calibrate
-from .candidates import FORMATS_OFFERED, Budget, Chosen, choose, stored_bytes
+from .candidates import FORMATS_OFFERED, Budget, Chosen, check_budget, choose, stored_bytes
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
@@ -54,6 +54,11 @@ class Recipe:
     @property
     def has_budget(self) -> bool:
         return self.fit is not None or self.bits is not None
+
+    @property
+    def budget(self) -> Budget:
+        experts = () if self.experts is None else (self.experts,)
+        return Budget(self.fit, self.bits, experts, self.formats, seconds=self.seconds)
 
 
 def compress(
@@ -116,6 +121,8 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
         raise InputError(
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
         )
+    if recipe.has_budget:
+        check_budget(source, CONTAINERS[recipe.container], recipe.budget)
 
 
 def keeps_formats(recipe: Recipe) -> bool:
@@ -143,10 +150,8 @@ def within_budget(
     rows.save(run / "evaluation.safetensors")
     tokens = corpus.calibration(source, run / "tokens.safetensors")
     statistics = calibrate(source, tokens, run / "stats", quiet)
-    experts = () if recipe.experts is None else (recipe.experts,)
-    budget = Budget(recipe.fit, recipe.bits, experts, recipe.formats, seconds=recipe.seconds)
     chosen = choose(
-        source, CONTAINERS[recipe.container], statistics, tokens, choice, run, budget,
+        source, CONTAINERS[recipe.container], statistics, tokens, choice, run, recipe.budget,
         criterion=recipe.criterion, policy=recipe.policy, rounding=recipe.rounding, quiet=quiet,
     )  # fmt: skip
     kept = chosen.plan.experts(source.architecture.experts)

@@ -3,7 +3,7 @@
 sizes.py knows bytes on disk, plans.py makes menus and plans, choose.py is the story.
 """
 
-from .choose import FORMATS_OFFERED, Budget, Chosen, choose
+from .choose import FORMATS_OFFERED, Budget, Chosen, check_budget, choose
 from .plans import Candidate, menu_of
 from .sizes import folder_bytes, stored_bytes
 
@@ -12,6 +12,7 @@ __all__ = [
     "Budget",
     "Candidate",
     "Chosen",
+    "check_budget",
     "choose",
     "folder_bytes",
     "menu_of",

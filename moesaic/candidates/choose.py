@@ -21,6 +21,7 @@ from ..errors import PlanError
 from ..measure import (
     Branch,
     Measured,
+    Price,
     Prices,
     Rule,
     affordable_tokens,
@@ -127,6 +128,21 @@ def choose(
         raise PlanError(f"all {len(found)} candidates give values that are no numbers; offer other formats")
     note_candidates(run / "candidates.json", found, measured, best, limit, rule, choice, source)
     return Chosen(found[best].plan, found[best], measured[best], limit)
+
+
+def check_budget(source: Checkpoint, container: Container, budget: Budget) -> None:
+    """Raise `PlanError` where the smallest plan on offer is too large, before anything is read or measured."""
+    a, free = source.architecture, Price(0.0, 0.0)
+    offered = offers(source, container, budget.formats)
+    kept = kept_counts(a.experts, a.top_k, default_counts(a.experts, a.top_k), budget.experts)
+    prices = Prices(
+        {unit: dict.fromkeys(formats, free) for unit, formats in offered.items()},
+        {layer: dict.fromkeys({kept[0]} - {a.experts}, free) for layer in a.moe_layers},
+        np.zeros((0, a.experts), np.int64),
+        tokens=0,
+    )
+    menu = menu_of(source, container, prices, kept[:1])
+    Frontier.of(menu).fit(budget.bytes(menu))
 
 
 def price_text(

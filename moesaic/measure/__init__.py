@@ -1,12 +1,14 @@
 """Harm in nats: what options cost alone, what plans cost whole, and the rule that leads from one to the other.
 
 branch.py runs models that differ from the source in some units, any number in one sweep; excess.py is their KL;
-prices.py asks for every option alone; composition.py fits the rule.
+prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (reverse.py) instead;
+composition.py fits the rule.
 """
 
 from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
 from .composition import Rule
 from .prices import Price, Prices, default_counts, offers, price, singles
+from .surrogate import Sensed, sense, surrogate
 
 __all__ = [
     "Branch",
@@ -15,12 +17,15 @@ __all__ = [
     "Price",
     "Prices",
     "Rule",
+    "Sensed",
     "affordable_tokens",
     "default_counts",
     "effort",
     "measure",
     "offers",
     "price",
+    "sense",
     "singles",
     "some_rows",
+    "surrogate",
 ]

@@ -79,6 +79,7 @@ class Effort:
     """What measuring will take, known before it starts.
 
     token_layers      tokens through a layer, all branches and the source's own
+    head_layers       what telling logits apart comes to besides, counted as if it were more of these
     one_by_one        the same if each branch were run by itself from the embedding
     read_bytes        of weights; `one_by_one_bytes` if each branch read them all
     memory_bytes      hidden states of the largest batch, beside what `LayerRun` needs
@@ -86,6 +87,7 @@ class Effort:
     """
 
     token_layers: int
+    head_layers: int
     one_by_one: int
     read_bytes: int
     one_by_one_bytes: int
@@ -94,7 +96,8 @@ class Effort:
 
     def __str__(self) -> str:
         return (
-            f"{self.token_layers:,} token-layers in {self.batches} sweep{'s' * (self.batches > 1)} "
+            f"{self.token_layers:,} token-layers and {self.head_layers:,} for logits in {self.batches} "
+            f"sweep{'s' * (self.batches > 1)} "
             f"({self.one_by_one / max(self.token_layers, 1):.1f} times as many one by one), "
             f"{self.read_bytes / 1e9:,.2f} GB to read ({self.one_by_one_bytes / 1e9:,.2f} one by one), "
             f"{self.memory_bytes / 1e9:,.2f} GB of hidden states"
@@ -121,12 +124,21 @@ def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memo
     ridden = sum(a.layers - b.first(a) for b in branches) + sum(a.layers - s for s in starts) + max(starts, default=0)
     return Effort(
         tokens * ridden,
+        round(tokens * len(branches) * head_layers(a)),
         tokens * a.layers * (len(branches) + 1),
         int(sum(stored_L[s:].sum() for s in starts)),
         int(stored_L.sum()) * (len(branches) + 1),
         state_bytes * (max(map(len, groups), default=0) + 1),
         len(groups),
     )
+
+
+def head_layers(architecture: Architecture) -> float:
+    """Layers that weigh as much as a branch's logits: one product with the head, and an exponential of each."""
+    a, per_layer = architecture, np.zeros(architecture.layers)
+    for n in a.linears:
+        per_layer[n.layer] += n.elements if n.expert is None else n.elements * a.top_k / a.experts
+    return 2 * a.vocab * a.hidden / float(per_layer.mean())
 
 
 def rounded(
@@ -168,7 +180,8 @@ def affordable_tokens(checkpoint: Checkpoint, branches: Sequence[Branch], second
     began = time.monotonic()
     run.advance(checkpoint.architecture.layers - 1, [State(run.embed(row_1T))])
     seconds_each = (time.monotonic() - began) / row_1T.numel()
-    return int(seconds / seconds_each / effort(checkpoint, branches, 1, 1 << 60).token_layers)
+    each = effort(checkpoint, branches, 1, 1 << 60)
+    return int(seconds / seconds_each / (each.token_layers + each.head_layers))
 
 
 def measure(
@@ -197,7 +210,8 @@ def measure(
     foreseen, saved = effort(checkpoint, list(left.values()), tokens.tokens, limit), folder / "riders.safetensors"
     if left and not quiet:
         print(f"{title}: {foreseen}", file=sys.stderr, flush=True)
-    with progress(title, foreseen.token_layers if left else 0, "token-layers", quiet) as meter:
+    total = foreseen.token_layers + foreseen.head_layers if left else 0
+    with progress(title, total, "token-layers", quiet) as meter:
         at, source = 0, State(run.embed(tokens.ids_BT))
         for group in grouped(run, left, saved, inputs, tokens.tokens, limit):
             start = next(iter(group.values())).first(run.architecture)
@@ -257,7 +271,9 @@ def ride(
     states = reached[1]
     nowhere = len(branches) + 1 - len(states)  # branches that differ from the source in nothing
     hidden = [s.hidden_BTD for s in states[1:]] + [states[0].hidden_BTD] * nowhere
-    return [summary(kl_BS) for kl_BS in excess(run, states[0].hidden_BTD, hidden)]
+    each = head_layers(run.architecture) / run.architecture.vocab
+    found = excess(run, states[0].hidden_BTD, hidden, lambda logits: advance(round(logits * each)))
+    return [summary(kl_BS) for kl_BS in found]
 
 
 def state_of(run: LayerRun, branch: Branch, hidden_BTD: Tensor, way: Mapping[str, Change]) -> State:

@@ -6,7 +6,7 @@ sum's rounding enters squared). A branch costs one product with the head and one
 figures but KL, and overlap: see divergence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,20 @@ from torch import Tensor
 
 from ..stream import LayerRun
 from ..stream.memory import spans
+from ..stream.state import ignore
 
 COPIES = 5  # F32 tensors [tokens, ids] at the worst moment
 
 
 @torch.no_grad()
-def excess(run: LayerRun, source_BTD: Tensor, branches: Sequence[Tensor]) -> list[Tensor]:
+def excess(
+    run: LayerRun, source_BTD: Tensor, branches: Sequence[Tensor], advance: Callable[[int], None] = ignore
+) -> list[Tensor]:
     """KL(source ‖ branch) in nats of every next-token distribution but each row's last, [B, T − 1] float64, CPU.
 
     source_BTD and branches are hidden states [B, T, D] after the last layer. NaN where either is not finite, or
     where a branch lifts a logit by more than 80 nats above the source: no F32 holds what follows. The head is
-    read twice for all branches together.
+    read twice for all branches together; `advance` is told how many of the branches' logits are done.
     """
     norm, shape = run.norm(), source_BTD[:, :-1].shape[:2]
     x_ND = run.in_spans(norm, source_BTD[:, :-1].flatten(0, 1), 4)
@@ -44,4 +47,5 @@ def excess(run: LayerRun, source_BTD: Tensor, branches: Sequence[Tensor]) -> lis
                 d_nv = F.linear(off_ND[n], head_vD).float()
                 m[i, n] += torch.linalg.vecdot(p_nv, d_nv)
                 u[i, n] += torch.linalg.vecdot(p_nv, torch.expm1(d_nv).sub_(d_nv))
+                advance(d_nv.numel())
     return [kl_N.view(shape).cpu() for kl_N in ((u + m).log1p() - m).clamp_min(0.0).where(u.isfinite(), torch.nan)]

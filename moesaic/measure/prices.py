@@ -1,6 +1,7 @@
 """What each option costs alone, in nats per token: formats a unit may take, counts of experts a layer may keep.
 
-An option is a branch that differs in one unit; `measure` runs them all. Prices of single options do not add up to a
+An option is a branch that differs in one unit; `measure` runs them all. Or slopes say what they cost (surrogate), or
+traces of the Fisher matrix do (trace): the table is the same. Prices of single options do not add up to a
 plan's KL: `composition` says what they come to. Leaves out choosing (allocate), and bytes.
 """
 
@@ -17,9 +18,11 @@ from ..errors import PlanError
 from ..formats import FORMATS
 from ..plan import SOURCE
 from ..tokens import TokenSet
-from .branch import Branch, Measured, measure
+from .branch import Branch, measure
 
 KIND = "costs"
+MEASURED = "measured"
+Key = tuple[str, str] | tuple[int, int]  # (unit, format), or (MoE layer, kept count)
 KEPT_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of experts, at which dropping is measured; between them it is interpolated
 
 
@@ -38,12 +41,29 @@ class Prices:
     rounded   unit -> format -> price; "source" costs nothing
     dropped   MoE layer -> kept count -> price, in the order `order_LE`, rows of which are `dropped`'s layers
     tokens    that were read
+    harm      how they were found: "measured", "surrogate" or "trace"
     """
 
     rounded: Mapping[str, Mapping[str, Price]]
     dropped: Mapping[int, Mapping[int, Price]]
     order_LE: np.ndarray
     tokens: int
+    harm: str = MEASURED
+
+    @staticmethod
+    def of(
+        harm: str, offered: Mapping[str, Sequence[str]], layers: Sequence[int], order_LE: np.ndarray, tokens: int,
+        found: Mapping[Key, Price],
+    ) -> "Prices":  # fmt: skip
+        """From the price of each (unit, format) but "source", and each (MoE layer, kept count)."""
+        rounded = {unit: {f: found[unit, f] for f in of if f != SOURCE} for unit, of in offered.items()}
+        for unit, of in offered.items():
+            rounded[unit] |= {SOURCE: Price(0.0, 0.0)} if SOURCE in of else {}
+        dropped: dict[int, dict[int, Price]] = {layer: {} for layer in layers}
+        for (where, what), price in found.items():
+            if isinstance(where, int) and isinstance(what, int):
+                dropped[where][what] = price
+        return Prices(rounded, dropped, order_LE, tokens, harm)
 
     def kept(self, count: int) -> dict[int, tuple[int, ...]]:
         """MoE layer -> the ids that stay, ascending; nothing for all of them."""
@@ -71,6 +91,7 @@ class Prices:
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
         body = {
             "unit": "nats per token of KL(source‖option), each option alone",
+            "harm": self.harm,
             "tokens": self.tokens,
             "rounded": {u: {f: vars(p) for f, p in of.items()} for u, of in self.rounded.items()},
             "dropped": {str(n): {str(k): vars(p) for k, p in of.items()} for n, of in self.dropped.items()},
@@ -86,6 +107,7 @@ class Prices:
             {int(n): {int(k): Price(**p) for k, p in of.items()} for n, of in body["dropped"].items()},
             np.array(body["order"], np.int64),
             body["tokens"],
+            body.get("harm", MEASURED),
         )
 
 
@@ -160,18 +182,8 @@ def price(
         checkpoint, branches, tokens, run / "costs", rounding=rounding, memory_bytes=memory_bytes, quiet=quiet,
         title="price",
     )  # fmt: skip
-    rounded: dict[str, dict[str, Price]] = {unit: {} for unit in offered}
-    dropped: dict[int, dict[int, Price]] = {layer: {} for layer in checkpoint.architecture.moe_layers}
-    for (unit, format), m in zip(options, found):
-        rounded[unit][format] = of(m)
-    for (layer, count), m in zip(cuts, found[len(options) :]):
-        dropped[layer][count] = of(m)
-    for unit, formats in offered.items():
-        rounded[unit] |= {format: Price(0.0, 0.0) for format in formats if format == SOURCE}
-    prices = Prices(rounded, dropped, order_LE, tokens.tokens)
+    keys: list[Key] = [*options, *cuts]
+    nats = {key: Price(m.nats, m.error) for key, m in zip(keys, found)}
+    prices = Prices.of(MEASURED, offered, checkpoint.architecture.moe_layers, order_LE, tokens.tokens, nats)
     prices.save(run / "costs.json", inputs)
     return prices
-
-
-def of(measured: Measured) -> Price:
-    return Price(measured.nats, measured.error)

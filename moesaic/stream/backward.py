@@ -1,0 +1,276 @@
+"""A layer backward: from slopes of the loss behind it to slopes before it, and what each matrix had to do with them.
+
+Every half of a layer is run again from the hidden states that went in, with autograd, rows or tokens of a span at
+a time; experts one at a time, with their own tokens. So memory is that of `LayerRun`, and for the unit in hand what
+all its matrices multiply and what comes out. Slopes are d(summed loss)/d(hidden state). Choices are held: which
+experts a token selects, which keys an indexer keeps; gates move. `tail` is where slopes begin. Leaves out what is
+done with them (measure).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..families import Linear
+from .attention import ROW_COPIES, SCORE_COPIES
+from .experts import INNER_COPIES, ExpertWeights, route
+from .layer import LayerRun
+from .memory import ahead, spans
+from .state import Routing, ignore
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class UnitPass:
+    """Matrices that are read together, on the tokens that they saw. An expert's tokens may come in several passes.
+
+    Matrix i multiplied x[i] [n, I]; the loss rises by slope[i] [n, O] times what is added to its output.
+    """
+
+    unit: str
+    linears: tuple[Linear, ...]
+    w: tuple[Tensor, ...]  # [O, I] each
+    x: tuple[Tensor, ...]
+    slope: tuple[Tensor, ...]
+    tokens_n: Tensor
+
+
+@dataclass(frozen=True)
+class GatePass:
+    """What the loss owes to each gate: slope_TE = slope of the routed sum · expert(x), where it was asked for, else 0."""
+
+    routing: Routing
+    slope_TE: Tensor
+
+
+def nothing_more(seen: Routing) -> Tensor | None:
+    """The answer to `Listener.wanted` of those that ask for no expert beyond the selected ones."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Called while a layer is run backward: `unit` for each unit, `wanted` once and then `gates` in a MoE layer.
+
+    wanted    says with a bool [T, E] on which tokens an expert is to be run beside those that selected it
+    """
+
+    unit: Callable[[UnitPass], None] = ignore
+    wanted: Callable[[Routing], Tensor | None] = nothing_more
+    gates: Callable[[GatePass], None] = ignore
+
+
+def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
+    """Slopes before `layer` [B, T, D], of the hidden states before it and the slopes behind it."""
+    middle_BTD = attended(run, layer, hidden_BTD)
+    h_TD, slope_TD = middle_BTD.flatten(0, 1), slope_BTD.flatten(0, 1)
+    norm = run.block(layer, ("post_attention_layernorm",)).requires_grad_(False).post_attention_layernorm
+    x_TD = run.in_spans(norm, h_TD, 4)
+    if layer in run.architecture.moe_layers:
+        before_TD = moe(run, layer, x_TD, slope_TD, listener)
+    else:
+        before_TD = mlp(run, layer, "mlp", x_TD, slope_TD, listener)
+    for span in spans(len(h_TD), 8 * 4 * h_TD.shape[1], run.buffer_bytes):
+        before_TD[span] = pulled(norm, h_TD[span], before_TD[span])[0]
+    slope_TD = slope_TD + before_TD
+    return attention(run, layer, hidden_BTD, slope_TD.view_as(slope_BTD), listener)
+
+
+def attended(run: LayerRun, layer: int, hidden_BTD: Tensor) -> Tensor:
+    """Hidden states between the halves of a layer."""
+    block = run.block(layer, ("input_layernorm", "self_attn")).requires_grad_(False)
+    forward = attention_of(run, block)
+    return torch.cat([h + forward(h) for h in hidden_BTD.split(1)])
+
+
+def attention_of(run: LayerRun, block: Any) -> Forward:
+    def forward(h_BTD: Tensor) -> Tensor:
+        positions_1T = torch.arange(h_BTD.shape[1], device=h_BTD.device)[None]
+        out_BTD: Tensor = block.self_attn(
+            hidden_states=block.input_layernorm(h_BTD), position_embeddings=run.rotary(h_BTD, positions_1T),
+            attention_mask=None, position_ids=positions_1T, past_key_values=None,
+        )[0]  # fmt: skip
+        return out_BTD
+
+    return forward
+
+
+def attention(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
+    """Whole rows: a row needs `SCORE_COPIES` tensors [heads, T, T] where its attention is sparse."""
+    block = run.block(layer, ("input_layernorm", "self_attn")).requires_grad_(False)
+    length, heads = hidden_BTD.shape[1], run.config.num_attention_heads
+    row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * run.config.head_dim)
+    parts = list(spans(len(hidden_BTD), row_bytes, run.buffer_bytes // 4))
+    forward = attention_of(run, block)
+    return slope_BTD + module_back(run, layer, block, "self_attn", forward, hidden_BTD, slope_BTD, parts, listener)
+
+
+def mlp(run: LayerRun, layer: int, name: str, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
+    """The dense or shared MLP of that name."""
+    block = run.block(layer, (name,)).requires_grad_(False)
+    module = block.get_submodule(name)
+    bytes_each = 2 * run.widening(module) * x_TD.shape[1] * x_TD.itemsize
+    parts = list(spans(len(x_TD), bytes_each, run.buffer_bytes))
+    return module_back(run, layer, block, name, module, x_TD, slope_TD, parts, listener)
+
+
+def module_back(
+    run: LayerRun, layer: int, block: nn.Module, name: str, forward: Forward, x: Tensor, slope: Tensor,
+    parts: Sequence[slice], listener: Listener,
+) -> Tensor:  # fmt: skip
+    """Slopes before `forward`, part by part, and its units told to the listener once all parts are through."""
+    linears_of = {
+        module: linears
+        for parameter, tensors in run.family.parameters(run.architecture, layer).items()
+        for module in [parameter.rsplit(".", 1)[0]]
+        if module.startswith(f"{name}.")
+        and (linears := [n for t in tensors if (n := run.architecture.by_name.get(t.removesuffix(".weight")))])
+    }
+    before, heard = torch.empty_like(x), dict[str, list[tuple[Tensor, Tensor]]]()
+    for part in parts:
+        caught: dict[str, tuple[Tensor, Tensor]] = {}
+        hooks = [block.get_submodule(m).register_forward_hook(catch(m, caught)) for m in linears_of]
+        try:
+            before[part], *slopes = pulled(forward, x[part], slope[part], caught)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for (module, (seen, _)), found in zip(caught.items(), slopes):
+            heard.setdefault(module, []).append((seen.detach().flatten(0, -2), found.flatten(0, -2)))
+    units: dict[str, list[tuple[Linear, Tensor, Tensor]]] = {}
+    for module, passes in heard.items():
+        seen_nI, found_nO = (torch.cat(tensors) for tensors in zip(*passes))
+        linears = linears_of[module]
+        for n, slope_nO in zip(linears, found_nO.split([n.shape[0] for n in linears], 1)):
+            units.setdefault(n.unit, []).append((n, seen_nI, slope_nO))
+    everyone = torch.arange(x.shape[:-1].numel(), device=x.device)
+    for unit, members in units.items():
+        order = {n.name: i for i, n in enumerate(run.architecture.units[unit])}
+        linears_, xs, slopes_ = zip(*sorted(members, key=lambda m: order[m[0].name]))
+        w = tuple(run.weight(f"{n.name}.weight").float() for n in linears_)
+        listener.unit(UnitPass(unit, linears_, w, xs, slopes_, everyone))
+    return before
+
+
+def catch(module: str, caught: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """A hook that notes what a matrix multiplies, and the node of the graph that comes out."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        caught[module] = inputs[0], out
+
+    return hook
+
+
+def pulled(
+    forward: Forward, x: Tensor, slope: Tensor, caught: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> list[Tensor]:
+    """The slope at `x`, and at each output that `forward` leaves in `caught`; 0 where the loss does not depend on it."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = forward(x)
+    nodes = [x, *(node for _, node in (caught or {}).values())]
+    found = torch.autograd.grad(out, nodes, slope, allow_unused=True)
+    return [torch.zeros_like(node) if g is None else g for node, g in zip(nodes, found)]
+
+
+def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
+    """Slopes before router, experts and shared expert."""
+    a = run.architecture
+    router_ED, bias_E = (run.checkpoint.read(n).to(run.device) for n in a.routers[layer])
+    routed_TD = slope_TD * run.family.routed_scale(run.text)
+    with torch.enable_grad():
+        leaf_TD = x_TD.detach().requires_grad_()
+        moving = route(layer, leaf_TD, router_ED, bias_E, a.top_k)
+    routing = Routing(layer, moving.affinity_TE.detach(), moving.experts_Tk, moving.gates_Tk.detach(), x_TD)
+    gate_TE = torch.zeros_like(routing.affinity_TE).scatter_(1, routing.experts_Tk, routing.gates_Tk)
+    selected_TE = torch.zeros_like(gate_TE, dtype=torch.bool).scatter_(1, routing.experts_Tk, True)
+    wanted_TE = listener.wanted(routing)
+    more_TE = torch.zeros_like(selected_TE) if wanted_TE is None else wanted_TE & ~selected_TE
+    before_TD, owed_TE = torch.zeros_like(x_TD), torch.zeros_like(gate_TE)
+    asked = (selected_TE | more_TE).any(0).nonzero().flatten().tolist()
+    for e, stored in ahead(lambda e: run.read_expert(layer, e), asked):
+        linears, weights = tuple(linear for linear, _ in stored.values()), run.decode_expert(stored, None)
+        del stored
+        inner = weights.gate.shape[0]
+        for tokens_T, selected in ((selected_TE[:, e], True), (more_TE[:, e], False)):
+            tokens = tokens_T.nonzero().flatten()
+            for span in spans(len(tokens), 4 * (2 * INNER_COPIES * inner + 4 * a.hidden), run.buffer_bytes):
+                n = tokens[span]
+                if not selected:
+                    f_nD, _ = expert(run, weights, x_TD[n])
+                    owed_TE[n, e] = (f_nD * routed_TD[n]).sum(1)
+                    continue
+                f_nD, found, seen = expert_back(run, weights, x_TD[n], routed_TD[n] * gate_TE[n, e, None])
+                owed_TE[n, e] = (f_nD * routed_TD[n]).sum(1)
+                before_TD.index_add_(0, n, found[0])
+                w = weights.gate, weights.up, weights.down
+                listener.unit(UnitPass(linears[0].unit, linears, w, seen, tuple(found[1:]), n))
+    listener.gates(GatePass(routing, owed_TE))
+    before_TD += torch.autograd.grad(moving.gates_Tk, leaf_TD, owed_TE.gather(1, routing.experts_Tk))[0]
+    if run.family.shared:
+        before_TD += mlp(run, layer, run.family.shared, x_TD, slope_TD, listener)
+    return before_TD
+
+
+def expert(run: LayerRun, weights: ExpertWeights, x_nD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What an expert makes of tokens, and on the way: gate's, up's and down's outputs, and what down multiplies."""
+    gate_nI, up_nI = F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up)
+    inner_nI = run.family.activate(run.text, gate_nI, up_nI)
+    f_nD = F.linear(inner_nI, weights.down)
+    return f_nD, (gate_nI, up_nI, f_nD, inner_nI)
+
+
+def expert_back(
+    run: LayerRun, weights: ExpertWeights, x_nD: Tensor, slope_nD: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """An expert's output; slopes at x and behind gate, up and down; and what those three multiply."""
+    with torch.enable_grad():
+        x_nD = x_nD.detach().requires_grad_()
+        f_nD, (gate_nI, up_nI, _, inner_nI) = expert(run, weights, x_nD)
+    found = torch.autograd.grad(f_nD, (x_nD, gate_nI, up_nI, f_nD), slope_nD)
+    return f_nD.detach(), found, (x_nD.detach(), x_nD.detach(), inner_nI.detach())
+
+
+@torch.no_grad()
+def drawn(run: LayerRun, hidden_BTD: Tensor, seed: int) -> Tensor:
+    """Ids [B, T − 1] drawn from the model's own next-token distributions, by the largest of logits with Gumbel noise."""
+    x_ND = run.in_spans(run.norm(), hidden_BTD[:, :-1].flatten(0, 1), 4)
+    highest_N = torch.full((len(x_ND),), -torch.inf, device=run.device)
+    label_N = torch.zeros(len(x_ND), dtype=torch.int64, device=run.device)
+    chance = torch.Generator(run.device).manual_seed(seed)
+    for block in run.vocabulary_spans():
+        head_vD = run.rows(run.architecture.head, block)
+        for n in spans(len(x_ND), 16 * len(head_vD), run.buffer_bytes):
+            logits_nv = F.linear(x_ND[n], head_vD).float()
+            noise_nv = torch.empty_like(logits_nv).exponential_(generator=chance).log_()
+            best_n, at_n = (logits_nv - noise_nv).max(-1)
+            label_N[n] = torch.where(best_n > highest_N[n], at_n + block.start, label_N[n])
+            highest_N[n] = torch.maximum(highest_N[n], best_n)
+    return label_N.view(len(hidden_BTD), -1)
+
+
+@torch.no_grad()
+def tail(run: LayerRun, hidden_BTD: Tensor, labels_BS: Tensor) -> Tensor:
+    """Slopes [B, T, D] behind the last layer of Σ −ln p(label): over every position but each row's last, S = T − 1."""
+    norm, h_ND = run.norm().requires_grad_(False), hidden_BTD[:, :-1].flatten(0, 1)
+    x_ND, label_N = run.in_spans(norm, h_ND, 4), labels_BS.flatten().to(run.device)
+    log_z_N = torch.full((len(x_ND),), -torch.inf, device=run.device)
+    for block in run.vocabulary_spans():
+        head_vD = run.rows(run.architecture.head, block)
+        for n in spans(len(x_ND), 8 * len(head_vD), run.buffer_bytes):
+            log_z_N[n] = torch.logaddexp(log_z_N[n], F.linear(x_ND[n], head_vD).float().logsumexp(-1))
+    slope_ND = torch.zeros_like(x_ND)
+    for block in run.vocabulary_spans():
+        head_vD = run.rows(run.architecture.head, block)
+        for n in spans(len(x_ND), 8 * len(head_vD), run.buffer_bytes):
+            p_nv = (F.linear(x_ND[n], head_vD).float() - log_z_N[n, None]).exp_()
+            here_n = ((label_N[n] >= block.start) & (label_N[n] < block.stop)).nonzero().flatten()
+            p_nv[here_n, label_N[n][here_n] - block.start] -= 1
+            slope_ND[n] += p_nv.to(x_ND.dtype) @ head_vD
+    for n in spans(len(h_ND), 8 * 4 * h_ND.shape[1], run.buffer_bytes):
+        slope_ND[n] = pulled(norm, h_ND[n], slope_ND[n])[0]
+    return F.pad(slope_ND.view(*hidden_BTD[:, :-1].shape), (0, 0, 0, 1))
