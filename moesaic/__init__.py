@@ -10,7 +10,7 @@ FLOORS = (
     ("errors",),
     ("registry", "artifact", "progress"),
     ("formats", "plan", "criteria"),
-    ("kernels", "families"),
+    ("kernels", "families", "recode"),
     ("containers",),
     ("checkpoint", "tokens"),
     ("corpus", "stream", "shards", "target", "reader"),
@@ -20,7 +20,7 @@ FLOORS = (
     ("verify", "evaluate", "inspect"),
     ("select", "report", "serve"),
     ("preview", "candidates"),
-    ("compress", "prune", "quantize"),
+    ("compress", "prune", "quantize", "convert"),
     ("demo",),
     ("cli",),
 )

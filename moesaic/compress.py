@@ -21,10 +21,12 @@ from .corpus import PYTHON_TEXT, Corpus
 from .errors import CheckError, InputError
 from .evaluate import Reading, Scores, evaluate
 from .export import export
+from .fit import Layout, check_layout
 from .formats import FORMATS
 from .plan import SOURCE, Plan
 from .report import report
 from .select import Selection, select_experts
+from .target import Target
 from .tokens import TokenSet
 from .verify import Verdict, expert_errors, verify
 
@@ -50,6 +52,7 @@ class Recipe:
     bits: float | None = None
     formats: tuple[str, ...] = FORMATS_OFFERED
     seconds: float | None = None  # for pricing options, about; None: as long as it takes
+    layout: Layout | None = None  # how it will be served: what an engine would not load so is refused, or not offered
 
     @property
     def has_budget(self) -> bool:
@@ -58,7 +61,7 @@ class Recipe:
     @property
     def budget(self) -> Budget:
         experts = () if self.experts is None else (self.experts,)
-        return Budget(self.fit, self.bits, experts, self.formats, seconds=self.seconds)
+        return Budget(self.fit, self.bits, experts, self.formats, seconds=self.seconds, layout=self.layout)
 
 
 def compress(
@@ -123,6 +126,8 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
         )
     if recipe.has_budget:
         check_budget(source, CONTAINERS[recipe.container], recipe.budget)
+    elif recipe.layout is not None:
+        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
 
 
 def keeps_formats(recipe: Recipe) -> bool:

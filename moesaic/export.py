@@ -23,10 +23,11 @@ from .families import Linear, TensorInfo
 from .kernels import cpu as kernels
 from .plan import Plan
 from .progress import progress
+from .recode import recode
 from .render import from_files
 from .rounding import ROUNDINGS, Rounding, round_siblings
 from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
-from .target import Target, keeps_bytes
+from .target import Target, keeps_bytes, keeps_values
 
 NOTE = "moesaic/plan.json"
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
@@ -44,6 +45,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rende
     target, rounding = Target.of(source, plan), rounding_of(plan)
     if rounding.needs and rendered is None:
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
+    try_recoding(target)
     shards = plan_shards(sorted_pieces(target, rendered), SHARD_BYTES)
     claim(out, source, plan)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
@@ -126,13 +128,13 @@ def linear_pieces(target: Target, rendered: Path | None) -> Iterator[Placed]:
             yield from copies(target, linear)
     rounding = rounding_of(target.plan)
     rounded: Make = partial(round_together, target, rounding=rounding)
-    if changed and rounding.needs and rendered is not None:
+    if rounding.needs and rendered is not None and not all(keeps_values(target, n) for n in changed):
         rounded = from_files(rendered, target)
     for group in siblings(changed):
         place = target.container.place(target.architecture, group[0])
         tensors = tuple(info for n in group for info in tensors_of(target, n).values())
         first = next(iter(stored_parts(target, group[0]).values()))
-        make = partial(rounded, group)
+        make = partial(partial(recoded, target) if keeps_values(target, group[0]) else rounded, group)
         yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
 
 
@@ -155,6 +157,38 @@ def tensors_of(target: Target, linear: Linear) -> dict[str, TensorInfo]:
 def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
     """Where the source has the tensors of a matrix of the target, by meaning."""
     return target.source.located(target.origin[linear.name])
+
+
+def try_recoding(target: Target) -> None:
+    """Recode one group of each kind: what a container cannot hold, it mostly cannot hold anywhere. Raises `PlanError`."""
+    kept = [n for n in target.architecture.linears if keeps_values(target, n) and not keeps_bytes(target, n)]
+    kinds = {
+        (group[0].role, group[0].projection, *(target.formats[n.name] for n in group)): group
+        for group in siblings(kept)
+    }
+    for group in kinds.values():
+        for _ in recoded(target, group):
+            pass
+
+
+def recoded(target: Target, group: tuple[Linear, ...]) -> Iterator[Tensor]:
+    """The same values under other codes, or other bytes. Raises `PlanError` where the target cannot hold them."""
+    source = target.source
+    shared: list[Tensor] = []
+    for linear in group:
+        origin, packing = target.origin[linear.name], target.packing(linear)
+        format = source.formats[origin.name]
+        codes_OI, scales = source.container.packing(format).unpack(source.parts(origin), origin.shape)
+        what = f"{linear.unit} ({origin.name})"
+        packed = packing.pack(*recode(what, format, packing.format, codes_OI, scales))
+        if scales.shared is not None:
+            shared += [s for s in (scales.shared, packing.unpack(packed, linear.shape)[1].shared) if s is not None]
+            if not all(torch.equal(s, shared[0]) for s in shared):
+                raise PlanError(
+                    f"{what} has a second scale that {target.container.name} cannot give it and the matrices fused with it; "
+                    f"keep it in {source.container.name}"
+                )
+        yield from (packed[key] for key in packing.parts(linear.shape))
 
 
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 from .artifact import read_json, write_json
 from .errors import PlanError
 
-SOURCE = "source"  # as a unit's format: the bytes that the source has, copied
+SOURCE = "source"  # as a unit's format: the source's values; its bytes, copied, wherever the container has the same
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .errors import CheckError, InputError
 from .export import check_free, export
+from .fit import Layout, check_layout
 from .formats import FORMATS
 from .plan import SOURCE, Plan
 from .rounding import ROUNDINGS
+from .target import Target
 from .verify import expert_errors, verify
 
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
@@ -21,12 +23,13 @@ SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qk
 
 def quantize(
     model: Path, out: Path, format: str, only: str = "experts", rest: str = SOURCE,
-    to: str = "compressed_tensors", rounding: str = "rtn", check: bool = True, quiet: bool = False,
+    to: str = "compressed_tensors", rounding: str = "rtn", layout: Layout | None = None, check: bool = True, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
 
     only  "experts" (routed experts) or "linears" (attention, shared and dense too)
     rest  "source": the others keep their bytes; "bf16" or another format: they are written in that
+    layout  how it will be served, if that is known: what an engine would not load so is refused
     Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
     """
     for what, name, there_are in (
@@ -38,6 +41,8 @@ def quantize(
     source = Checkpoint.open(model)
     check_free(out, source)
     plan = Plan(container=to, formats=formats_of(source, format, only, rest), rounding=rounding)
+    if layout is not None:
+        check_layout(Target.of(source, plan), layout)
     result = export(source, plan, out, quiet)
     facts: dict[str, Any] = {
         "model": str(model),

@@ -4,7 +4,7 @@ Everything follows from shapes: names, formats, config and exact bytes, so that 
 or refused in a second. A source that is a bare config will do. Leaves out writing (export).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from .checkpoint import Checkpoint, sample
 from .containers import CONTAINERS, Container, Packing
 from .errors import PlanError
 from .families import Architecture, Linear, with_experts
+from .formats import FORMATS
 from .plan import SOURCE, Plan
+from .recode import twins
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Target:
     architecture: Architecture
     formats: dict[str, str]  # linear of the target -> format
     origin: dict[str, Linear]  # linear of the target -> linear of the source
+    keeping: frozenset[str]  # units whose values are the source's
 
     @staticmethod
     def of(source: Checkpoint, plan: Plan) -> "Target":
@@ -43,21 +46,27 @@ class Target:
         )
         new = source.family.read(config)
         origin = {linear.name: origin_of(linear, old, plan) for linear in new.linears}
-        formats = {}
-        for linear in new.linears:
-            chosen = plan.formats.get(linear.unit, SOURCE)
-            formats[linear.name] = source.formats[origin[linear.name].name] if chosen == SOURCE else chosen
-        for format in sorted(set(formats.values())):
-            if format not in container.packings:
+        before = {name: source.formats[linear.name] for name, linear in origin.items()}
+        formats: dict[str, str] = {}
+        keeping = set()
+        for unit, members in new.units.items():
+            chosen = plan.formats.get(unit, SOURCE)
+            if chosen == SOURCE:
+                formats |= {n.name: twin(container, unit, members, before[n.name]) for n in members}
+            elif chosen in container.packings:
+                formats |= {n.name: chosen for n in members}
+            else:
                 raise PlanError(
-                    f"{container.name} carries {', '.join(container.packings)} and not {format}; "
-                    "choose another container, or another format for the units that would keep it"
+                    f"{container.name} carries {', '.join(container.packings)} and not {chosen}; "
+                    f"choose another container, or another format for {unit}"
                 )
+            if chosen == SOURCE or all(before[n.name] == chosen for n in members):
+                keeping.add(unit)
         for key in source.container.keys:
             config.pop(key, None)
         if (quantization := container.config(new, formats, source.config)) is not None:
             config |= dict.fromkeys(container.keys, quantization)
-        return Target(source, plan, container, config, new, formats, origin)
+        return Target(source, plan, container, config, new, formats, origin, frozenset(keeping))
 
     def packing(self, linear: Linear) -> Packing:
         return self.container.packing(self.formats[linear.name])
@@ -95,12 +104,35 @@ def origin_of(linear: Linear, old: Architecture, plan: Plan) -> Linear:
     return old.experts_of[linear.layer, plan.kept[linear.layer][linear.expert]][linear.projection]
 
 
+def twin(container: Container, unit: str, members: Sequence[Linear], format: str) -> str:
+    """The format in which `container` holds values of `format` as they are. Raises `PlanError` when there is none."""
+
+    def holds(container: Container, other: str) -> bool:
+        group = FORMATS[other].block[1] if other != format else 0
+        plain = other == "bf16" != format and len(container.packings) > 1  # four times the bytes is no twin to want
+        return other in container.packings and not plain and not (group and any(n.shape[1] % group for n in members))
+
+    for other in twins(format):
+        if holds(container, other):
+            return other
+    others = [c.name for c in CONTAINERS.values() if any(holds(c, other) for other in twins(format))]
+    raise PlanError(
+        f"{unit} is in {format}, and {container.name} has no format that holds its values as they are; "
+        f"{' and '.join(others)} would keep them, or round the unit to {', '.join(container.packings)}"
+    )
+
+
+def keeps_values(target: Target, linear: Linear) -> bool:
+    """Whether the target's weights are the source's to the bit, whatever they are packed as."""
+    return linear.unit in target.keeping
+
+
 def keeps_bytes(target: Target, linear: Linear) -> bool:
     """Whether the target's tensors of a matrix are the source's, but for their names."""
     source, origin = target.source, target.origin[linear.name]
-    if source.formats[origin.name] != target.formats[linear.name]:
-        return False
     format = target.formats[linear.name]
+    if not keeps_values(target, linear) or source.formats[origin.name] != format:
+        return False
     return source.container.packing(format).layout == target.container.packing(format).layout
 
 

@@ -25,13 +25,13 @@ from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
 from .errors import InputError, MoesaicError
-from .export import NOTE, carried, round_together, rounding_of
+from .export import NOTE, carried, recoded, round_together, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
 from .reader import Reader
 from .rounding import round_siblings
-from .target import Target, keeps_bytes
+from .target import Target, keeps_bytes, keeps_values
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
 SAMPLE_ROWS = 32  # decoded of a matrix whose magnitude its codes and scales already bound
@@ -44,7 +44,7 @@ CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 class Finding:
     """One thing that is wrong: which check, where, what."""
 
-    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "codes"
+    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "values", …
     where: str
     what: str
 
@@ -249,7 +249,10 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
                 for key in differing_parts(stored[linear.name], wanted):
                     verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
         if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
-            check_rounded(sides.source, target, group, stored, by_reference, verdict)
+            if keeps_values(target, group[0]):
+                check_recoded(sides.source, target, group, stored, verdict)
+            else:
+                check_rounded(sides.source, target, group, stored, by_reference, verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
     return verdict
 
@@ -292,14 +295,27 @@ def bounded(linear: Linear, packing: Packing, stored: Mapping[str, Tensor]) -> b
     return largest < high and math.sqrt(energy / linear.elements) > low
 
 
+def check_recoded(
+    source: Reader, target: Target, group: tuple[Linear, ...], stored: Mapping[str, Mapping[str, Tensor]], verdict: Verdict
+) -> None:  # fmt: skip
+    """The very values of the source under other codes: both sides decoded, and recoding done again."""
+    made = iter(recoded(target, group))
+    for linear in group:
+        packing, parts, origin = target.packing(linear), stored[linear.name], target.origin[linear.name]
+        wanted = {key: next(made) for key in packing.parts(linear.shape)}
+        w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
+        verdict.compared["values"] += 1
+        verdict.compared["codes"] += len(parts)
+        if wrong := int((packing.decode(parts, linear.shape) != w_OI).sum()):
+            verdict.add("values", linear.name, f"has {wrong:,} of {w_OI.numel():,} weights that are not the source's")
+        elif keys := differing_parts(parts, wanted):
+            verdict.add("codes", linear.name, f"means the source's weights by other {', '.join(keys)}")
+
+
 def check_rounded(
-    source: Reader,
-    target: Target,
-    group: tuple[Linear, ...],
-    stored: Mapping[str, Mapping[str, Tensor]],
-    by_reference: bool,
-    verdict: Verdict,
-) -> None:
+    source: Reader, target: Target, group: tuple[Linear, ...], stored: Mapping[str, Mapping[str, Tensor]],
+    by_reference: bool, verdict: Verdict,
+) -> None:  # fmt: skip
     """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
     weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
     again = rounded_again(target, group, weights, by_reference)

@@ -18,6 +18,7 @@ from ..calibrate import Statistics
 from ..checkpoint import Checkpoint
 from ..containers import Container
 from ..errors import PlanError
+from ..fit import Layout, servable
 from ..measure import (
     Branch,
     Measured,
@@ -53,6 +54,7 @@ class Budget:
     rule_plans    plans measured whole to learn how prices compose
     choice        candidates measured on text of their own
     memory_bytes  for hidden states; by itself half of what is free
+    layout        how the model will be served: formats that an engine would not load so are not on offer
     """
 
     fit: int | None = None
@@ -64,6 +66,12 @@ class Budget:
     choice: int = 6
     memory_bytes: int | None = None
     seconds: float | None = None
+    layout: Layout | None = None
+
+    def offered(self, source: Checkpoint, container: Container) -> dict[str, tuple[str, ...]]:
+        """Formats for each unit that engines load. Raises `PlanError`."""
+        found = offers(source, container, self.formats)
+        return found if self.layout is None else servable(source, container, found, self.layout)
 
     def bytes(self, menu: Menu) -> int:
         """Raises `PlanError` when nothing is asked for."""
@@ -101,7 +109,7 @@ def choose(
     Raises `PlanError` when nothing fits. Continues where it was stopped.
     """
     a = source.architecture
-    offered = offers(source, container, budget.formats)
+    offered = budget.offered(source, container)
     order_LE = order_experts(statistics, criterion, policy)
     counts = list(default_counts(a.experts, a.top_k))
     if budget.experts:
@@ -133,7 +141,7 @@ def choose(
 def check_budget(source: Checkpoint, container: Container, budget: Budget) -> None:
     """Raise `PlanError` where the smallest plan on offer is too large, before anything is read or measured."""
     a, free = source.architecture, Price(0.0, 0.0)
-    offered = offers(source, container, budget.formats)
+    offered = budget.offered(source, container)
     kept = kept_counts(a.experts, a.top_k, default_counts(a.experts, a.top_k), budget.experts)
     prices = Prices(
         {unit: dict.fromkeys(formats, free) for unit, formats in offered.items()},

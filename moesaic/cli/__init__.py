@@ -69,6 +69,12 @@ COMMANDS = {
         options.quantize_options,
         commands.run_quantize,
     ),
+    "export": Command(
+        "write a run's plan, or any model in another container, nothing rounded",
+        "moesaic export M3-MXFP4 --to mlx",
+        options.export_options,
+        commands.run_export,
+    ),
     "verify": Command(
         "reopen an export and check everything",
         "moesaic verify M3-64e --source MiniMax-M3-MXFP8",

@@ -25,6 +25,10 @@ def corpus(a: Arguments) -> Any:
     return room("corpus").Corpus(a.data, a.heldout, a.tokens, a.length, a.seed)
 
 
+def layout(a: Arguments) -> Any:
+    return room("fit").layout_of(a.tensor_parallel, a.expert_parallel)
+
+
 def run_inspect(a: Arguments) -> dict[str, Any]:
     facts = room("inspect").inspect(a.model, a.base)
     show(room("inspect").table(facts))
@@ -59,13 +63,28 @@ def run_prune(a: Arguments) -> dict[str, Any]:
 
 def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, not a.no_verify, a.quiet
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet
     )
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
         print(
             f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm"
         )
+    sizes(facts)
+    return facts
+
+
+def run_export(a: Arguments) -> dict[str, Any]:
+    convert = room("convert")
+    if convert.is_run(a.model):
+        facts = convert.export_run(a.model, a.out, a.to, layout(a), not a.no_verify, a.quiet)
+    elif a.to is None:
+        raise InputError(f"{a.model} is a model and no run; say in which container to write it, as --to mlx")
+    else:
+        out = a.out or a.model.with_name(f"{a.model.name}-{a.to}")
+        facts = convert.convert(a.model, out, a.to, layout(a), not a.no_verify, a.quiet)
+    for way, count in facts["matrices"].items():
+        print(f"{count:>9,} matrices  {way}")
     sizes(facts)
     return facts
 
@@ -107,14 +126,16 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
 
 
 def run_compress(a: Arguments) -> dict[str, Any]:
-    size = a.fit
+    size, served = a.fit, layout(a)
     if a.devices:
         fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
-        size = fit.budget(fit.Machine.parse(a.devices), source, a.context)
-        print(f"budget   {room('inspect').size(size)} on {a.devices}")
+        machine = fit.Machine.parse(a.devices)
+        size, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
+        print(f"budget   {room('inspect').size(size)} on {a.devices}, served as {served.name}")
     recipe = room("compress").Recipe(
         a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, None if a.hours is None else 3600 * a.hours,
+        served,
     )  # fmt: skip
     return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))
 
@@ -209,7 +230,8 @@ def plus_minus(score: dict[str, Any]) -> str:
 def sizes(facts: dict[str, Any]) -> None:
     size = room("inspect").size
     before, after = facts["source_bytes"], facts["bytes"]
-    print(f"{size(before)} -> {size(after)}, {1 - after / before:.1%} saved, in {facts['out']}")
+    change = f"{1 - after / before:.1%} saved" if after <= before else f"{after / before - 1:.1%} more"
+    print(f"{size(before)} -> {size(after)}, {change}, in {facts['out']}")
     if "verified" in facts:
         print("verified: " + ", ".join(f"{check} × {count:,}" for check, count in facts["verified"].items()))
 

@@ -58,6 +58,13 @@ def text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
 
 
+def parallel_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="devices to serve on: refuse what they would not load"
+    )
+    p.add_argument("--expert-parallel", action="store_true", help="with whole experts on each of them")
+
+
 def inspect_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
     p.add_argument("--base", type=Path, metavar="MODEL", help="find which experts of this model were kept")
@@ -90,6 +97,7 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
     p.add_argument("--rounding", default="rtn", help="rtn, or search for better scales (default %(default)s)")
+    parallel_options(p)
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
 
 
@@ -107,6 +115,7 @@ def compress_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
     p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
+    parallel_options(p)
     p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
     p.add_argument(
         "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"
@@ -159,6 +168,16 @@ def serve_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
+
+
+def export_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path, help="a model folder, or a run folder with a plan")
+    p.add_argument(
+        "out", type=Path, nargs="?", help="(default MODEL-CONTAINER; of a run RUN/model, RUN/model-CONTAINER)"
+    )
+    p.add_argument("--to", metavar="CONTAINER", help="mlx, compressed_tensors, auto_round, gptq, unquantized, …")
+    parallel_options(p)
+    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
 
 
 def report_options(p: argparse.ArgumentParser) -> None:

@@ -123,6 +123,7 @@ class Container:
              or None where this container writes none; raises PlanError for what its engines would not load
     place    (architecture, linear) -> where its tensors lie
     keys     where config.json has what `config` returns; the first is the one that engines read
+    expert_parallel  whether its engines can give whole experts to each device
     """
 
     name: str
@@ -133,6 +134,7 @@ class Container:
     reference: str
     place: Callable[[Architecture, Linear], Place] = alone
     keys: tuple[str, ...] = ("quantization_config",)
+    expert_parallel: bool = True
 
     def packing(self, format: str) -> Packing:
         if format not in self.packings:

@@ -184,5 +184,5 @@ def format_of(module: str, default: Mapping[str, Any], said: Mapping[str, Any] |
 
 MLX = Container(
     "mlx", "mlx", PACKINGS, formats, config, "https://github.com/ml-explore/mlx-lm",
-    place, ("quantization", "quantization_config"),
+    place, ("quantization", "quantization_config"), expert_parallel=False,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from .footprint import Footprint
 from .machine import CARDS, Card, Machine
+from .parallel import check_layout, layout_of, servable
 from .plans import asked, budget, budget_of, choose, plans
 from .shapes import Figure, Layout, Model, Shapes
 from .show import explain, table
@@ -73,6 +74,6 @@ def verdict(longest: dict[str, int], context: int) -> str:
 
 
 __all__ = [
-    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "budget", "explain", "fit",
-    "table",
+    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "budget", "check_layout", "explain", "fit",
+    "layout_of", "servable", "table",
 ]  # fmt: skip

@@ -173,8 +173,8 @@ class Shapes:
         terms = [(k.number(Layout(1), self.experts), k.bytes(k.shape)) for k in self.kinds]
         return Figure("on disk", sum(n * size for n, size in terms), " + ".join(f"{n:,} × {b:,}" for n, b in terms))
 
-    def refusals(self, layout: Layout) -> list[str]:
-        """Why vLLM would not start the model so laid out; empty when it would."""
+    def indivisible(self, layout: Layout) -> list[str]:
+        """Why no format would make vLLM start the model so laid out; empty when some would."""
         n, s = layout.devices, self.serving
         bad = []
         if s.heads % n:
@@ -183,7 +183,11 @@ class Shapes:
             bad.append(f"{s.kv_heads} key/value heads and {n} devices do not divide")
         if n > self.experts:
             bad.append(f"{n} devices are more than {self.experts} experts")
-        return bad or [refusal for kind in self.kinds if (refusal := kind.refusal(layout))]
+        return bad
+
+    def refusals(self, layout: Layout) -> list[str]:
+        """Why vLLM would not start the model so laid out; empty when it would."""
+        return self.indivisible(layout) or [why for kind in self.kinds if (why := kind.refusal(layout))]
 
     def layouts(self, devices: int) -> dict[Layout, list[str]]:
         """Every way to lie on so many devices, the preferred one first, with what speaks against it."""

@@ -16,7 +16,7 @@ from ..families import Linear
 from ..progress import Meter
 from ..rounding import Inputs, Rounding, round_members
 from ..stream import LayerRun, LinearPass, Observer, Routing, State
-from ..target import Target, keeps_bytes
+from ..target import Target, keeps_values
 from .experts import Experts, batch_of
 from .group import KIND, Group, Members, format_of, path_of, read_values, weights_of, write_group
 
@@ -35,7 +35,7 @@ class Work:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        changed = [n for n in self.target.architecture.linears if not keeps_bytes(self.target, n)]
+        changed = [n for n in self.target.architecture.linears if not keeps_values(self.target, n)]
         self.groups = siblings(changed)
         self.by_origin = {self.target.origin[n.name].name: group for group in self.groups for n in group}
 

@@ -1,0 +1,97 @@
+"""A model in another container, its values untouched: bytes copied where both containers agree, codes carried over elsewhere.
+
+Nothing is rounded. What the other container cannot hold exactly is refused, by the name of its unit and with the
+containers that can. Leaves out changing formats (quantize) and choosing them (compress).
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .artifact import read_json, write_json
+from .checkpoint import Checkpoint
+from .containers import CONTAINERS
+from .errors import CheckError, InputError
+from .export import check_free, export
+from .fit import Layout, check_layout
+from .plan import Plan
+from .target import Target, keeps_bytes, keeps_values
+from .verify import verify
+
+PLAN, DESCRIPTION = "plan.json", "source.json"  # of a run
+RENDERED = "rendered"
+
+
+def convert(
+    model: Path, out: Path, to: str, layout: Layout | None = None, check: bool = True, quiet: bool = False
+) -> dict[str, Any]:
+    """Write the existing `model` to `out` in the container `to`; returns JSON-able facts. Interrupted, it continues.
+
+    `layout` is how it will be served: what an engine would not load so is refused.
+    Raises `PlanError` (and for names `InputError`) before the first byte for what cannot be carried over,
+    `CheckError` when the result does not verify.
+    """
+    if to not in CONTAINERS:
+        raise InputError(f"no container {to!r}; there are {', '.join(CONTAINERS)}")
+    source = Checkpoint.open(model)
+    if source.container.name == to:
+        raise InputError(f"{model} is in {to} already; name another container")
+    check_free(out, source)
+    return written(Target.of(source, Plan(to)), out, None, layout, check, quiet)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / PLAN).exists() and (folder / DESCRIPTION).exists()
+
+
+def export_run(
+    run: Path, out: Path | None, to: str | None, layout: Layout | None = None, check: bool = True, quiet: bool = False
+) -> dict[str, Any]:
+    """Carry out the plan of the run folder `run`: to run/model, and from there to the container `to` if that is another."""
+    source = Checkpoint.open(read_json(run / DESCRIPTION, "source")["model"])
+    plan, model = Plan.load(run / PLAN, {"source": source.identity}), run / "model"
+    if to is not None and to != plan.container:
+        if not (model / "config.json").exists():
+            export_run(run, None, None, None, check, quiet)
+        return convert(model, out or run / f"model-{to}", to, layout, check, quiet)
+    rendered = run / RENDERED if (run / RENDERED).exists() else None
+    check_free(out or model, source)
+    return written(Target.of(source, plan), out or model, rendered, layout, check, quiet)
+
+
+def written(
+    target: Target, out: Path, rendered: Path | None, layout: Layout | None, check: bool, quiet: bool
+) -> dict[str, Any]:
+    source = target.source
+    if layout is not None:
+        check_layout(target, layout)
+    result = export(source, target.plan, out, quiet, rendered)
+    facts: dict[str, Any] = {
+        "model": str(source.path),
+        "out": str(out),
+        "from": source.container.name,
+        "container": target.container.name,
+        "matrices": dict(Counter(way(target, name) for name in target.formats)),
+        "source_bytes": sum(t.bytes for t in source.inventory),
+        "bytes": sum(t.bytes for t in result.inventory),
+    }
+    if check:
+        verdict = verify(out, source, quiet)
+        facts["verified"] = dict(verdict.compared)
+        if not verdict.holds:
+            raise CheckError(
+                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and export again"
+            )
+    write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})
+    return facts
+
+
+def way(target: Target, name: str) -> str:
+    """How a matrix came over: "mxfp4 copied", "nvfp4 repacked", "int4_g128 as affine4_g128", "fp8_block rounded to mxfp4"."""
+    linear = target.architecture.by_name[name]
+    before, after = target.source.formats[target.origin[name].name], target.formats[name]
+    if not keeps_values(target, linear):
+        return f"{before} rounded to {after}"
+    if before != after:
+        return f"{before} as {after}"
+    return f"{after} {'copied' if keeps_bytes(target, linear) else 'repacked'}"
