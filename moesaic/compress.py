@@ -98,7 +98,7 @@ def compress(
     if not verdict.holds:
         raise CheckError(f"{run / 'model'} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings)")
 
-    scores = evaluate(source, result, [Reading.of(rows)], run, quiet=quiet)
+    scores = evaluate(source, result, [Reading.of(rows)], run, activations=("none", "engine"), quiet=quiet)
     page = report(run)
     return summary(source, result, scores, selection) | {
         "run": str(run),

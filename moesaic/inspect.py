@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, InputError
+from .divergence import kept_of
 from .families import TensorInfo
-
-SAME_ROW = 0.999  # cosine; rows of different experts are far below, rows rounded to BF16 far above
 
 
 @dataclass
@@ -59,7 +56,7 @@ def inspect(model: Path, base: Path | None = None) -> dict[str, Any]:
         "identity": checkpoint.identity,
     }
     if base is not None:
-        facts["kept"] = kept_of(checkpoint, Checkpoint.open(base))
+        facts["kept"] = {str(layer): ids for layer, ids in kept_of(checkpoint, Checkpoint.open(base)).items()}
     return facts
 
 
@@ -89,33 +86,6 @@ def formats_by_role(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     for linear in checkpoint.architecture.linears:
         found[linear.role][checkpoint.formats[linear.name]] += 1
     return {role: dict(counts) for role, counts in found.items()}
-
-
-def kept_of(pruned: Checkpoint, base: Checkpoint) -> dict[str, list[int]]:
-    """Which of the base's experts a pruned model kept, found by its router rows: no calibration, no note needed.
-
-    Raises `CheckpointError` when a row resembles none of the base's: then it is no relative of it.
-    """
-    a, b = pruned.architecture, base.architecture
-    if (a.family, a.moe_layers, a.hidden) != (b.family, b.moe_layers, b.hidden):
-        raise InputError(
-            f"{pruned.path} and {base.path} have different families, layers or widths; name the base it was made from"
-        )
-    found = {}
-    for layer in a.moe_layers:
-        mine, theirs = (
-            torch.nn.functional.normalize(c.read(c.architecture.routers[layer][0]).double(), dim=1)
-            for c in (pruned, base)
-        )
-        cosine, ids = (mine @ theirs.T).max(1)
-        if float(cosine.min()) < SAME_ROW or len(set(ids.tolist())) != len(ids):
-            worst = int(cosine.argmin())
-            raise CheckpointError(
-                f"router row {worst} of layer {layer} in {pruned.path} resembles none of {base.path} "
-                f"(cosine {float(cosine[worst]):.3f}); it was not made from that model"
-            )
-        found[str(layer)] = ids.tolist()
-    return found
 
 
 def size(count: int) -> str:

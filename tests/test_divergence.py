@@ -48,6 +48,8 @@ def test_numbers_worked_by_hand() -> None:
         "delta_p": 0.25,
         "same_top1": 0.0,
         "shared_top5": 0.8,
+        "greedy_source": 0.0,
+        "greedy_export": 1.0,
     }
     assert {name: found[name].item() for name in FIELDS} == pytest.approx(wanted, rel=1e-6)
 

@@ -1,25 +1,34 @@
 """How far one model is from another: KL in nats, perplexity of both, agreement, each with its error.
 
-comparison.py compares distributions token by token; lockstep.py takes two models through their layers
-to get there, branches.py takes many variants of one; bootstrap.py turns tokens into figures with errors.
-loops.py looks at a text that was generated.
+comparison.py compares distributions token by token, routing.py where tokens go; lockstep.py takes models
+through their layers to get there, branches.py takes many variants of one; activations.py is what an
+engine does besides; bootstrap.py turns tokens into figures with errors. loops.py looks at a text that
+was generated.
 """
 
+from .activations import WAYS, intakes
 from .bootstrap import Bootstrap, Estimate
+from .boundary import Known
 from .branches import against
 from .comparison import FIELDS, Comparison, Divergence
-from .lockstep import Lockstep, lockstep
+from .lockstep import Contender, Lockstep, lockstep
 from .loops import Looped, looped
+from .routing import kept_of
 
 __all__ = [
     "FIELDS",
+    "WAYS",
     "Bootstrap",
     "Comparison",
+    "Contender",
     "Divergence",
     "Estimate",
+    "Known",
     "Lockstep",
     "Looped",
     "against",
+    "intakes",
+    "kept_of",
     "lockstep",
     "looped",
 ]

@@ -20,6 +20,8 @@ FIELDS = (
     "delta_p",  # q − p of the token that follows
     "same_top1",  # 1 where both put the same token first
     "shared_top5",  # share of the source's first five that are among the export's
+    "greedy_source",  # 1 where the token that follows is the first choice
+    "greedy_export",
 )
 FLAGS = ("finite_source", "finite_export")
 
@@ -66,6 +68,8 @@ class Comparison:
             "delta_p": log_q_N.exp() - log_p_N.exp(),
             "same_top1": (p.ids_N5[:, 0] == q.ids_N5[:, 0]).double(),
             "shared_top5": (p.ids_N5[:, :, None] == q.ids_N5[:, None, :]).any(-1).double().mean(-1),
+            "greedy_source": (p.ids_N5[:, 0] == self.next_N).double(),
+            "greedy_export": (q.ids_N5[:, 0] == self.next_N).double(),
         }
         both_N = p.finite_N & q.finite_N
         values = {name: x_N.where(both_N, torch.nan).float() for name, x_N in found.items()}
@@ -120,14 +124,14 @@ class Divergence:
     """Per-token values of rows that two models have read. Row r, position t: the prediction of token t + 1."""
 
     scored_BS: Tensor  # bool, S = T − 1: which predictions count
-    values: Mapping[str, Tensor]  # `FIELDS` float32 and `FLAGS` bool, each [B, S], CPU; NaN where nothing is known
+    values: Mapping[str, Tensor]  # `FIELDS` (and what else is known) float32, `FLAGS` bool, [B, S], CPU; NaN: unknown
 
     @staticmethod
     def of(scored_BS: Tensor, found: Mapping[str, Tensor]) -> "Divergence":
         """From `Comparison.finish` of the scored positions, in row-major order."""
         values = {}
         for name, x_N in found.items():
-            empty = torch.nan if name in FIELDS else False
+            empty = torch.nan if x_N.is_floating_point() else False
             values[name] = torch.full(scored_BS.shape, empty, dtype=x_N.dtype)
             values[name][scored_BS] = x_N.cpu()
         return Divergence(scored_BS, values)

@@ -1,10 +1,12 @@
 """Evaluations, one file each, all fed by one sweep of source and export. `EVALUATIONS["kld"]` is evaluate/kld.py.
 
-Leaves out rounding of activations: figures here are of the weights as stored, multiplied in the
-arithmetic that is named in the result.
+In that sweep the export may ride more than once (activations left alone, and rounded as an engine
+does), and the source beside itself with the noise of BF16: what no measurement can see below.
+docs/SCORES.md says what the files hold. Leaves out text, haystacks and tasks: those are readings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,21 @@ import torch
 import transformers
 
 from .. import __version__
-from ..artifact import identity, read_tensors, write_tensors
+from ..artifact import identity, write_tensors
 from ..checkpoint import Checkpoint
-from ..divergence import FIELDS, Bootstrap, Divergence, Lockstep, lockstep
-from ..errors import InputError
+from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, kept_of, lockstep
+from ..divergence.activations import intakes, told
+from ..divergence.routing import Kept
+from ..errors import CheckpointError, InputError
 from ..progress import progress
 from ..registry import collect
 from ..stream import LayerRun
 from .base import Evaluation, Reading, Score, Scores, Scoring
 
-FINAL = "final_states"
 EVALUATIONS = collect(__name__, Evaluation)
-ACTIVATIONS = "not rounded"  # the other word will be "as the engine rounds them"
+FLOOR = "floor"
+NOISE = 2.0**-9  # about what rounding to BF16 does to a number, as a standard deviation relative to it
+FLOOR_SCORES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "delta_ln_ppl", "delta_p_rms")
 
 
 def evaluate(
@@ -32,6 +37,8 @@ def evaluate(
     readings: Sequence[Reading],
     folder: Path,
     *,
+    activations: Sequence[str] = ("none",),
+    floor: bool = True,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -40,10 +47,11 @@ def evaluate(
 ) -> Scores:
     """Read every reading with both models and score it; writes scores.json, scores.csv and scores.safetensors.
 
-    folder  where they go, and where an interrupted sweep is kept; scores.safetensors holds every
-            token's values in F32, `<reading>.<field>` [B, T−1]
-    cache   folder for the source's final hidden states: with them each further export costs one sweep
-            of its own bytes, and no error by layer is known
+    folder       where they go, and where an interrupted sweep is kept
+    activations  ways to run the export, of divergence.WAYS: the first is the one that plots are made of
+    floor        also the source against itself with one rounding to BF16 after every layer
+    cache        folder for what the source gave on these readings: with it each further export costs one
+                 sweep of its own bytes, and no error by layer is known
 
     Raises `InputError` when two readings bear one name or the models cannot be compared. Where no
     prediction is finite in both models a score's value is None, and the count of them is in the facts.
@@ -52,51 +60,86 @@ def evaluate(
     if not readings or len(set(names)) < len(names):
         raise InputError(f"{len(names)} readings named {names}; wanted one or more, of different names")
     rows = identity([r.identity for r in readings])
-    inputs = {"source": source.identity, "export": export.identity, "rows": rows}
     arithmetic = {"arithmetic": str(dtype).removeprefix("torch.")}
-    known = cache and cache / f"source-{identity(source.identity, rows, arithmetic)}.safetensors"
-    source_run, export_run = (LayerRun(checkpoint, device, dtype) for checkpoint in (source, export))
+    of_source = {"source": source.identity, "rows": rows} | arithmetic
+    inputs = of_source | {"export": export.identity}
+    kept, why_not = correspondence(source, export)
+    runs = [LayerRun(checkpoint, device, dtype) for checkpoint in (source, export)]
+    contenders = {way: Contender(runs[1], found, kept=kept) for way, found in ways(export, activations).items()}
+    path = cache and cache / f"source-{identity(of_source, seed)}.safetensors"
+    known = Known.load(path, of_source) if path and path.exists() else None
+    if known and floor and not known.floor:
+        known = None
+    if floor and known is None:
+        same = {layer: range(source.architecture.experts) for layer in source.architecture.moe_layers}
+        contenders[FLOOR] = Contender(runs[0], noise=NOISE, seed=seed, kept=same)
     with progress("evaluate", source.architecture.layers, "layers", quiet) as meter:
         outcome = lockstep(
-            source_run,
-            export_run,
-            [r.ids_BT for r in readings],
-            [r.scored_BS for r in readings],
-            save=folder / "evaluate.partial.safetensors",
-            inputs=inputs | arithmetic,
-            final=read_final(known) if known and known.exists() else None,
-            done=meter.advance,
-        )
-    if known and not known.exists():
-        write_tensors(known, FINAL, {str(i): h.cpu() for i, h in enumerate(outcome.final)}, inputs)
-    facts = (
-        conditions(source, export, readings, outcome) | arithmetic | {"device": str(source_run.device), "seed": seed}
-    )
-    scores = Scores(tuple(scored(readings, outcome, seed)), facts)
-    write_tokens(folder / "scores.safetensors", readings, outcome, inputs)
+            runs[0], contenders, [r.ids_BT for r in readings], [r.scored_BS for r in readings],
+            save=folder / "evaluate.partial.safetensors", inputs=inputs, known=known, done=meter.advance,
+        )  # fmt: skip
+    found = dict(outcome.divergences)
+    if known and floor:
+        found[FLOOR] = list(known.floor)
+    if path and known is None:
+        replace(outcome.known, floor=found.get(FLOOR, [])).save(path, of_source)
+    facts = conditions(source, export, readings, outcome, found) | arithmetic
+    facts |= {"device": str(runs[0].device), "seed": seed, "routing": why_not or "compared"}
+    facts["activations"] = {way: told(export, way) for way in dict.fromkeys(activations)}
+    scores = Scores(tuple(scored(readings, found, seed)), facts)
+    write_tokens(folder / "scores.safetensors", readings, found, inputs)
     scores.write(folder / "scores.json", inputs)
     return scores
 
 
-def scored(readings: Sequence[Reading], outcome: Lockstep, seed: int) -> list[Score]:
-    """What each evaluation says of each reading."""
-    found = []
-    for reading, divergence in zip(readings, outcome.divergences):
-        scoring = Scoring(reading, divergence, Bootstrap(divergence, seed))
-        found += [score for evaluation in EVALUATIONS.values() for score in evaluation.score(scoring)]
+def ways(export: Checkpoint, activations: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """How each way rounds inputs; one that rounds nothing is the first of its kind, under the name "none"."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for way in activations:
+        rounded = intakes(export, way)
+        found.setdefault(way if rounded else "none", rounded)
     return found
 
 
+def correspondence(source: Checkpoint, export: Checkpoint) -> tuple[Kept | None, str]:
+    """The export's experts in the source's numbering, or why there are none."""
+    try:
+        return kept_of(export, source), ""
+    except (CheckpointError, InputError) as error:
+        return None, f"not compared: {error}"
+
+
+def scored(readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]], seed: int) -> list[Score]:
+    """What each evaluation says of each reading and way; the floor after the rest."""
+    scores, floors = [], []
+    for side, divergences in found.items():
+        for reading, divergence in zip(readings, divergences):
+            way = "none" if side == FLOOR else side
+            scoring = Scoring(reading, divergence, Bootstrap(divergence, seed), way, seed)
+            of_it = [s for e in EVALUATIONS.values() if reading.kind in e.reads for s in e.score(scoring)]
+            if side == FLOOR:
+                wanted = [s for s in of_it if s.name in FLOOR_SCORES and not s.part]
+                floors += [replace(s, name=f"{FLOOR}_{s.name}") for s in wanted]
+            else:
+                scores += of_it
+    return scores + floors
+
+
 def conditions(
-    source: Checkpoint, export: Checkpoint, readings: Sequence[Reading], outcome: Lockstep
+    source: Checkpoint,
+    export: Checkpoint,
+    readings: Sequence[Reading],
+    outcome: Lockstep,
+    found: Mapping[str, Sequence[Divergence]],
 ) -> dict[str, Any]:
     """What was compared, on what, by what, and what happened on the way; JSON-able."""
+    first = next(iter(found))
     return {
-        "activations": ACTIVATIONS,
         "source": {"path": str(source.path), "identity": source.identity},
         "export": {"path": str(export.path), "identity": export.identity},
-        "readings": [of_reading(reading, divergence) for reading, divergence in zip(readings, outcome.divergences)],
-        "layers": of_layers(outcome, source.architecture.layers),
+        "readings": [of_reading(reading, divergence) for reading, divergence in zip(readings, found[first])],
+        "layers": of_layers(outcome, first),
+        "noise": NOISE if FLOOR in found else None,
         "versions": {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -104,6 +147,7 @@ def conditions(
 def of_reading(reading: Reading, divergence: Divergence) -> dict[str, Any]:
     return {
         "name": reading.name,
+        "kind": reading.kind,
         "rows": len(reading.ids_BT),
         "tokens_read": reading.ids_BT.numel(),
         "tokens_scored": int(reading.scored_BS.sum()),
@@ -113,27 +157,26 @@ def of_reading(reading: Reading, divergence: Divergence) -> dict[str, Any]:
     }
 
 
-def of_layers(outcome: Lockstep, layers: int) -> list[dict[str, Any]]:
-    """By layer: the relative error of the export's hidden states (None if not measured) and what was not finite."""
-    errors = outcome.errors or (None,) * layers
-    bad = {side: counts.get for side, counts in outcome.nonfinite.items()}
+def of_layers(outcome: Lockstep, way: str) -> list[dict[str, Any]]:
+    """By layer, None where not measured: error of the export's hidden states, routing, what was not finite."""
+    bad = {"source": outcome.nonfinite["source"], "export": outcome.nonfinite[way]}
     return [
-        {"layer": i, "relative_error": e, "nonfinite": {side: get(i, 0) for side, get in bad.items()}}
-        for i, e in enumerate(errors)
+        asdict(mark) | {"nonfinite": {side: counts.get(mark.layer, 0) for side, counts in bad.items()}}
+        for mark in outcome.marks[way]
     ]
 
 
-def read_final(path: Path) -> list[torch.Tensor]:
-    tensors, _ = read_tensors(path, FINAL)
-    return [tensors[str(i)] for i in range(len(tensors))]
-
-
-def write_tokens(path: Path, readings: Sequence[Reading], outcome: Lockstep, inputs: dict[str, str]) -> None:
+def write_tokens(
+    path: Path, readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]], inputs: Mapping[str, str]
+) -> None:
+    """`<reading>.<field>` [B, T−1] of the first way, `<reading>@<way>.<field>` of the others and of the floor."""
     tensors: dict[str, torch.Tensor] = {}
-    for reading, divergence in zip(readings, outcome.divergences):
-        tensors |= {f"{reading.name}.{name}": divergence.values[name] for name in FIELDS}
-        for part, rows_B in reading.parts.items():
-            tensors[f"{reading.name}.part.{part}"] = rows_B
+    for number, (side, divergences) in enumerate(found.items()):
+        for reading, divergence in zip(readings, divergences):
+            name = reading.name if number == 0 else f"{reading.name}@{side}"
+            tensors |= {f"{name}.{f}": x for f, x in divergence.values.items() if x.is_floating_point()}
+            if number == 0:
+                tensors |= {f"{name}.part.{part}": rows_B for part, rows_B in reading.parts.items()}
     write_tensors(path, "token_scores", tensors, inputs)
 
 

@@ -20,7 +20,9 @@ from ..divergence import Bootstrap, Divergence, Estimate
 from ..tokens import TokenSet, sha256_of
 
 KIND = "scores"
-COLUMNS = ("reading", "name", "part", "value", "error", "low", "high", "unit", "tokens", "rows")
+COLUMNS = (
+    "reading", "name", "part", "value", "error", "low", "high", "unit", "tokens", "rows", "activations", "seed"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Reading:
     scored_BS: Tensor  # bool, S = T − 1
     facts: Mapping[str, Any]
     parts: Mapping[str, Tensor]  # part -> bool [B]: the rows of one domain
+    kind: str = "text"  # which evaluations it is for
 
     @staticmethod
     def of(tokens: TokenSet, name: str = "text") -> "Reading":
@@ -60,6 +63,8 @@ class Score:
     unit: str
     tokens: int
     rows: int
+    activations: str = "none"  # how the export ran: left alone, or rounded as by `facts["activations"]`
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Scoring:
     reading: Reading
     divergence: Divergence
     bootstrap: Bootstrap
+    activations: str = "none"
+    seed: int = 0
 
     def score(
         self, name: str, estimate: Estimate, unit: str, part: str = "", where_BS: np.ndarray | None = None
@@ -77,7 +84,9 @@ class Scoring:
         where_BS = counted_BS if where_BS is None else counted_BS & where_BS
         value, error, low, high = (finite(x) for x in (estimate.value, estimate.error, estimate.low, estimate.high))
         tokens, rows = int(where_BS.sum()), int(where_BS.any(-1).sum())
-        return Score(self.reading.name, name, part, value, error, low, high, unit, tokens, rows)
+        return Score(
+            self.reading.name, name, part, value, error, low, high, unit, tokens, rows, self.activations, self.seed
+        )
 
     def parts(self) -> Iterator[tuple[str, np.ndarray | None]]:
         """All of the reading, then each of its domains, where it has several."""
@@ -94,12 +103,16 @@ def finite(x: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one kind. `does` is for people; `reference` is the paper or the convention it follows."""
+    """Figures of one kind. `does` is for people; `reference` is the paper or the convention it follows.
+
+    `reads` are the kinds of readings that it can score.
+    """
 
     name: str
     does: str
     score: Callable[[Scoring], list[Score]]
     reference: str
+    reads: tuple[str, ...] = ("text",)
 
 
 @dataclass(frozen=True)
@@ -109,10 +122,13 @@ class Scores:
     scores: tuple[Score, ...]
     facts: Mapping[str, Any]
 
-    def find(self, name: str, part: str = "", reading: str | None = None) -> Score | None:
-        """The score of that name, of the first reading unless told; None when it was not measured."""
+    def find(
+        self, name: str, part: str = "", reading: str | None = None, activations: str | None = None
+    ) -> Score | None:
+        """The score of that name, of the first reading and way unless told; None when it was not measured."""
         for score in self.scores:
-            if (score.name, score.part) == (name, part) and reading in (None, score.reading):
+            asked = reading in (None, score.reading) and activations in (None, score.activations)
+            if asked and (score.name, score.part) == (name, part):
                 return score
         return None
 

@@ -18,7 +18,7 @@ SMALLEST_SCALE = 2.0**-9  # E4M3's first subnormal; a scale of 0 would divide by
 def share(amax: Tensor) -> Tensor:
     """The divisor that brings the largest scale to 448. Where F32 cannot hold it (amax below 8e-36), 1: all is zero."""
     divisor = amax.float().reciprocal() * (E4M3_MAX * 6.0)  # two roundings, as compressed-tensors has
-    return torch.where(divisor.isinf(), 1.0, divisor).reshape(1)
+    return torch.where(divisor.isinf(), 1.0, divisor).reshape(-1)
 
 
 def fit(w: Tensor, shared: Tensor | None) -> Scales:

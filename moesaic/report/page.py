@@ -164,7 +164,9 @@ def quality(facts: Facts) -> dict[str, Any] | None:
     readings = []
     for reading in facts.scores.facts["readings"]:
         name = reading["name"]
-        of_it = Scores(tuple(s for s in facts.scores.scores if s.reading == name), facts.scores.facts)
+        first = facts.scores.scores[0].activations
+        mine = tuple(s for s in facts.scores.scores if s.reading == name and s.activations == first)
+        of_it = Scores(mine, facts.scores.facts)
         table = [{"name": words.NAMES[n], **words.figure(of_it.find(n))} for n in TABLE if of_it.find(n) is not None]
         readings.append(reading | {"table": table, "plots": score_plots(facts, of_it, name)})
     errors = [layer["relative_error"] for layer in facts.scores.facts["layers"]]
@@ -246,7 +248,11 @@ def provenance(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
         of = facts.scores.facts
         for reading in of["readings"]:
             groups.append((f"Evaluation: {reading['name']}", of_tokens(reading["facts"], reading["tokens_read"])))
-        arithmetic = [("arithmetic", of["arithmetic"]), ("activations", of["activations"]), ("device", of["device"])]
+        arithmetic = [
+            ("arithmetic", of["arithmetic"]),
+            ("activations", "; ".join(of["activations"].values())),
+            ("device", of["device"]),
+        ]
         groups.append(("Measurement", [*arithmetic, ("bootstrap seed", str(of["seed"]))]))
         groups.append(("Versions", list(of["versions"].items())))
     return groups

@@ -61,7 +61,7 @@ def limits(facts: Facts) -> list[str]:
         return found
     for reading in facts.scores.facts["readings"]:
         found += of_reading(reading)
-    if facts.scores.facts["activations"] == "not rounded":
+    if list(facts.scores.facts["activations"]) == ["none"]:
         found.append(UNROUNDED)
     return [*found, "Figures compare two models on the same text; they do not say how good either is at a task."]
 

@@ -6,6 +6,6 @@
 """
 
 from .layer import LayerRun
-from .state import BlockPass, Change, ExpertPass, LinearPass, Observer, Routing, State
+from .state import BlockPass, Change, ExpertPass, Intake, LinearPass, Observer, Routing, State
 
-__all__ = ["BlockPass", "Change", "ExpertPass", "LayerRun", "LinearPass", "Observer", "Routing", "State"]
+__all__ = ["BlockPass", "Change", "ExpertPass", "Intake", "LayerRun", "LinearPass", "Observer", "Routing", "State"]

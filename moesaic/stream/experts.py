@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from .memory import ahead, spans
-from .state import Change, ExpertPass, Observer, Routing
+from .state import Change, ExpertPass, Intake, Observer, Routing
 
 Stored = TypeVar("Stored")
 
@@ -64,13 +64,20 @@ class Share:
     order: Tensor  # [T·k]: positions in `routing.experts_Tk`, by expert, then token
     ends: list[int]  # expert -> where its part of `order` ends
     change: Change | None = None  # of the experts' weights
+    rounded: Intake | None = None  # what becomes of the activations that they multiply
 
     @staticmethod
-    def of(x_TD: Tensor, routing: Routing, observer: Observer | None, change: Change | None = None) -> "Share":
+    def of(
+        x_TD: Tensor,
+        routing: Routing,
+        observer: Observer | None,
+        change: Change | None = None,
+        rounded: Intake | None = None,
+    ) -> "Share":
         chosen = routing.experts_Tk.flatten()
         ends = chosen.bincount(minlength=routing.affinity_TE.shape[1]).cumsum(0).tolist()
         routed_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends, change)
+        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends, change, rounded)
 
     def of_expert(self, expert: int) -> Tensor:
         """Positions in `routing.experts_Tk` of the tokens that chose `expert`, by token."""
@@ -117,7 +124,11 @@ def pass_expert(
         tokens_n = positions[span] // share.routing.experts_Tk.shape[1]
         gates_n = gates[positions[span]]
         x_nD = share.x_TD[tokens_n]
+        if share.rounded is not None:
+            x_nD = share.rounded(x_nD)
         inner_nI = activate(F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up))
+        if share.rounded is not None:
+            inner_nI = share.rounded(inner_nI)
         f_nD = F.linear(inner_nI, weights.down)
         share.routed_TD.index_add_(0, tokens_n, f_nD.float() * gates_n[:, None])
         if share.observer is not None:

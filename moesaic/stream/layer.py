@@ -23,7 +23,7 @@ from ..families import Linear
 from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
 from .memory import default_buffer_bytes, spans
-from .state import BlockPass, Change, LinearPass, Observer, State, ignore
+from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
@@ -122,15 +122,16 @@ class LayerRun:
     def attention(self, layer: int, states: Sequence[State]) -> list[Tensor]:
         out = [s.hidden_BTD for s in states]
         for block, members in self.blocks(layer, ("input_layernorm", "self_attn"), states, ("qkv", "o")):
-            found: dict[int, Tensor] = {}  # by identity of what went in
+            found: dict[tuple[Any, ...], Tensor] = {}  # by identity of what went in, and what becomes of it inside
             for i in members:
-                h_BTD = states[i].hidden_BTD
-                if id(h_BTD) in found:
-                    out[i] = found[id(h_BTD)].clone()
+                h_BTD, rounded = states[i].hidden_BTD, states[i].rounded
+                same = (id(h_BTD), *(rounded.get(unit) for unit in self.units(layer, ("qkv", "o"))))
+                if same in found:
+                    out[i] = found[same].clone()
                 else:
-                    with self.watched(block, layer, states[i].observer):
+                    with self.watched(block, layer, states[i]):
                         out[i] = attend(block, h_BTD, self.rotary, self.config, self.buffer_bytes)
-                    found[id(h_BTD)] = out[i]
+                    found[same] = out[i]
         return out
 
     def feed_forward(self, layer: int, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -150,7 +151,7 @@ class LayerRun:
         for block, members in self.blocks(layer, (name,), states, ("dense", "shared")):
             module = block.get_submodule(name)
             for i in members:
-                with self.watched(block, layer, states[i].observer):
+                with self.watched(block, layer, states[i]):
                     out[i] = self.in_spans(module, normed[i], self.widening(module))
         return out
 
@@ -162,7 +163,7 @@ class LayerRun:
             routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, state.dropped.get(layer, ()))
             if state.observer is not None:
                 state.observer.route(routing)
-            shares.append(Share.of(x_TD, routing, state.observer, state.changed.get(unit)))
+            shares.append(Share.of(x_TD, routing, state.observer, state.changed.get(unit), state.rounded.get(unit)))
         run_experts(
             shares,
             lambda expert: self.read_expert(layer, expert),
@@ -190,17 +191,21 @@ class LayerRun:
         return out_TD
 
     @contextmanager
-    def watched(self, block: nn.Module, layer: int, observer: Observer | None) -> Iterator[None]:
-        """While it lasts, `observer.linear` sees what goes into the matrices of `block`."""
-        hooks = []
-        if observer is not None and observer.linear is not ignore:
+    def watched(self, block: nn.Module, layer: int, state: State) -> Iterator[None]:
+        """While it lasts, what goes into the matrices of `block` is rounded as `state` says, and its observer sees it."""
+        hooks, observer = [], state.observer
+        watching = observer is not None and observer.linear is not ignore
+        if watching or state.rounded:
             for name, tensors in self.family.parameters(self.architecture, layer).items():
                 found = [self.architecture.by_name.get(tensor.removesuffix(".weight")) for tensor in tensors]
                 linears = tuple(linear for linear in found if linear is not None)
                 module = block.get_submodule(name.rsplit(".", 1)[0])
-                if linears and not next(module.parameters()).is_meta:
-                    see = partial(see_inputs, linears, observer.linear)
-                    hooks.append(module.register_forward_pre_hook(see))
+                if not linears or next(module.parameters()).is_meta:
+                    continue
+                if linears[0].unit in state.rounded:
+                    hooks.append(module.register_forward_pre_hook(partial(take_in, state.rounded[linears[0].unit])))
+                if watching and observer is not None:
+                    hooks.append(module.register_forward_pre_hook(partial(see_inputs, linears, observer.linear)))
         try:
             yield
         finally:
@@ -298,6 +303,11 @@ def text_config(where: str, config: Mapping[str, Any], attention: str) -> Any:
     text = getattr(importlib.import_module(module), name).from_dict(whole).get_text_config()
     text._attn_implementation = attention
     return text
+
+
+def take_in(rounded: Intake, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x_nI = inputs[0].flatten(0, -2)
+    return (rounded(x_nI).view_as(inputs[0]), *inputs[1:])
 
 
 def see_inputs(

@@ -13,6 +13,8 @@ from ..families import Linear
 
 # A unit's matrices, or of its experts one's, with their values [O, I] in F32 -> the values to multiply with instead.
 Change = Callable[[Sequence[Linear], Sequence[Tensor]], Sequence[Tensor]]
+# Activations [n, I] on their way into a unit's matrices -> what is multiplied instead; token by token.
+Intake = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class State:
     nonfinite  layer -> tokens whose hidden state is infinite or NaN after it; layers with none are left out
     changed    unit -> what becomes of its matrices, as if they were written so; branches that name the very
                same `Change` for a unit share what it makes
+    rounded    unit -> what becomes of the activations that its matrices multiply, as an engine rounds them
     """
 
     hidden_BTD: Tensor
@@ -95,3 +98,4 @@ class State:
     observer: Observer | None = None
     nonfinite: Mapping[int, int] = field(default_factory=dict)
     changed: Mapping[str, Change] = field(default_factory=dict)
+    rounded: Mapping[str, Intake] = field(default_factory=dict)
