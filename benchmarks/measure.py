@@ -21,7 +21,7 @@ import torch
 from moesaic.allocate import Frontier, Menu
 from moesaic.artifact import identity
 from moesaic.calibrate import calibrate
-from moesaic.candidates.choose import FORMATS_OFFERED, Budget, learn
+from moesaic.candidates.choose import FORMATS_OFFERED, Budget, Setting, learn
 from moesaic.candidates.plans import Candidate, candidates, menu_of, plan_of, sums, uniform, varied
 from moesaic.candidates.sizes import folder_bytes
 from moesaic.checkpoint import Checkpoint
@@ -261,7 +261,7 @@ def main() -> None:
     options = [Branch({u: f}) for u, of in prices.rounded.items() for f in of if f != SOURCE]
     print(f"one sweep: {effort(source, options, text.tokens, 4 << 30)}")
     kept = list(range(min(counts), architecture.experts + 1))
-    rule = learn(source, CONTAINER, prices, kept, text, a.run, Budget(), "rtn", False)
+    rule = learn(Setting(source, CONTAINER, a.run, Budget()), prices, text)
     print(f"rule: {rule}")
     menu = menu_of(source, CONTAINER, prices, kept, rule.weight)
     facts = {"predictions": predictions(source, prices, menu, rule, a.run, text, first, a.plans)}

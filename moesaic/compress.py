@@ -12,9 +12,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .artifact import write_json
 from .calibrate import Statistics, calibrate
-from .candidates import FORMATS_OFFERED, Budget, Chosen, check_budget, choose, stored_bytes
+from .candidates import (
+    FORMATS_OFFERED,
+    HARMS,
+    Budget,
+    Chosen,
+    Setting,
+    check_budget,
+    choose,
+    price_options,
+    stored_bytes,
+    trace_frontier,
+)
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
@@ -23,6 +36,7 @@ from .evaluate import Reading, Scores, evaluate
 from .export import export
 from .fit import Layout, check_layout
 from .formats import FORMATS
+from .measure import Prices
 from .plan import SOURCE, Plan
 from .report import report
 from .select import Selection, select_experts
@@ -30,7 +44,8 @@ from .target import Target
 from .tokens import TokenSet
 from .verify import Verdict, expert_errors, verify
 
-CHOICE_TOKENS = 16_384  # of unseen text, to choose among candidates; what is left judges
+CURVE = 12  # points of the frontier that are told
+CHOICE_TOKENS = 16_384  # of unseen text, at most, to choose among candidates; as many judge, or more
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,20 @@ class Recipe:
     fit: int | None = None
     bits: float | None = None
     formats: tuple[str, ...] = FORMATS_OFFERED
-    seconds: float | None = None  # for pricing options, about; None: as long as it takes
+    harm: str = HARMS[0]  # how options are priced
+    seconds: float | None = None  # for that, about; None: as long as it takes
     layout: Layout | None = None  # how it will be served: what an engine would not load so is refused, or not offered
 
     @property
     def has_budget(self) -> bool:
         return self.fit is not None or self.bits is not None
 
-    @property
-    def budget(self) -> Budget:
+    def setting(self, source: Checkpoint, run: Path, quiet: bool) -> Setting:
+        """What finding a plan has to know."""
         experts = () if self.experts is None else (self.experts,)
-        return Budget(self.fit, self.bits, experts, self.formats, seconds=self.seconds, layout=self.layout)
+        budget = Budget(self.fit, self.bits, experts, self.formats, self.harm, seconds=self.seconds, layout=self.layout)
+        container = CONTAINERS[self.container]
+        return Setting(source, container, run, budget, self.criterion, self.policy, self.rounding, quiet)
 
 
 def compress(
@@ -74,7 +92,7 @@ def compress(
     before the first sweep for what cannot be, `CheckError` when the export does not verify.
     """
     source = Checkpoint.open(model)
-    check(source, recipe)
+    check(source, run, recipe)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
     chosen = None
@@ -108,7 +126,7 @@ def compress(
     }
 
 
-def check(source: Checkpoint, recipe: Recipe) -> None:
+def check(source: Checkpoint, run: Path, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
     a = source.architecture
     if recipe.experts is not None and not a.top_k <= recipe.experts <= a.experts:
@@ -125,7 +143,7 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
         )
     if recipe.has_budget:
-        check_budget(source, CONTAINERS[recipe.container], recipe.budget)
+        check_budget(recipe.setting(source, run, True))
     elif recipe.layout is not None:
         check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
 
@@ -145,20 +163,64 @@ def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> 
     )
 
 
+def price_run(
+    model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, quiet: bool = False
+) -> dict[str, Any]:
+    """`compress` until every option has its price; returns Σ over layers by role and format, and by kept count."""
+    setting, prices, _ = priced(model, run, recipe, corpus, quiet)
+    units, totals = setting.source.architecture.units, dict[str, dict[str, float]]()
+    for unit, of in prices.rounded.items():
+        row = totals.setdefault(units[unit][0].role, {})
+        for format, price in of.items():
+            row[format] = row.get(format, 0.0) + price.nats
+    counts = sorted({kept for of in prices.dropped.values() for kept in of}, reverse=True)
+    totals["dropping"] = {
+        f"to {kept}": sum(of[kept].nats for of in prices.dropped.values())
+        for kept in counts[:: -(-len(counts) // 8) or 1]
+    }
+    return {"harm": prices.harm, "tokens": prices.tokens, "totals": totals, "costs": str(run / "costs.json")}
+
+
+def allocate_run(
+    model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, quiet: bool = False
+) -> dict[str, Any]:
+    """`compress` until the frontier is drawn; returns some of its points, and the best plan where there is a budget."""
+    setting, prices, text = priced(model, run, recipe, corpus, quiet)
+    traced = trace_frontier(setting, prices, text)
+    facts: dict[str, Any] = {"rule_error": traced.rule.error, "curve": traced.curve(CURVE), "best": None}
+    if best := traced.best:
+        candidate = traced.exact(setting, best)
+        candidate.plan.save(run / "plan.json", {"source": setting.source.identity})
+        facts["best"] = {
+            "experts": candidate.experts, "bytes": candidate.bytes, "budget_bytes": best.budget,
+            "predicted_nats": candidate.predicted_nats, "bound_nats": float(traced.rule.predict(best.bound)),
+        }  # fmt: skip
+    return facts
+
+
+def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> tuple[Setting, Prices, TokenSet]:
+    """Calibrated and priced, with the text that it was priced on."""
+    source = Checkpoint.open(model)
+    check(source, run, recipe)
+    setting = recipe.setting(source, run, quiet)
+    check_budget(setting)
+    tokens = corpus.calibration(source, run / "tokens.safetensors")
+    return setting, *price_options(setting, calibrate(source, tokens, run / "stats", quiet), tokens)
+
+
 def within_budget(
     source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, evaluation_tokens: int, quiet: bool
 ) -> tuple[Chosen, Selection | None, TokenSet]:
     """The plan that was measured best within the recipe's size, and rows of text that took no part in finding it."""
-    unseen = corpus.evaluation(source, run / "heldout.safetensors", evaluation_tokens + CHOICE_TOKENS)
-    every = max(2, unseen.tokens // CHOICE_TOKENS)
-    choice, rows = (unseen.take([i for i in range(unseen.rows) if (i % every == 0) == mine]) for mine in (True, False))
+    both = evaluation_tokens + min(CHOICE_TOKENS, evaluation_tokens)
+    unseen = corpus.evaluation(source, run / "heldout.safetensors", both)
+    count = max(1, round(unseen.rows * (1 - evaluation_tokens / both)))
+    mine = set(np.linspace(0, unseen.rows - 1, count).round().astype(int).tolist())
+    choice, rows = (unseen.take([i for i in range(unseen.rows) if (i in mine) == its]) for its in (True, False))
     rows.save(run / "evaluation.safetensors")
     tokens = corpus.calibration(source, run / "tokens.safetensors")
     statistics = calibrate(source, tokens, run / "stats", quiet)
-    chosen = choose(
-        source, CONTAINERS[recipe.container], statistics, tokens, choice, run, recipe.budget,
-        criterion=recipe.criterion, policy=recipe.policy, rounding=recipe.rounding, quiet=quiet,
-    )  # fmt: skip
+    chosen = choose(recipe.setting(source, run, quiet), statistics, tokens, choice)
     kept = chosen.plan.experts(source.architecture.experts)
     return chosen, noted(source, run, recipe, kept, statistics, tokens), rows
 

@@ -22,10 +22,13 @@ import pytest
 import tiny
 from children import contents, mend_threads
 
+from moesaic.candidates import folder_bytes, stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import COMMANDS, main, parser
 from moesaic.errors import MoesaicError
 from moesaic.inspect import size
+from moesaic.plan import Plan
+from moesaic.target import Target
 from moesaic.verify import verify
 
 Told = tuple[dict[str, Any], str]  # facts of --json, and the text before them
@@ -146,6 +149,27 @@ def test_compress_and_report(tell, model, text, tmp_path):
     assert Path(facts["report"]).is_file() and facts["report"] in said
     again, said = tell("report", run)
     assert Path(again["report"]).is_file() and again["report"] in said
+
+
+def test_measure_and_allocate_are_compress_stopped_early(tell, model, text, tmp_path):
+    """One run folder: what one command found, the next only reads."""
+    words = [model, tmp_path, "--harm", "surrogate", "--formats", "source,mxfp4,int2_g64", *text]
+    facts, said = tell("measure", *words)
+    assert facts["harm"] == "surrogate" and "surrogate on 384 tokens" in said and str(tmp_path / "costs.json") in said
+    assert facts["totals"]["experts"]["int2_g64"] > facts["totals"]["experts"]["mxfp4"] > 0
+    whole = sum(t.bytes for t in Checkpoint.open(model).inventory)
+    written = (tmp_path / "costs.json").stat().st_mtime_ns
+    facts, said = tell("allocate", *words, "--fit", str(int(0.8 * whole)))
+    assert (tmp_path / "costs.json").stat().st_mtime_ns == written
+    best, curve = facts["best"], facts["curve"]
+    assert best["bytes"] <= best["budget_bytes"] == int(0.8 * whole) and f"{best['bytes']:,} of" in said
+    assert [row["bytes"] for row in curve] == sorted(row["bytes"] for row in curve)
+    assert [row["predicted_nats"] for row in curve] == sorted((r["predicted_nats"] for r in curve), reverse=True)
+    assert sum(row["knee"] for row in curve) == 1 and "<- knee" in said
+    assert folder_bytes(Target.of(Checkpoint.open(model), Plan.load(tmp_path / "plan.json"))) == best["bytes"]
+    facts, said = tell("compress", *words, "--fit", str(int(0.8 * whole)), "--evaluation-tokens", 192)
+    assert (tmp_path / "costs.json").stat().st_mtime_ns == written
+    assert facts["chosen"]["bytes"] == stored_bytes(tmp_path / "model") <= int(0.8 * whole)
 
 
 def test_fit_and_serve(tell, model, smaller):

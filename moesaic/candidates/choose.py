@@ -1,6 +1,8 @@
 """Within a budget: prices, the rule, the frontier, a few candidates measured on unseen text, and the one that ships.
 
-Every step leaves a file in the run folder: costs.json, rule.json, frontier.json, candidates.json. Leaves out
+    price_options → trace_frontier → choose
+
+Every step leaves files in the run folder: costs.json; rule.json and frontier.json; candidates.json. Leaves out
 calibration, and making the plan true (compress, export).
 """
 
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..allocate import Frontier, Menu
+from ..allocate import Allocation, Frontier, Menu
 from ..artifact import write_json
 from ..calibrate import Statistics
 from ..checkpoint import Checkpoint
@@ -20,6 +22,8 @@ from ..containers import Container
 from ..errors import PlanError
 from ..fit import Layout, servable
 from ..measure import (
+    MEASURED,
+    SURROGATE,
     Branch,
     Measured,
     Price,
@@ -32,14 +36,17 @@ from ..measure import (
     price,
     singles,
     some_rows,
+    surrogate,
 )
 from ..plan import Plan
+from ..rounding import ROUNDINGS
 from ..select import order_experts
 from ..tokens import TokenSet
-from .plans import Candidate, candidates, menu_of, plan_of, sums, uniform, varied
+from .notes import note_candidates, note_frontier
+from .plans import Candidate, candidates, exact, menu_of, plan_of, sums, uniform, varied
 
 FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
-POINTS = 2000  # of the frontier that are written down
+HARMS = (MEASURED, SURROGATE)
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Budget:
     fit           bytes on disk, of the whole folder; or bits: stored bits per weight of the source
     experts       the kept counts allowed; empty: any from half of them up
     formats       what units may be written in
-    price_tokens  that every option is measured on, of the calibration text
-    seconds       for pricing, about: fewer tokens if they would take longer
+    harm          how options are priced: "measured" runs each, "surrogate" takes one sweep backward for all
+    price_tokens  that every option is priced on, of the calibration text
+    seconds       for measuring prices, about: fewer tokens if they would take longer
     rule_plans    plans measured whole to learn how prices compose
     choice        candidates measured on text of their own
     memory_bytes  for hidden states; by itself half of what is free
@@ -61,6 +69,7 @@ class Budget:
     bits: float | None = None
     experts: tuple[int, ...] = ()
     formats: tuple[str, ...] = FORMATS_OFFERED
+    harm: str = MEASURED
     price_tokens: int = 8_192
     rule_plans: int = 24
     choice: int = 6
@@ -73,11 +82,45 @@ class Budget:
         found = offers(source, container, self.formats)
         return found if self.layout is None else servable(source, container, found, self.layout)
 
-    def bytes(self, menu: Menu) -> int:
-        """Raises `PlanError` when nothing is asked for."""
-        if self.fit is None and self.bits is None:
-            raise PlanError("no budget is given; say fit in bytes, or bits per weight")
-        return min(n for n in (self.fit, None if self.bits is None else menu.budget(self.bits)) if n is not None)
+    def bytes(self, menu: Menu) -> int | None:
+        """The lesser of what is asked for; None when nothing is."""
+        asked = (self.fit, None if self.bits is None else menu.budget(self.bits))
+        return min((n for n in asked if n is not None), default=None)
+
+    def kept(self, experts: int, top_k: int) -> list[int]:
+        """Counts on offer, ascending: those asked for, or any down to half."""
+        least = min([*default_counts(experts, top_k), experts])
+        return sorted(set(self.experts)) or list(range(least, experts + 1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every step has to know."""
+
+    source: Checkpoint
+    container: Container
+    run: Path
+    budget: Budget
+    criterion: str = "reap"
+    policy: str = "pooled"
+    rounding: str = "rtn"
+    quiet: bool = False
+
+    @property
+    def kept(self) -> list[int]:
+        return self.budget.kept(self.source.architecture.experts, self.source.architecture.top_k)
+
+    @property
+    def trial(self) -> str:
+        """The rounding that options and plans are tried with: the plan's own, or the nearest where that needs data."""
+        needs = self.rounding in ROUNDINGS and ROUNDINGS[self.rounding].needs
+        return "rtn" if needs else self.rounding
+
+    def measure(self, plans: Sequence[Plan], text: TokenSet, title: str) -> list[Measured]:
+        return measure(
+            self.source, [Branch.of(plan) for plan in plans], text, self.run / title, rounding=self.trial,
+            memory_bytes=self.budget.memory_bytes, quiet=self.quiet, title=title,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,160 +140,161 @@ class Chosen:
         }  # fmt: skip
 
 
-def choose(
-    source: Checkpoint, container: Container, statistics: Statistics, calibration: TokenSet, choice: TokenSet, run: Path,
-    budget: Budget, *, criterion: str = "reap", policy: str = "pooled", rounding: str = "rtn", quiet: bool = False,
-) -> Chosen:  # fmt: skip
-    """The plan of smallest measured KL on `choice` that is within the budget.
+@dataclass(frozen=True)
+class Traced:
+    """All that is on offer, with its curve."""
 
-    calibration  text that experts were ranked on; options are priced on some of its rows
-    choice       text that nothing before has seen
+    prices: Prices
+    rule: Rule
+    menu: Menu
+    frontier: Frontier
+    budget_bytes: int | None
 
-    Raises `PlanError` when nothing fits. Continues where it was stopped.
-    """
-    a = source.architecture
-    offered = budget.offered(source, container)
-    order_LE = order_experts(statistics, criterion, policy)
-    counts = list(default_counts(a.experts, a.top_k))
-    if budget.experts:
-        counts = sorted(set(budget.experts) - {a.experts}, reverse=True)
-    options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
-    text = price_text(source, options, calibration, run / "priced.safetensors", budget)
-    prices = price(
-        source, offered, counts, order_LE, text, run, rounding=rounding, memory_bytes=budget.memory_bytes, quiet=quiet
-    )
-    kept = kept_counts(a.experts, a.top_k, counts, budget.experts)
-    rule = learn(source, container, prices, kept, text, run, budget, rounding, quiet)
-    menu = menu_of(source, container, prices, kept, rule.weight)
-    frontier = Frontier.of(menu)
-    limit = budget.bytes(menu)
-    note_frontier(run / "frontier.json", frontier, menu, rule, limit, {"source": source.identity})
-    found = candidates(source, container, prices, rule, frontier, menu, limit, rounding, budget.choice)
-    branches = [Branch.of(c.plan) for c in found]
-    measured = measure(
-        source, branches, choice, run / "candidates", rounding=rounding, memory_bytes=budget.memory_bytes, quiet=quiet,
-        title="candidates",
-    )  # fmt: skip
-    best = min(range(len(found)), key=lambda i: (measured[i].nats, found[i].bytes))
-    if math.isinf(measured[best].nats):
-        raise PlanError(f"all {len(found)} candidates give values that are no numbers; offer other formats")
-    note_candidates(run / "candidates.json", found, measured, best, limit, rule, choice, source)
-    return Chosen(found[best].plan, found[best], measured[best], limit)
+    @property
+    def best(self) -> Allocation | None:
+        """The plan of least predicted KL within the budget, where there is one. Raises `PlanError` if none fits."""
+        return None if self.budget_bytes is None else self.frontier.fit(self.budget_bytes)
+
+    def exact(self, setting: Setting, found: Allocation) -> Candidate:
+        """An allocation as a plan, with the bytes of its folder."""
+        return exact(
+            setting.source,
+            setting.container,
+            self.prices,
+            self.frontier,
+            found.budget,
+            found,
+            setting.rounding,
+            self.rule,
+        )
+
+    def curve(self, points: int) -> list[dict[str, Any]]:
+        """Some points of the frontier from the smallest to the largest, and its knee: bytes, bits, experts, predicted_nats."""
+        k, p = self.frontier.pareto()
+        knee = self.frontier.knee()
+        at = set(np.linspace(0, len(k) - 1, min(points, len(k))).round().astype(int).tolist())
+        return [
+            {
+                "bytes": int(self.frontier.bytes_KP[row]), "bits": self.menu.bits(int(self.frontier.bytes_KP[row])),
+                "experts": int(self.frontier.kept_K[row[0]]), "knee": row == knee,
+                "predicted_nats": float(self.rule.predict(self.frontier.harm_KP[row])),
+            }
+            for i, row in enumerate(zip(k.tolist(), p.tolist()))
+            if i in at or row == knee
+        ]  # fmt: skip
 
 
-def check_budget(source: Checkpoint, container: Container, budget: Budget) -> None:
-    """Raise `PlanError` where the smallest plan on offer is too large, before anything is read or measured."""
-    a, free = source.architecture, Price(0.0, 0.0)
-    offered = budget.offered(source, container)
-    kept = kept_counts(a.experts, a.top_k, default_counts(a.experts, a.top_k), budget.experts)
+def check_budget(setting: Setting) -> None:
+    """Raise `PlanError` for prices there are not, and where the smallest plan is too large: before anything is read."""
+    a, free, budget = setting.source.architecture, Price(0.0, 0.0), setting.budget
+    if budget.harm not in HARMS:
+        raise PlanError(f"no prices {budget.harm!r}; there are {', '.join(HARMS)}")
+    least = setting.kept[0]
+    offered = budget.offered(setting.source, setting.container)
     prices = Prices(
         {unit: dict.fromkeys(formats, free) for unit, formats in offered.items()},
-        {layer: dict.fromkeys({kept[0]} - {a.experts}, free) for layer in a.moe_layers},
+        {layer: {least: free} if least < a.experts else {} for layer in a.moe_layers},
         np.zeros((0, a.experts), np.int64),
         tokens=0,
     )
-    menu = menu_of(source, container, prices, kept[:1])
-    Frontier.of(menu).fit(budget.bytes(menu))
+    menu = menu_of(setting.source, setting.container, prices, [least])
+    if (limit := budget.bytes(menu)) is not None:
+        Frontier.of(menu).fit(limit)
 
 
-def price_text(
-    source: Checkpoint, options: Sequence[Branch], calibration: TokenSet, file: Path, budget: Budget
-) -> TokenSet:
-    """Rows of the calibration text to price on. How many fit into the time is found once, and kept in `file`."""
+def price_options(setting: Setting, statistics: Statistics, calibration: TokenSet) -> tuple[Prices, TokenSet]:
+    """Every option's price, and the rows of `calibration` that they were found on. Leaves costs.json."""
+    source, budget, a = setting.source, setting.budget, setting.source.architecture
+    offered = budget.offered(source, setting.container)
+    order_LE = order_experts(statistics, setting.criterion, setting.policy)
+    if budget.harm == SURROGATE:
+        counts = [n for n in reversed(setting.kept) if n < a.experts]
+        text = some_rows(calibration, budget.price_tokens)
+        return surrogate(
+            source, offered, counts, order_LE, text, setting.run, rounding=setting.trial, quiet=setting.quiet
+        ), text
+    counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
+    options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
+    text = price_text(setting, options, calibration)
+    prices = price(
+        source, offered, counts, order_LE, text, setting.run, rounding=setting.trial, memory_bytes=budget.memory_bytes,
+        quiet=setting.quiet,
+    )  # fmt: skip
+    return prices, text
+
+
+def price_text(setting: Setting, options: Sequence[Branch], calibration: TokenSet) -> TokenSet:
+    """Rows of the calibration text to measure on. How many fit into the time is found once, and kept in priced.safetensors."""
+    budget, file = setting.budget, setting.run / "priced.safetensors"
     if budget.seconds is None:
         return some_rows(calibration, budget.price_tokens)
     if not file.exists():
-        tokens = min(budget.price_tokens, affordable_tokens(source, options, budget.seconds))
+        tokens = min(budget.price_tokens, affordable_tokens(setting.source, options, budget.seconds))
         some_rows(calibration, tokens).save(file)
     return TokenSet.load(file)
 
 
-def kept_counts(experts: int, top_k: int, counts: Sequence[int], asked: Sequence[int]) -> list[int]:
-    """Counts on offer, ascending: those asked for, or any from the smallest one measured."""
-    if asked:
-        return sorted(set(asked))
-    return list(range(min([*counts, experts]), experts + 1))
+def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
+    """Learn how prices compose, by plans measured whole on `text`, and draw the curve. Leaves rule.json, frontier.json."""
+    source, container, kept = setting.source, setting.container, setting.kept
+    rule = learn(setting, prices, text)
+    menu = menu_of(source, container, prices, kept, rule.weight)
+    traced = Traced(prices, rule, menu, Frontier.of(menu), setting.budget.bytes(menu))
+    inputs = {"source": source.identity, "tokens": text.identity}
+    note_frontier(setting.run / "frontier.json", traced.frontier, menu, rule, traced.budget_bytes, prices.harm, inputs)
+    return traced
 
 
-def learn(
-    source: Checkpoint, container: Container, prices: Prices, kept: Sequence[int], text: TokenSet, run: Path, budget: Budget,
-    rounding: str, quiet: bool,
-) -> Rule:  # fmt: skip
-    """Measure plans whole and fit the rule; run/rule.json keeps both."""
+def learn(setting: Setting, prices: Prices, text: TokenSet) -> Rule:
+    """Measure plans whole and fit the rule; rule.json keeps both."""
+    source, container, kept, budget = setting.source, setting.container, setting.kept, setting.budget
     menu = menu_of(source, container, prices, kept)
-    plans = varied(menu, budget.rule_plans - 2, seed=0)
+    made = varied(menu, budget.rule_plans - 2, seed=0)
     middle = budget.formats[len(budget.formats) // 2]
-    plans += [(uniform(menu, f, len(kept) - 1)[0], kept[-1]) for f in dict.fromkeys((middle, budget.formats[-1]))]
-    branches = [Branch.of(plan_of(source, container, prices, formats, k, rounding)) for formats, k in plans]
-    found = measure(
-        source,
-        branches,
-        text,
-        run / "rule",
-        rounding=rounding,
-        memory_bytes=budget.memory_bytes,
-        quiet=quiet,
-        title="rule",
-    )
-    both = [sums(prices, formats, k) for formats, k in plans]
+    made += [(uniform(menu, f, len(kept) - 1)[0], kept[-1]) for f in dict.fromkeys((middle, budget.formats[-1]))]
+    plans = [plan_of(source, container, prices, formats, k, setting.rounding) for formats, k in made]
+    found = setting.measure(plans, text, "rule")
+    both = [sums(prices, formats, k) for formats, k in made]
     rule = Rule.fit([r for r, _ in both], [d for _, d in both], [m.nats for m in found])
     body = rule.facts | {
         "predicts": "KL = e^a · (Σ rounding + weight · Σ dropping)^b, nats per token",
         "tokens": text.tokens,
         "measured": [
             {"experts": k, "rounding": r, "dropping": d, "nats": m.nats, "error": m.error, "formats": formats}
-            for (formats, k), (r, d), m in zip(plans, both, found)
+            for (formats, k), (r, d), m in zip(made, both, found)
         ],
     }  # fmt: skip
-    write_json(run / "rule.json", "rule", body, {"source": source.identity, "tokens": text.identity})
+    write_json(setting.run / "rule.json", "rule", body, {"source": source.identity, "tokens": text.identity})
     return rule
 
 
-def note_frontier(path: Path, frontier: Frontier, menu: Menu, rule: Rule, limit: int, inputs: dict[str, str]) -> None:
-    """Every point that no other beats (evenly thinned if there are very many), the knee, and the bounds at the budget."""
-    k, p = frontier.pareto()
-    at = np.unique(np.linspace(0, len(k) - 1, min(POINTS, len(k))).round().astype(int))
-    harm = frontier.harm_KP[k, p]
-    knee_k, knee_p = frontier.knee()
-    bound_K = rule.predict(frontier.bounds(limit))
+def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choice: TokenSet) -> Chosen:
+    """The plan of smallest measured KL on `choice` that is within the budget. Leaves candidates.json.
+
+    calibration  text that experts were ranked on; options are priced on some of its rows
+    choice       text that nothing before has seen
+
+    Where the rounding needs data, candidates are measured rounded to nearest: they differ in what they keep and in
+    formats, and what a better rounding gives is given to each. Raises `PlanError` when nothing is asked for, or
+    nothing fits. Continues where it was stopped.
+    """
+    traced = trace_frontier(setting, *price_options(setting, statistics, calibration))
+    if traced.budget_bytes is None:
+        raise PlanError("no budget is given; say fit in bytes, or bits per weight")
+    found = candidates(
+        setting.source, setting.container, traced.prices, traced.rule, traced.frontier, traced.menu, traced.budget_bytes,
+        setting.rounding, setting.budget.choice,
+    )  # fmt: skip
+    measured = setting.measure([c.plan for c in found], choice, "candidates")
+    best = min(range(len(found)), key=lambda i: (measured[i].nats, found[i].bytes))
+    if math.isinf(measured[best].nats):
+        raise PlanError(f"all {len(found)} candidates give values that are no numbers; offer other formats")
+    inputs = {"source": setting.source.identity, "tokens": choice.identity}
     body = {
-        "points": len(k),
-        "experts": frontier.kept_K[k][at].tolist(),
-        "bytes": frontier.bytes_KP[k, p][at].tolist(),
-        "harm_nats": harm[at].tolist(),
-        "predicted_nats": rule.predict(harm[at]).tolist(),
-        "knee": {
-            "experts": int(frontier.kept_K[knee_k]),
-            "bytes": int(frontier.bytes_KP[knee_k, knee_p]),
-            "predicted_nats": float(rule.predict(frontier.harm_KP[knee_k, knee_p])),
-        },
-        "budget_bytes": limit,
-        "budget_bits": menu.bits(limit),
-        "bounds": {
-            str(kept): float(b) for kept, b in zip(frontier.kept_K.tolist(), bound_K) if math.isfinite(b)
-        },
-        "rule": rule.facts,
-    }  # fmt: skip
-    write_json(path, "frontier", body, inputs)
-
-
-def note_candidates(
-    path: Path, found: Sequence[Candidate], measured: Sequence[Measured], best: int, limit: int, rule: Rule, text: TokenSet,
-    source: Checkpoint,
-) -> None:  # fmt: skip
-    """What each candidate was predicted and measured to cost, and which of them ships."""
-    body: dict[str, Any] = {
-        "budget_bytes": limit,
-        "tokens": text.tokens,
-        "text": dict(text.facts),
-        "rule_error": rule.error,
+        "budget_bytes": traced.budget_bytes,
+        "rule_error": traced.rule.error,
+        "rounding": setting.trial,
         "ships": best,
-        "candidates": [
-            {
-                "name": c.name, "experts": c.experts, "bytes": c.bytes, "harm_nats": c.harm, "predicted_nats": c.predicted_nats,
-                "measured_nats": m.nats, "error": m.error, "nonfinite": m.nonfinite, "formats": dict(c.plan.formats),
-            }
-            for c, m in zip(found, measured)
-        ],
-    }  # fmt: skip
-    write_json(path, "candidates", body, {"source": source.identity, "tokens": text.identity})
+    }
+    note_candidates(setting.run / "candidates.json", found, measured, choice, body, inputs)
+    return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes)

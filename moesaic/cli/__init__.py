@@ -57,6 +57,18 @@ COMMANDS = {
         options.calibrate_options,
         commands.run_calibrate,
     ),
+    "measure": Command(
+        "what every option costs alone, in nats",
+        "moesaic measure MiniMax-M2.7 run --harm surrogate --data texts/",
+        options.measure_options,
+        commands.run_measure,
+    ),
+    "allocate": Command(
+        "the whole curve of bytes against nats, and the best plan of a size",
+        "moesaic allocate MiniMax-M2.7 run --fit 90GB --data texts/",
+        options.allocate_options,
+        commands.run_allocate,
+    ),
     "prune": Command(
         "drop experts; what stays is copied byte for byte",
         "moesaic prune MiniMax-M3-MXFP8 M3-64e --experts 64 --data texts/",

@@ -126,18 +126,46 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
 
 
 def run_compress(a: Arguments) -> dict[str, Any]:
-    size, served = a.fit, layout(a)
-    if a.devices:
+    found = recipe(a, a.format, a.rest)
+    return told(room("compress").compress(a.model, a.run, found, corpus(a), a.evaluation_tokens, a.line, a.quiet))
+
+
+def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
+    """What the options of a search say; a size that --devices leaves is asked of `fit`."""
+    size, bits, served = getattr(a, "fit", None), getattr(a, "bits", None), layout(a)
+    if getattr(a, "devices", None):
         fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
         machine = fit.Machine.parse(a.devices)
         size, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
         print(f"budget   {room('inspect').size(size)} on {a.devices}, served as {served.name}")
-    recipe = room("compress").Recipe(
-        a.experts, a.format, a.rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
-        a.formats or room("candidates").FORMATS_OFFERED, None if a.hours is None else 3600 * a.hours,
+    return room("compress").Recipe(
+        a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, bits,
+        a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
         served,
     )  # fmt: skip
-    return told(room("compress").compress(a.model, a.run, recipe, corpus(a), a.evaluation_tokens, a.line, a.quiet))
+
+
+def run_measure(a: Arguments) -> dict[str, Any]:
+    facts = room("compress").price_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
+    print(f"nats a token, each option alone, summed over layers; {facts['harm']} on {facts['tokens']:,} tokens")
+    for what, of in facts["totals"].items():
+        print(f"{what:<10}" + "   ".join(f"{option} {nats:.4f}" for option, nats in of.items()))
+    print(f"prices   {a.run / 'costs.json'}")
+    return facts
+
+
+def run_allocate(a: Arguments) -> dict[str, Any]:
+    facts = room("compress").allocate_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
+    print(f"{'bytes':>18}  bits   experts  KL predicted, off by a factor {math.exp(facts['rule_error']):.2f} (rms)")
+    for row in facts["curve"]:
+        mark = "  <- knee" if row["knee"] else ""
+        print(f"{row['bytes']:>18,}  {row['bits']:.2f}  {row['experts']:>7}  {row['predicted_nats']:.4f}{mark}")
+    if best := facts["best"]:
+        print(f"plan     {best['experts']} experts, {best['bytes']:,} of {best['budget_bytes']:,} bytes")
+        print(f"         KL {best['predicted_nats']:.4f} predicted; no plan on offer below {best['bound_nats']:.4f}")
+        print(f"plan     {a.run / 'plan.json'}")
+    print(f"frontier {a.run / 'frontier.json'}")
+    return facts
 
 
 def run_demo(a: Arguments) -> dict[str, Any]:

@@ -107,33 +107,61 @@ def calibrate_options(p: argparse.ArgumentParser) -> None:
     text_options(p)
 
 
-def compress_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+def budget_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--fit", type=bytes_of, metavar="SIZE", help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan"
     )
     p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
     p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
-    parallel_options(p)
     p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
+
+
+def offer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"
     )
-    p.add_argument("--hours", type=float, metavar="H", help="for pricing options; the less, the fewer tokens")
-    p.add_argument("--experts", type=int, metavar="K", help="experts to keep in every layer (default: all)")
     p.add_argument(
-        "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"
+        "--harm",
+        default="measured",
+        help="how options are priced: measured, each by running it; surrogate, all by one sweep backward (default %(default)s)",
     )
-    p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
+    p.add_argument("--hours", type=float, metavar="H", help="for measuring prices; the less, the fewer tokens")
+    p.add_argument(
+        "--experts", type=int, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
+    )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
     p.add_argument("--policy", default="pooled", help="how domains are weighed (default %(default)s)")
     p.add_argument("--rounding", default="rtn", help="how codes are chosen (default %(default)s)")
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    parallel_options(p)
+    text_options(p)
+
+
+def measure_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder: run/costs.json is the result")
+    offer_options(p)
+
+
+def allocate_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder: run/frontier.json is the result, and with a size run/plan.json")
+    budget_options(p)
+    offer_options(p)
+
+
+def compress_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+    budget_options(p)
+    p.add_argument(
+        "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"
+    )
+    p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
     p.add_argument(
         "--evaluation-tokens", type=int, default=65_536, metavar="N", help="tokens to judge by (default %(default)s)"
     )
-    text_options(p)
+    offer_options(p)
 
 
 def demo_options(p: argparse.ArgumentParser) -> None:

@@ -7,10 +7,12 @@ composition.py fits the rule.
 
 from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
 from .composition import Rule
-from .prices import Price, Prices, default_counts, offers, price, singles
-from .surrogate import Sensed, sense, surrogate
+from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
+from .surrogate import SURROGATE, Sensed, sense, surrogate
 
 __all__ = [
+    "MEASURED",
+    "SURROGATE",
     "Branch",
     "Effort",
     "Measured",
