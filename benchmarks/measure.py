@@ -3,10 +3,10 @@
     python benchmarks/measure.py [MODEL] RUN [--data DIR --heldout DIR] [--price-tokens N] [--tokens N] [--plans N]
 
 Prices every option and fits the rule on some rows of calibration text; then measures plans that neither has seen, on
-text that neither has seen: rank correlation, and how far predictions are off. The same for two surrogates that
-need no model behind the unit: weight error and output error (each with its own power law, fitted on the same plans).
-Then, at six sizes of disk, the plan chosen against every uniform plan that fits, all measured on yet other rows. Leaves out
-½ · trace(H) · MSE: there is no backward sweep here. Everything is kept in RUN, and the same call continues.
+text that neither has seen: rank correlation, and how far predictions are off. The same, with a rule of
+its own fitted on the same plans, for the surrogate (by token and by sequence), for ½ · trace(H) · MSE with 3 α S, and for weight
+error and output error, which need no model behind the unit. Then, at six sizes of disk, the plan chosen against others
+(contest.py), all measured on yet other rows. Everything is kept in RUN, and the same call continues.
 """
 
 import argparse
@@ -17,28 +17,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from contest import Rivals, contests, learned
 
-from moesaic.allocate import Frontier, Menu
+from moesaic.allocate import Menu
 from moesaic.artifact import identity
-from moesaic.calibrate import calibrate
+from moesaic.calibrate import Statistics, calibrate
 from moesaic.candidates.choose import FORMATS_OFFERED, Budget, Setting, learn
-from moesaic.candidates.plans import Candidate, candidates, menu_of, plan_of, sums, uniform, varied
-from moesaic.candidates.sizes import folder_bytes
+from moesaic.candidates.plans import menu_of, plan_of, sums, uniform, varied
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.corpus import Corpus
 from moesaic.demo import MODEL
-from moesaic.measure import Branch, Measured, Prices, default_counts, effort, measure, offers, price, some_rows
+from moesaic.measure import (
+    SURROGATE,
+    Branch,
+    Price,
+    Prices,
+    Rule,
+    Sensed,
+    default_counts,
+    effort,
+    measure,
+    offers,
+    price,
+    sense,
+    some_rows,
+    trace,
+)
 from moesaic.measure.branch import changes, state_of
 from moesaic.measure.composition import line
 from moesaic.plan import SOURCE
-from moesaic.select import order_experts
+from moesaic.select import order_experts, scores
 from moesaic.stream import LayerRun, State
-from moesaic.target import Target
 from moesaic.tokens import TokenSet
 
 CONTAINER = CONTAINERS["compressed_tensors"]
-SHARES = (0.04, 0.16, 0.3, 0.45, 0.6, 0.8)  # of the way from the smallest plan to the source, as budgets
 LOW = 0.3  # nats below which a prediction should be within a factor of 2
 Plans = list[tuple[dict[str, str], int]]
 
@@ -136,8 +149,9 @@ def told(name: str, predicted_N: np.ndarray, kl_N: np.ndarray) -> dict[str, Any]
 
 
 def predictions(
-    source: Checkpoint, prices: Prices, menu: Menu, rule: Any, run: Path, text: TokenSet, fresh: TokenSet, count: int
-) -> dict[str, Any]:
+    source: Checkpoint, prices: Prices, tables: dict[str, Prices], menu: Menu, rule: Rule, run: Path, text: TokenSet,
+    fresh: TokenSet, count: int,
+) -> dict[str, Any]:  # fmt: skip
     """Plans that nothing was fitted on, on text that nothing was fitted on."""
     plans = unseen(source, prices, menu, count)
     branches = [Branch.of(plan_of(source, CONTAINER, prices, f, k, "rtn")) for f, k in plans]
@@ -155,6 +169,10 @@ def predictions(
     facts["sum"] = told("sum of prices", both.sum(1)[used], kl_N[used])
     fitted = learned(run)
     kl_fit_N = np.log(fitted[1])
+    for name, other in tables.items():
+        theirs = Rule.fit(*np.array([sums(other, f, k) for f, k in fitted[0]]).T, fitted[1])
+        sums_N2 = np.array([sums(other, f, k) for f, k in plans])
+        facts[name] = told(name, theirs.predict(theirs.total(*sums_N2.T))[used], kl_N[used])
     for name, errors in local_errors(source, prices, text).items():
         _, at, slope = line(np.log(scored(prices, errors, fitted[0])), kl_fit_N)
         facts[name] = told(name, np.exp(at + slope * np.log(scored(prices, errors, plans)))[used], kl_N[used])
@@ -165,71 +183,35 @@ def predictions(
     return facts
 
 
-def learned(run: Path) -> tuple[Plans, np.ndarray]:
-    """The plans that the rule was fitted on, and what they were measured to cost."""
-    found = json.loads((run / "rule.json").read_text())["measured"]
-    found = [m for m in found if m["nats"] > 0]
-    return [(m["formats"], m["experts"]) for m in found], np.array([m["nats"] for m in found])
-
-
-def contests(
-    source: Checkpoint, prices: Prices, menu: Menu, rule: Any, run: Path, choice: TokenSet, judge: TokenSet
-) -> list[dict[str, Any]]:
-    """At each size: candidates, of which `choice` text picks one, and every uniform plan that fits; `judge` text decides."""
-    frontier, whole = Frontier.of(menu), sum(t.bytes for t in source.inventory)
-    smallest = int(frontier.bytes_KP[:, 0].min())
-    rows = []
-    for share in SHARES:
-        budget = int(smallest + share * (whole - smallest))
-        found = candidates(source, CONTAINER, prices, rule, frontier, menu, budget, "rtn", 6)
-        plain = {}
-        for format in sorted({f for c in menu.choices for f in c.formats}):
-            for at in range(len(menu.kept)):  # the most experts that fit
-                formats, _, _ = uniform(menu, format, at)
-                plan = plan_of(source, CONTAINER, prices, formats, menu.kept[at], "rtn")
-                if folder_bytes(Target.of(source, plan)) <= budget:
-                    plain[f"{format}, {menu.kept[at]} experts"] = plan
-                    last = f"{format}, {menu.kept[at]} experts"
-                    plain = {n: p for n, p in plain.items() if not n.startswith(f"{format},") or n == last}
-        rows.append((budget, found, plain))
-    picked = measure(
-        source, [Branch.of(c.plan) for _, found, _ in rows for c in found], choice, run / "contest", title="choice"
-    )
-    told_by = iter(picked)
-    ships = [found[int(np.argmin([next(told_by).nats for _ in found]))] for _, found, _ in rows]
-    branches = [Branch.of(c.plan) for c in ships] + [Branch.of(p) for _, _, plain in rows for p in plain.values()]
-    judged = iter(measure(source, branches, judge, run / "judge", title="judge"))
-    mine, facts = [next(judged) for _ in ships], []
+def others(source: Checkpoint, prices: Prices, menu: Menu, run: Path, text: TokenSet) -> dict[str, Prices]:
+    """The same options, in the same order of experts, priced from slopes: three ways."""
+    offered = {unit: tuple(of) for unit, of in prices.rounded.items()}
+    counts, order_LE = [n for n in reversed(menu.kept) if n < source.architecture.experts], prices.order_LE
+    began = time.process_time()
+    sensed = sense(source, offered, counts, order_LE, text, run / "slopes")
+    print(f"surrogate: {time.process_time() - began:.0f} CPU-s (0 if it was there) for {len(sensed)} options")
+    rows_B2 = np.stack([[s.by_sequence_B, s.by_token_B] for s in sensed.values()]).sum(0).T
+    ratio, halves = rows_B2.sum(0), [rows_B2[half::2].sum(0) for half in (0, 1)]
     print(
-        f"\nchosen on {choice.tokens:,} tokens, judged on {judge.tokens:,} others; KL in nats ± one standard error over rows"
+        f"by sequence / by token, all options: {ratio[0] / ratio[1]:.3f}; halves {halves[0][0] / halves[0][1]:.3f}, "
+        f"{halves[1][0] / halves[1][1]:.3f}; by token, a half over the other {halves[0][1] / halves[1][1]:.3f}"
     )
-    for (budget, _, plain), ship, m in zip(rows, ships, mine):
-        others = {name: next(judged) for name in plain}
-        facts.append(contest(budget, ship, m, others))
-    return facts
+    layers = source.architecture.moe_layers
+    found = {
+        name: Prices.of(SURROGATE, offered, layers, order_LE, text.tokens, {key: of(s) for key, s in sensed.items()})
+        for name, of in (("surrogate", by_token), ("surrogate by sequence", by_sequence))
+    }
+    saliency_LE = scores(Statistics.load(run / "stats", source), "dropout", "pooled")
+    theirs = trace(source, offered, counts, order_LE, saliency_LE, text, run / "theirs")
+    return {**found, "½ trace(H) MSE, 3 α S": theirs}
 
 
-def contest(budget: int, ship: Candidate, m: Measured, others: dict[str, Measured]) -> dict[str, Any]:
-    """One size: the chosen plan against the best uniform one, paired over rows."""
-    fact = {
-        "budget": budget, "bytes": ship.bytes, "name": ship.name, "predicted": ship.predicted_nats, "nats": m.nats,
-        "error": m.error, "uniform": {name: [o.nats, o.error] for name, o in others.items()},
-    }  # fmt: skip
-    end = "no uniform plan fits"
-    if others:
-        best = min(others, key=lambda name: others[name].nats)
-        off_B = others[best].kl_B - m.kl_B
-        fact |= {"best_uniform": best, "saved_nats": off_B.mean(), "saved_error": off_B.std(ddof=1) / len(off_B) ** 0.5}
-        end = (
-            f"best uniform {best}: {others[best].nats:.4f} ± {others[best].error:.4f}; {1 - m.nats / others[best].nats:.0%} "
-            f"less, paired {fact['saved_nats']:.4f} ± {fact['saved_error']:.4f}"
-        )
-    print(
-        f"{budget:>12,} B  {ship.name}, {ship.bytes:,} B: {m.nats:.4f} ± {m.error:.4f} "
-        f"(predicted {ship.predicted_nats:.4f}); {end}",
-        flush=True,
-    )
-    return fact
+def by_token(sensed: Sensed) -> Price:
+    return sensed.price
+
+
+def by_sequence(sensed: Sensed) -> Price:
+    return Price(float(sensed.by_sequence_B.mean()), 0.0)
 
 
 def main() -> None:
@@ -240,6 +222,9 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path)
     parser.add_argument("--calibration", type=int, default=16_384, metavar="N")
     parser.add_argument("--price-tokens", type=int, default=2_048, metavar="N")
+    parser.add_argument(
+        "--slope-tokens", type=int, default=8_192, metavar="N", help="for prices from slopes, which cost less"
+    )
     parser.add_argument(
         "--tokens", type=int, default=4_096, metavar="N", help="to judge plans by; as many again for contests"
     )
@@ -261,11 +246,15 @@ def main() -> None:
     options = [Branch({u: f}) for u, of in prices.rounded.items() for f in of if f != SOURCE]
     print(f"one sweep: {effort(source, options, text.tokens, 4 << 30)}")
     kept = list(range(min(counts), architecture.experts + 1))
-    rule = learn(Setting(source, CONTAINER, a.run, Budget()), prices, text)
+    setting = Setting(source, CONTAINER, a.run, Budget())
+    rule = learn(setting, prices, text)
     print(f"rule: {rule}")
     menu = menu_of(source, CONTAINER, prices, kept, rule.weight)
-    facts = {"predictions": predictions(source, prices, menu, rule, a.run, text, first, a.plans)}
-    facts["contests"] = contests(source, prices, menu, rule, a.run, first, second)
+    slopes = some_rows(calibration, a.slope_tokens)
+    tables = others(source, prices, menu, a.run, slopes)
+    facts = {"predictions": predictions(source, prices, tables, menu, rule, a.run, text, first, a.plans)}
+    rivals = Rivals(setting, prices, tables["surrogate"], menu, statistics, slopes)
+    facts["contests"] = contests(rivals, rule, first, second)
     (a.run / "benchmark.json").write_text(json.dumps(facts, indent=1))
     print(f"every figure: {a.run / 'benchmark.json'} ({identity(facts)})")
 

@@ -24,6 +24,7 @@ from ..fit import Layout, servable
 from ..measure import (
     MEASURED,
     SURROGATE,
+    TRACE,
     Branch,
     Measured,
     Price,
@@ -37,16 +38,17 @@ from ..measure import (
     singles,
     some_rows,
     surrogate,
+    trace,
 )
 from ..plan import Plan
 from ..rounding import ROUNDINGS
-from ..select import order_experts
+from ..select import order_experts, scores
 from ..tokens import TokenSet
 from .notes import note_candidates, note_frontier
 from .plans import Candidate, candidates, exact, menu_of, plan_of, sums, uniform, varied
 
 FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
-HARMS = (MEASURED, SURROGATE)
+HARMS = (MEASURED, SURROGATE, TRACE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Budget:
     fit           bytes on disk, of the whole folder; or bits: stored bits per weight of the source
     experts       the kept counts allowed; empty: any from half of them up
     formats       what units may be written in
-    harm          how options are priced: "measured" runs each, "surrogate" takes one sweep backward for all
+    harm          how options are priced: "measured" runs each, "surrogate" takes one sweep backward for all, "trace"
+                  is PrismaQuant's, to compare with (it drops by the criterion "dropout")
     price_tokens  that every option is priced on, of the calibration text
     seconds       for measuring prices, about: fewer tokens if they would take longer
     rule_plans    plans measured whole to learn how prices compose
@@ -207,20 +210,18 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     source, budget, a = setting.source, setting.budget, setting.source.architecture
     offered = budget.offered(source, setting.container)
     order_LE = order_experts(statistics, setting.criterion, setting.policy)
+    every, text = [n for n in reversed(setting.kept) if n < a.experts], some_rows(calibration, budget.price_tokens)
+    how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
     if budget.harm == SURROGATE:
-        counts = [n for n in reversed(setting.kept) if n < a.experts]
-        text = some_rows(calibration, budget.price_tokens)
-        return surrogate(
-            source, offered, counts, order_LE, text, setting.run, rounding=setting.trial, quiet=setting.quiet
-        ), text
+        return surrogate(source, offered, every, order_LE, text, setting.run, **how), text
+    if budget.harm == TRACE:
+        saliency_LE = scores(statistics, "dropout", "pooled")
+        return trace(source, offered, every, order_LE, saliency_LE, text, setting.run, **how), text
     counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
     options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
     text = price_text(setting, options, calibration)
-    prices = price(
-        source, offered, counts, order_LE, text, setting.run, rounding=setting.trial, memory_bytes=budget.memory_bytes,
-        quiet=setting.quiet,
-    )  # fmt: skip
-    return prices, text
+    memory = budget.memory_bytes
+    return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text
 
 
 def price_text(setting: Setting, options: Sequence[Branch], calibration: TokenSet) -> TokenSet:

@@ -2,17 +2,19 @@
 
 branch.py runs models that differ from the source in some units, any number in one sweep; excess.py is their KL;
 prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (reverse.py) instead;
-composition.py fits the rule.
+trace.py has another tool's, to compare; composition.py fits the rule.
 """
 
 from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
 from .composition import Rule
 from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
 from .surrogate import SURROGATE, Sensed, sense, surrogate
+from .trace import TRACE, trace
 
 __all__ = [
     "MEASURED",
     "SURROGATE",
+    "TRACE",
     "Branch",
     "Effort",
     "Measured",
@@ -30,4 +32,5 @@ __all__ = [
     "singles",
     "some_rows",
     "surrogate",
+    "trace",
 ]
