@@ -16,6 +16,7 @@ from torch import Tensor
 from moesaic.allocate import Frontier
 from moesaic.calibrate import Statistics, calibrate
 from moesaic.candidates import Budget, Setting, choose, folder_bytes, menu_of, stored_bytes
+from moesaic.candidates.choose import price_text
 from moesaic.candidates.plans import candidates, plan_of, sums, uniform, varied
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
@@ -390,3 +391,14 @@ def test_bits_and_experts_are_views_of_the_same(priced):
     with pytest.raises(PlanError, match="smallest plan"):
         candidates(source, CONTAINER, prices, rule, frontier, menu, 1000, "rtn", 5)
     assert Budget().bytes(menu) is None
+
+
+def test_text_to_price_on_fits_the_time_and_is_chosen_once(m2, tmp_path):
+    def setting(seconds: float) -> Setting:
+        return Setting(m2, CONTAINER, tmp_path / str(seconds), Budget(price_tokens=240, seconds=seconds))
+
+    text = rows(12)
+    assert price_text(setting(1e-6), 10.0, text).rows == 1
+    assert price_text(setting(1e6), 10.0, text).rows == 10
+    again = dataclasses.replace(setting(1e-6), budget=Budget(price_tokens=240, seconds=1e6))
+    assert price_text(again, 10.0, text).rows == 1, "the guess is not made again"

@@ -14,7 +14,7 @@ import moesaic.measure.reverse as reverse_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import PlanError, StaleError
 from moesaic.families import Linear
-from moesaic.measure import Prices, offers, sense, surrogate
+from moesaic.measure import Prices, offers, sense, surrogate, trace
 from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
 from moesaic.stream import LayerRun, State
@@ -238,3 +238,31 @@ def test_small_changes_cost_what_they_are_measured_to_cost(source, tmp_path):
     p, q = (run.logits(h[:, :-1].flatten(0, 1)).double().log_softmax(-1) for h in (hidden, state.hidden_BTD))
     kl = float((p.exp() * (p - q)).sum(-1).mean()) / shrunk**2
     assert abs(each.mean() - kl) < 4 * each.std(ddof=1) / len(each) ** 0.5
+
+
+def test_traces_are_those_of_the_whole_model(source, tmp_path):
+    """½ · Σ|g|²|x|² / T · mean(ΔW)² of o, from hooks on transformers' module; a drop is 3 α times what is lost."""
+    tokens, a = rows(3, 40), source.architecture
+    unit = next(u for u in reversed(a.units) if u.endswith(".o"))
+    (linear,) = a.units[unit]
+    saliency_LE = np.random.default_rng(1).random((len(a.moe_layers), a.experts))
+    words = source, {unit: ("source", "mxfp4")}, (6, 4), order_of(source), saliency_LE, tokens, tmp_path
+    prices = trace(*words, quiet=True)
+    reference, seen = Reference(source.path), []
+
+    def hook(module, inputs, out):
+        out.retain_grad()
+        seen.extend((inputs[0].detach(), out))
+
+    reference.model.layers[linear.layer].self_attn.o_proj.register_forward_hook(hook)
+    gradients(reference, tokens.ids_BT, tokens.ids_BT[:, 1:])
+    x_TI, slope_TO = seen[0].flatten(0, 1).double(), seen[1].grad.flatten(0, 1).double()
+    trace_of_h = float((x_TI.square().sum(1) * slope_TO.square().sum(1)).sum()) / (3 * 39)
+    w_OI = source.decode(linear.name)
+    (after_OI,) = changes([Branch({unit: "mxfp4"})], "rtn")["mxfp4"]([linear], [w_OI])
+    mse = float((after_OI - w_OI).double().square().mean())
+    assert prices.rounded[unit]["mxfp4"].nats == pytest.approx(trace_of_h * mse / 2, rel=1e-4)
+    assert prices.rounded[unit]["source"].nats == 0 and prices.harm == "trace"
+    for layer, order_E, saliency_E in zip(a.moe_layers, prices.order_LE, saliency_LE):
+        assert prices.dropped[layer][4].nats == pytest.approx(0.45 * saliency_E[order_E[4:]].sum())
+    assert trace(*words, quiet=True).rounded == prices.rounded

@@ -32,9 +32,11 @@ from ..measure import (
     Rule,
     affordable_tokens,
     default_counts,
+    effort,
     measure,
     offers,
     price,
+    reverse_work,
     singles,
     some_rows,
     surrogate,
@@ -210,27 +212,31 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     source, budget, a = setting.source, setting.budget, setting.source.architecture
     offered = budget.offered(source, setting.container)
     order_LE = order_experts(statistics, setting.criterion, setting.policy)
-    every, text = [n for n in reversed(setting.kept) if n < a.experts], some_rows(calibration, budget.price_tokens)
+    every = [n for n in reversed(setting.kept) if n < a.experts]
     how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
+    if budget.harm == MEASURED:
+        counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
+        options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
+        text = price_text(setting, effort(source, options, 1, 1 << 60).work, calibration)
+        memory = budget.memory_bytes
+        return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text
+    text = price_text(setting, reverse_work(source, offered), calibration)
     if budget.harm == SURROGATE:
         return surrogate(source, offered, every, order_LE, text, setting.run, **how), text
-    if budget.harm == TRACE:
-        saliency_LE = scores(statistics, "dropout", "pooled")
-        return trace(source, offered, every, order_LE, saliency_LE, text, setting.run, **how), text
-    counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
-    options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
-    text = price_text(setting, options, calibration)
-    memory = budget.memory_bytes
-    return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text
+    saliency_LE = scores(statistics, "dropout", "pooled")
+    return trace(source, offered, every, order_LE, saliency_LE, text, setting.run, **how), text
 
 
-def price_text(setting: Setting, options: Sequence[Branch], calibration: TokenSet) -> TokenSet:
-    """Rows of the calibration text to measure on. How many fit into the time is found once, and kept in priced.safetensors."""
+def price_text(setting: Setting, work: float, calibration: TokenSet) -> TokenSet:
+    """Rows of the calibration text to price on. How many fit into the time is found once, and kept in priced.safetensors.
+
+    work    layers that each token goes through
+    """
     budget, file = setting.budget, setting.run / "priced.safetensors"
     if budget.seconds is None:
         return some_rows(calibration, budget.price_tokens)
     if not file.exists():
-        tokens = min(budget.price_tokens, affordable_tokens(setting.source, options, budget.seconds))
+        tokens = min(budget.price_tokens, affordable_tokens(setting.source, work, budget.seconds))
         some_rows(calibration, tokens).save(file)
     return TokenSet.load(file)
 

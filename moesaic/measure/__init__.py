@@ -8,6 +8,7 @@ trace.py has another tool's, to compare; composition.py fits the rule.
 from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
 from .composition import Rule
 from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
+from .reverse import reverse_work
 from .surrogate import SURROGATE, Sensed, sense, surrogate
 from .trace import TRACE, trace
 
@@ -28,6 +29,7 @@ __all__ = [
     "measure",
     "offers",
     "price",
+    "reverse_work",
     "sense",
     "singles",
     "some_rows",

@@ -94,6 +94,11 @@ class Effort:
     memory_bytes: int
     batches: int
 
+    @property
+    def work(self) -> int:
+        """Token-layers, all told."""
+        return self.token_layers + self.head_layers
+
     def __str__(self) -> str:
         return (
             f"{self.token_layers:,} token-layers and {self.head_layers:,} for logits in {self.batches} "
@@ -170,8 +175,8 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def affordable_tokens(checkpoint: Checkpoint, branches: Sequence[Branch], seconds: float) -> int:
-    """How many tokens `measure` can take in about `seconds`, from the time of one row through one layer.
+def affordable_tokens(checkpoint: Checkpoint, work: float, seconds: float) -> int:
+    """How many tokens can be taken in about `seconds`, each through as many layers as `work`: from one row through one layer.
 
     Reading and decoding that layer's weights counts as if it were arithmetic: the guess is on the safe side.
     """
@@ -179,9 +184,7 @@ def affordable_tokens(checkpoint: Checkpoint, branches: Sequence[Branch], second
     row_1T[0] = torch.arange(512) % checkpoint.architecture.vocab
     began = time.monotonic()
     run.advance(checkpoint.architecture.layers - 1, [State(run.embed(row_1T))])
-    seconds_each = (time.monotonic() - began) / row_1T.numel()
-    each = effort(checkpoint, branches, 1, 1 << 60)
-    return int(seconds / seconds_each / (each.token_layers + each.head_layers))
+    return int(seconds / (time.monotonic() - began) * row_1T.numel() / work)
 
 
 def measure(
@@ -210,8 +213,7 @@ def measure(
     foreseen, saved = effort(checkpoint, list(left.values()), tokens.tokens, limit), folder / "riders.safetensors"
     if left and not quiet:
         print(f"{title}: {foreseen}", file=sys.stderr, flush=True)
-    total = foreseen.token_layers + foreseen.head_layers if left else 0
-    with progress(title, total, "token-layers", quiet) as meter:
+    with progress(title, foreseen.work if left else 0, "token-layers", quiet) as meter:
         at, source = 0, State(run.embed(tokens.ids_BT))
         for group in grouped(run, left, saved, inputs, tokens.tokens, limit):
             start = next(iter(group.values())).first(run.architecture)

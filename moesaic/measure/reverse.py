@@ -4,21 +4,31 @@ What a layer's listener adds up becomes that layer's file. Interrupted, the same
 reached. Leaves out what is added up: see surrogate and trace.
 """
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ..artifact import read_tensors, sweep_partials, write_tensors
+from ..checkpoint import Checkpoint
+from ..plan import SOURCE
 from ..progress import progress
 from ..stream import LayerRun, State
 from ..stream.backward import Listener, drawn, retreat, tail
 from ..tokens import TokenSet
 
 KIND = "slopes"
+PASSES = 7  # a layer's work besides formats: forward, again, slopes before and behind, experts that tokens would go to
 
 # Of a layer: who listens while it is run backward, and what has then been found, by name.
 Hearing = Callable[[int], tuple[Listener, Callable[[], Mapping[str, Tensor]]]]
+
+
+def reverse_work(checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]]) -> float:
+    """Layers that a token goes through, forward and backward and once for each format, if all were forward passes."""
+    formats = {format for of in offered.values() for format in of if format != SOURCE}
+    return checkpoint.architecture.layers * (PASSES + len(formats))
 
 
 def reverse(
@@ -35,6 +45,9 @@ def reverse(
     sweep_partials(folder)
     if not all((folder / f"{layer:03d}.safetensors").exists() for layer in range(layers)):
         begun = folder / "slope.safetensors"
+        if not quiet:
+            disk = 4 * layers * tokens.tokens * run.architecture.hidden
+            print(f"slopes: {tokens.tokens:,} tokens, {disk / 1e9:,.2f} GB of hidden states on disk", file=sys.stderr)
         if not begun.exists():
             last_BTD = forward(run, tokens, folder, inputs, quiet)
             labels_BS = tokens.ids_BT[:, 1:] if from_text else drawn(run, last_BTD, seed)
