@@ -50,6 +50,7 @@ from .notes import note_candidates, note_frontier
 from .plans import Candidate, candidates, exact, menu_of, plan_of, sums, uniform, varied
 
 FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
+STAND_IN = "search"  # for roundings that look at data: measured before any sees it
 HARMS = (MEASURED, SURROGATE, TRACE)
 
 
@@ -117,9 +118,9 @@ class Setting:
 
     @property
     def trial(self) -> str:
-        """The rounding that options and plans are tried with: the plan's own, or the nearest where that needs data."""
+        """The rounding that options and plans are tried with: the plan's own, unless that looks at data."""
         needs = self.rounding in ROUNDINGS and ROUNDINGS[self.rounding].needs
-        return "rtn" if needs else self.rounding
+        return STAND_IN if needs else self.rounding
 
     def measure(self, plans: Sequence[Plan], text: TokenSet, title: str) -> list[Measured]:
         return measure(
@@ -136,12 +137,14 @@ class Chosen:
     candidate: Candidate
     measured: Measured
     budget_bytes: int
+    rounding: str  # that it was measured with
 
     @property
     def facts(self) -> dict[str, Any]:
         return {
             "name": self.candidate.name, "bytes": self.candidate.bytes, "budget_bytes": self.budget_bytes,
             "predicted_nats": self.candidate.predicted_nats, "measured_nats": self.measured.nats, "error": self.measured.error,
+            "rounding": self.rounding,
         }  # fmt: skip
 
 
@@ -281,8 +284,8 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
     calibration  text that experts were ranked on; options are priced on some of its rows
     choice       text that nothing before has seen
 
-    Where the rounding needs data, candidates are measured rounded to nearest: they differ in what they keep and in
-    formats, and what a better rounding gives is given to each. Raises `PlanError` when nothing is asked for, or
+    Where the rounding looks at data, search stands in for it until the plan is made true: candidates differ in what they
+    keep and in formats, and what a better rounding gives is given to each. Raises `PlanError` when nothing is asked for, or
     nothing fits. Continues where it was stopped.
     """
     traced = trace_frontier(setting, *price_options(setting, statistics, calibration))
@@ -304,4 +307,4 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
         "ships": best,
     }
     note_candidates(setting.run / "candidates.json", found, measured, choice, body, inputs)
-    return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes)
+    return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes, setting.trial)
