@@ -1,8 +1,9 @@
-"""A model run one layer, and within it one expert, in memory at a time. Leaves out going backward.
+"""A model run one layer, and within it one expert, in memory at a time, forward and backward.
 
 `LayerRun` (layer.py) is the whole of it from outside, with the `State`s that it advances and the
 `Observer`s that watch (state.py). Inside: attention in chunks (attention.py), router and experts
 (experts.py), and what bounds the memory of both (memory.py).
+backward.py goes the other way, and is asked for by its own name.
 """
 
 from .layer import LayerRun

@@ -2,7 +2,7 @@
 
 transformers is the reference for arithmetic. Norms, attention, rotary and dense MLP are its own
 modules, built without memory and filled with exactly the values that the checkpoint means; router and
-experts are in experts.py. What a family has to say comes from `Family`. Leaves out going backward.
+experts are in experts.py. What a family has to say comes from `Family`. Leaves out going backward (backward).
 """
 
 import copy
