@@ -4,6 +4,7 @@ At each of six sizes:
 
     chosen        the best of six candidates, measured on text of its own
     surrogate     the best by prices from slopes alone: nothing measured but the plans that its rule was fitted on
+    anchored      the same with a few options measured, and the others between them
     round only    the best plan that keeps every expert
     prune only    source formats, and as many experts as fit
     their prices  ½ · trace(H) · MSE and 3 α S (the card of MiniMax-M2.7 PrismaQuant 3.20 bpp), solved exactly on our menu
@@ -68,8 +69,9 @@ class Rivals:
     """Makes the other plans of a size."""
 
     def __init__(
-        self, setting: Setting, prices: Prices, sensed: Prices, menu: Menu, statistics: Statistics, slopes: TokenSet
-    ) -> None:
+        self, setting: Setting, prices: Prices, tables: Mapping[str, Prices], menu: Menu, statistics: Statistics,
+        slopes: TokenSet,
+    ) -> None:  # fmt: skip
         self.setting, self.prices, self.menu, self.frontier = setting, prices, menu, Frontier.of(menu)
         source, a = setting.source, setting.source.architecture
         offered = {unit: tuple(of) for unit, of in prices.rounded.items()}
@@ -78,7 +80,10 @@ class Rivals:
         theirs = trace(source, offered, counts, order_LE, saliency_LE, slopes, setting.run / "recipe")
         kept = list(menu.kept)
         self.curves = {
-            "surrogate": (sensed, self.curve(sensed, kept, learned_weight(setting.run, sensed))),
+            **{
+                name: (tables[name], self.curve(tables[name], kept, learned_weight(setting.run, tables[name])))
+                for name in ("surrogate", "anchored")
+            },
             "their prices": (theirs, self.curve(theirs, kept, 1.0)),
             "their recipe": (narrow(theirs), self.curve(narrow(theirs), their_counts(a.experts), 1.0)),
         }
@@ -166,7 +171,7 @@ def summed_up(facts: list[dict[str, Any]]) -> None:
         if plain := [p for name, p in f["plans"].items() if name.startswith("uniform")]:
             f["plans"]["best uniform"] = min(plain, key=lambda p: p["nats"])
     print("\nover all sizes: clearly better / clearly worse / compared, mean KL less")
-    for name in ("best uniform", "round only", "prune only", "their prices", "their recipe", "surrogate"):
+    for name in ("best uniform", "round only", "prune only", "their prices", "their recipe", "surrogate", "anchored"):
         of = [(f["plans"]["chosen"], f["plans"][name]) for f in facts if name in f["plans"]]
         better = sum(p["saved"] > CLEAR * p["saved_error"] for _, p in of)
         worse = sum(p["saved"] < -CLEAR * p["saved_error"] for _, p in of)

@@ -3,10 +3,10 @@
     python benchmarks/measure.py [MODEL] RUN [--data DIR --heldout DIR] [--price-tokens N] [--tokens N] [--plans N]
 
 Prices every option and fits the rule on some rows of calibration text; then measures plans that neither has seen, on
-text that neither has seen: rank correlation, and how far predictions are off. The same, with a rule of
-its own fitted on the same plans, for the surrogate (by token and by sequence), for ½ · trace(H) · MSE with 3 α S, and for weight
-error and output error, which need no model behind the unit. Then, at six sizes of disk, the plan chosen against others
-(contest.py), all measured on yet other rows. Everything is kept in RUN, and the same call continues.
+text that neither has seen: rank correlation, and how far predictions are off. The same, each with a rule of its own fitted on
+the same plans, for the surrogate (by token and by sequence), for anchored prices, for ½ · trace(H) · MSE with 3 α S, and
+for weight error and output error, which need no model behind the unit. Then, at six sizes of disk, the plan chosen
+against others (contest.py), all measured on yet other rows. Everything is kept in RUN, and the same call continues.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from moesaic.containers import CONTAINERS
 from moesaic.corpus import Corpus
 from moesaic.demo import MODEL
 from moesaic.measure import (
+    ANCHORED,
     SURROGATE,
     Branch,
     Price,
@@ -44,6 +45,7 @@ from moesaic.measure import (
     some_rows,
     trace,
 )
+from moesaic.measure.anchor import between, ends
 from moesaic.measure.branch import changes, state_of
 from moesaic.measure.composition import line
 from moesaic.plan import SOURCE
@@ -201,6 +203,12 @@ def others(source: Checkpoint, prices: Prices, menu: Menu, run: Path, text: Toke
         name: Prices.of(SURROGATE, offered, layers, order_LE, text.tokens, {key: of(s) for key, s in sensed.items()})
         for name, of in (("surrogate", by_token), ("surrogate by sequence", by_sequence))
     }
+    few = {unit: {f: of[f] for f in ends(found["surrogate"].rounded[unit])} for unit, of in prices.rounded.items()}
+    cuts = {layer: {min(of): of[min(of)]} for layer, of in prices.dropped.items()}
+    anchors = Prices(few, cuts, order_LE, prices.tokens)
+    found["anchored"] = Prices.of(
+        ANCHORED, offered, layers, order_LE, text.tokens, between(found["surrogate"], anchors)
+    )
     saliency_LE = scores(Statistics.load(run / "stats", source), "dropout", "pooled")
     theirs = trace(source, offered, counts, order_LE, saliency_LE, text, run / "theirs")
     return {**found, "½ trace(H) MSE, 3 α S": theirs}
@@ -253,7 +261,7 @@ def main() -> None:
     slopes = some_rows(calibration, a.slope_tokens)
     tables = others(source, prices, menu, a.run, slopes)
     facts = {"predictions": predictions(source, prices, tables, menu, rule, a.run, text, first, a.plans)}
-    rivals = Rivals(setting, prices, tables["surrogate"], menu, statistics, slopes)
+    rivals = Rivals(setting, prices, tables, menu, statistics, slopes)
     facts["contests"] = contests(rivals, rule, first, second)
     (a.run / "benchmark.json").write_text(json.dumps(facts, indent=1))
     print(f"every figure: {a.run / 'benchmark.json'} ({identity(facts)})")

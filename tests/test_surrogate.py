@@ -14,7 +14,8 @@ import moesaic.measure.reverse as reverse_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import PlanError, StaleError
 from moesaic.families import Linear
-from moesaic.measure import Prices, offers, sense, surrogate, trace
+from moesaic.measure import Price, Prices, anchored, offers, price, sense, surrogate, trace
+from moesaic.measure.anchor import between, ends
 from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
 from moesaic.stream import LayerRun, State
@@ -266,3 +267,37 @@ def test_traces_are_those_of_the_whole_model(source, tmp_path):
     for layer, order_E, saliency_E in zip(a.moe_layers, prices.order_LE, saliency_LE):
         assert prices.dropped[layer][4].nats == pytest.approx(0.45 * saliency_E[order_E[4:]].sum())
     assert trace(*words, quiet=True).rounded == prices.rounded
+
+
+def test_between_anchors_prices_follow_the_slopes():
+    order_LE = np.arange(8)[None]
+    sensed = {"source": 0.0, "a": 1e-6, "b": 1e-4, "c": 1e-2}
+    rounded = {"u": {f: Price(nats, 0.0) for f, nats in sensed.items()}, "v": {"a": Price(2e-6, 0.0)}}
+    cuts = Prices(rounded, {0: {k: Price(1e-3 * (8 - k), 0.0) for k in (4, 5, 6, 7)}}, order_LE, 100)
+    assert ends(cuts.rounded["u"]) == ["a", "c"] and ends(cuts.rounded["v"]) == ["a"]
+    few = {"u": {"a": Price(1e-5, 1e-6), "c": Price(1e-2, 1e-3)}, "v": {"a": Price(4e-6, 1e-6)}}
+    found = between(cuts, Prices(few, {0: {4: Price(6e-3, 6e-4)}}, order_LE, 100))
+    assert [found["u", f].nats for f in "abc"] == pytest.approx([1e-5, 10**-3.5, 1e-2])
+    assert found["u", "b"].error == pytest.approx(0.1 * 10**-3.5)
+    assert (found["v", "a"].nats, found["v", "a"].error) == pytest.approx((4e-6, 1e-6))
+    assert [found[0, k].nats for k in (4, 5, 6, 7)] == pytest.approx([6e-3, 4.5e-3, 3e-3, 1.5e-3])
+    assert found[0, 7].error == pytest.approx(1.5e-4)
+
+
+def test_anchors_are_measured(m2, tmp_path):
+    """Two formats of three, and one cut of two: those prices are `price`'s own."""
+    tokens, order_LE = rows(2), order_of(m2)
+    offered = {u: ("source", "mxfp4", "int3_g64", "int2_g64") for u in m2.architecture.units}
+    prices = anchored(m2, offered, (6, 4), order_LE, tokens, tmp_path, quiet=True)
+    truth = price(m2, offered, (6, 4), order_LE, tokens, tmp_path / "all", quiet=True)
+    assert prices.harm == "anchored" and Prices.load(tmp_path / "anchors" / "costs.json").harm == "measured"
+    sensed = Prices.load(tmp_path / "anchors" / "slopes" / "costs.json")
+    for unit, of in prices.rounded.items():
+        first, last = ends(sensed.rounded[unit])
+        (middle,) = set(of) - {"source", first, last}
+        for format in (first, last):
+            assert of[format].nats == pytest.approx(truth.rounded[unit][format].nats, rel=1e-9)
+        assert min(of[first].nats, of[last].nats) <= of[middle].nats <= max(of[first].nats, of[last].nats)
+    for layer, cuts in prices.dropped.items():
+        assert cuts[4].nats == pytest.approx(truth.dropped[layer][4].nats) and cuts[6].nats > 0
+    assert anchored(m2, offered, (6, 4), order_LE, tokens, tmp_path, quiet=True).rounded == prices.rounded

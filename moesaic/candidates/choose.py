@@ -22,6 +22,7 @@ from ..containers import Container
 from ..errors import PlanError
 from ..fit import Layout, servable
 from ..measure import (
+    ANCHORED,
     MEASURED,
     SURROGATE,
     TRACE,
@@ -31,6 +32,7 @@ from ..measure import (
     Prices,
     Rule,
     affordable_tokens,
+    anchored,
     default_counts,
     effort,
     measure,
@@ -51,7 +53,7 @@ from .plans import Candidate, candidates, exact, menu_of, plan_of, sums, uniform
 
 FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
 STAND_IN = "search"  # for roundings that look at data: measured before any sees it
-HARMS = (MEASURED, SURROGATE, TRACE)
+HARMS = (MEASURED, ANCHORED, SURROGATE, TRACE)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Budget:
     fit           bytes on disk, of the whole folder; or bits: stored bits per weight of the source
     experts       the kept counts allowed; empty: any from half of them up
     formats       what units may be written in
-    harm          how options are priced: "measured" runs each, "surrogate" takes one sweep backward for all, "trace"
-                  is PrismaQuant's, to compare with (it drops by the criterion "dropout")
+    harm          how options are priced: "measured" runs each, "surrogate" takes one sweep backward for all,
+                  "anchored" that and runs a few; "trace" is PrismaQuant's, to compare with (which drops by "dropout")
     price_tokens  that every option is priced on, of the calibration text
     seconds       for measuring prices, about: fewer tokens if they would take longer
     rule_plans    plans measured whole to learn how prices compose
@@ -217,13 +219,18 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     order_LE = order_experts(statistics, setting.criterion, setting.policy)
     every = [n for n in reversed(setting.kept) if n < a.experts]
     how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
+    work, memory = reverse_work(source, offered), budget.memory_bytes
     if budget.harm == MEASURED:
         counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
         options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
         text = price_text(setting, effort(source, options, 1, 1 << 60).work, calibration)
-        memory = budget.memory_bytes
         return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text
-    text = price_text(setting, reverse_work(source, offered), calibration)
+    if budget.harm == ANCHORED:
+        few = {unit: list(dict.fromkeys((*of[:1], *of[-1:]))) for unit, of in offered.items()}
+        options = [b for of in singles(source, few, every[-1:], order_LE) for b in of.values()]
+        text = price_text(setting, work + effort(source, options, 1, 1 << 60).work, calibration)
+        return anchored(source, offered, every, order_LE, text, setting.run, memory_bytes=memory, **how), text
+    text = price_text(setting, work, calibration)
     if budget.harm == SURROGATE:
         return surrogate(source, offered, every, order_LE, text, setting.run, **how), text
     saliency_LE = scores(statistics, "dropout", "pooled")

@@ -123,8 +123,8 @@ def offer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--harm",
         default="measured",
-        help="how options are priced: measured, each by running it; surrogate, all by one sweep backward; trace, as "
-        "PrismaQuant does (default %(default)s)",
+        help="how options are priced: measured, each by running it; surrogate, all by one sweep backward; anchored, "
+        "that with a few of them measured; trace, as PrismaQuant does (default %(default)s)",
     )
     p.add_argument("--hours", type=float, metavar="H", help="for measuring prices; the less, the fewer tokens")
     p.add_argument(

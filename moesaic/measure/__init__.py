@@ -2,9 +2,10 @@
 
 branch.py runs models that differ from the source in some units, any number in one sweep; excess.py is their KL;
 prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (reverse.py) instead;
-trace.py has another tool's, to compare; composition.py fits the rule.
+anchor.py measures a few and puts the rest between them; trace.py has another tool's, to compare; composition.py fits the rule.
 """
 
+from .anchor import ANCHORED, anchored
 from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
 from .composition import Rule
 from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
@@ -13,6 +14,7 @@ from .surrogate import SURROGATE, Sensed, sense, surrogate
 from .trace import TRACE, trace
 
 __all__ = [
+    "ANCHORED",
     "MEASURED",
     "SURROGATE",
     "TRACE",
@@ -24,6 +26,7 @@ __all__ = [
     "Rule",
     "Sensed",
     "affordable_tokens",
+    "anchored",
     "default_counts",
     "effort",
     "measure",
