@@ -69,6 +69,8 @@ class Recipe:
     harm: str = HARMS[0]  # how options are priced
     seconds: float | None = None  # for that, about; None: as long as it takes
     layout: Layout | None = None  # how it will be served: what an engine would not load so is refused, or not offered
+    devices: str = ""  # that `fit` was found for, with `context`: the report shows how they hold the result
+    context: int | None = None
 
     @property
     def has_budget(self) -> bool:

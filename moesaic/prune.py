@@ -22,7 +22,7 @@ PREVIEW_TOKENS = 8_192  # enough to tell criteria apart; the verdict on what shi
 
 def prune(
     model: Path, out: Path, experts: int, criterion: str = "reap", policy: str = "pooled",
-    corpus: Corpus = PYTHON_TEXT, check: bool = True, quiet: bool = False,
+    corpus: Corpus = PYTHON_TEXT, check: bool = True, quiet: bool = False, command: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model that keeps `experts` experts in every layer; returns JSON-able facts.
 
@@ -47,6 +47,7 @@ def prune(
     plan = Plan(container=source.container.name, kept=selection.cut.kept)
     result = export(source, plan, out, quiet)
     facts = selection.facts() | {
+        "command": command,
         "model": str(model),
         "out": str(out),
         "experts": experts,
@@ -62,7 +63,8 @@ def prune(
             raise CheckError(
                 f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and prune again"
             )
-    write_json(work / "prune.json", "prune", facts, {"source": source.identity, "tokens": tokens.identity})
+    note = facts | {"scores": selection.score_LE.tolist()}
+    write_json(work / "prune.json", "prune", note, {"source": source.identity, "tokens": tokens.identity})
     return facts
 
 
@@ -90,7 +92,8 @@ def look_ahead(
     """Candidates measured on text that calibration did not see, best first; kept in preview.json."""
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS)
     outlooks = preview(source, candidates(statistics, counts, criteria), rows, corpus.seed, quiet)
-    facts = {"candidates": [o.facts() for o in outlooks], "seed": corpus.seed, "text": dict(rows.facts)}
+    facts = {"model": str(source.path), "candidates": [o.facts() for o in outlooks], "seed": corpus.seed}
+    facts["text"] = dict(rows.facts)
     write_json(work / "preview.json", "preview", facts, {"source": source.identity, "tokens": rows.identity})
     return outlooks
 

@@ -24,6 +24,7 @@ SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qk
 def quantize(
     model: Path, out: Path, format: str, only: str = "experts", rest: str = SOURCE,
     to: str = "compressed_tensors", rounding: str = "rtn", layout: Layout | None = None, check: bool = True, quiet: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
 
@@ -45,6 +46,7 @@ def quantize(
         check_layout(Target.of(source, plan), layout)
     result = export(source, plan, out, quiet)
     facts: dict[str, Any] = {
+        "command": command,
         "model": str(model),
         "out": str(out),
         "format": format,

@@ -18,10 +18,15 @@ from test_evaluate import changed, noisy, text_rows
 
 from moesaic.artifact import write_json
 from moesaic.checkpoint import Checkpoint
+from moesaic.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate import Reading, Score, Scores, evaluate
 from moesaic.plan import Plan
-from moesaic.report import Facts, gather, mosaic, page, picture, report, words
+from moesaic.prune import preview_cuts, prune
+from moesaic.quantize import quantize
+from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
+from moesaic.report.page import SECTIONS as PARTS
+from moesaic.report.sections import limits
 
 DAY = datetime(2026, 11, 20, tzinfo=UTC)
 
@@ -48,7 +53,8 @@ def run(m3: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "scores": scores_LE.tolist(), "tokens": dict(tokens.facts),
     }  # fmt: skip
     write_json(folder / "selection.json", "selection", selection, {})
-    verify = {"holds": True, "compared": {"structure": 123, "codes": 456}, "findings": []}
+    errors = {str(layer): [0.11 + 0.001 * e for e in range(len(ids))] for layer, ids in kept.items()}
+    verify = {"holds": True, "compared": {"structure": 123, "codes": 456}, "findings": [], "expert_errors": errors}
     write_json(folder / "verify.json", "verify", verify, {})
     evaluate(m3, export, [Reading.of(tokens)], folder, device="cpu", quiet=True)
     return folder
@@ -60,8 +66,8 @@ def facts(run: Path) -> Facts:
 
 
 @pytest.fixture(scope="module")
-def whole(facts: Facts) -> str:
-    return page(facts, DAY)
+def whole(everything: Facts) -> str:
+    return page(everything, DAY)
 
 
 class Parts(HTMLParser):
@@ -83,11 +89,10 @@ class Parts(HTMLParser):
                 self.fetched.append(value or "")
 
 
-def test_one_file_that_loads_nothing(run: Path) -> None:
-    out = report(run)
-    text = out.read_text()
+def test_one_file_that_loads_nothing(whole: str) -> None:
+    text = whole
     parts = Parts(text)
-    assert out == run / "report.html" and len(text.encode()) < 2e6
+    assert len(text.encode()) < 2e6
     assert not {"script", "iframe", "object", "embed"} & set(parts.tags)
     assert all(f.startswith(("data:", "#")) for f in parts.fetched), parts.fetched
     assert (
@@ -106,43 +111,129 @@ def test_figures_are_those_of_the_scores_file(run: Path, facts: Facts, whole: st
     assert f"{kl['value']:.{places}f} nats" in text and f"± {kl['error']:.{places}f}" in text
     assert f"{kl['low']:.{places}f} to {kl['high']:.{places}f}" in text
     assert f"{np.exp(-kl['value']):.1%} of the probability" in text
-    assert "20 November 2026" in text and "moesaic compress A B" in text and "a warning of the selection" in text
+    assert "20 November 2026" in text and "moesaic compress A B" in text and "A warning of the selection." in text
     assert "tensors present, of the right shape and type" in text and ">123<" in text and ">456<" in text
     for identity in (
         gather(run).source["identity"],
         gather(run).scores.facts["readings"][0]["facts"]["ids_sha256"][:16],
     ):  # type: ignore[union-attr]
         assert identity in text
-    assert page(facts, DAY) == text
 
 
 SECTIONS = {
-    "scores": ("What it cost", "KL divergence, perplexity and agreement"),
-    "selection": ("Which experts stayed", "the choice of experts"),
-    "verify": ("What was checked", "verification of the export"),
-    "after": ("Where the bytes went", "an export"),
+    "scores": ("cost", "What it cost", "KL divergence, perplexity and agreement"),
+    "selection": ("experts", "Which experts stayed", "the choice of experts"),
+    "verify": ("checks", "What was checked", "verification of the export"),
+    "after": ("sizes", "Where the bytes went", "an export"),
+    "expert_errors": ("errors", "How experts were rounded", ""),
+    "stored": ("bits", "Bits by layer", ""),
+    "preview": ("preview", "What cuts would cost", ""),
+    "frontier": ("frontier", "What the bytes could buy", ""),
+    "memory": ("memory", "What one device holds", ""),
 }
 
 
+def titles(facts: Facts, *, of: str) -> list[str]:
+    """The section of that title, if it is there: by itself, since drawings take their time."""
+    found = [part.section(facts) for part in PARTS if part.__name__.rsplit(".", 1)[1] == of]
+    return [section.title for section in found if section is not None]
+
+
 @pytest.mark.parametrize("what", SECTIONS)
-def test_what_is_not_there_has_no_section_and_is_named(facts: Facts, whole: str, what: str) -> None:
-    section, absence = SECTIONS[what]
-    less = page(replace(facts, **{what: None}), DAY)
-    assert f"<h2>{section}</h2>" in whole and f"<li>{absence}" not in whole
-    assert f"<h2>{section}</h2>" not in less and f"<li>{absence}" in less
+def test_what_is_not_there_has_no_section_and_is_named(everything: Facts, whole: str, what: str) -> None:
+    name, title, absence = SECTIONS[what]
+    less = replace(everything, **{what: {"expert_errors": {}, "stored": ()}.get(what)})  # type: ignore[arg-type]
+    assert f"<h2>{title}</h2>" in whole and not titles(less, of=name)
+    if absence:
+        assert not [m for m in limits.missing(everything) if m.startswith(absence)]
+        assert [m for m in limits.missing(less) if m.startswith(absence)]
+
+
+@pytest.fixture(scope="module")
+def everything(facts: Facts, run: Path, budget: dict[str, dict[str, object]]) -> Facts:
+    """The run, with what it would hold had it been asked for a size, previewed, and made for two devices."""
+    return replace(gather(run, "2x95GiB"), **budget)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def budget() -> dict[str, dict[str, object]]:
+    """frontier.json, candidates.json, rule.json and preview.json as their stages write them."""
+    estimate = {"value": 0.1, "error": 0.01, "low": 0.08, "high": 0.13}
+    frontier = {
+        "points": 3, "experts": [4, 6, 8], "bytes": [1_000_000, 2_000_000, 3_000_000], "harm_nats": [0.3, 0.1, 0.0],
+        "predicted_nats": [0.3, 0.1, 0.0], "knee": {"experts": 6, "bytes": 2_000_000, "predicted_nats": 0.1},
+        "budget_bytes": 2_100_000, "budget_bits": 4.0, "bounds": {"6": 0.09}, "rule": {},
+    }  # fmt: skip
+    plans = [
+        ("6 experts", 6, 0.1, 0.1234, 0.0056),
+        ("4 experts", 4, 0.2, 0.2345, 0.0067),
+        ("lost", 8, 0.1, float("inf"), None),
+    ]
+    candidates = {
+        "budget_bytes": 2_100_000, "tokens": 4096, "text": {"ids_sha256": "f" * 64}, "rule_error": 0.2, "ships": 0,
+        "candidates": [
+            {"name": n, "experts": k, "bytes": 2_050_000, "harm_nats": p, "predicted_nats": p, "measured_nats": m, "error": e}
+            for n, k, p, m, e in plans
+        ],
+    }  # fmt: skip
+    measured = [{"experts": 6, "rounding": 0.1 * i, "dropping": 0.05, "nats": 0.1 * i, "error": 0.01} for i in range(4)]
+    rule = {"a": 0.0, "b": 1.0, "weight": 1.0, "error": 0.2, "plans": 4, "measured": measured}
+    outlook = {"criterion": "reap", "experts": 4, "tokens": 960, "nonfinite": 0}
+    outlook |= {name: estimate for name in ("kl_nats", "delta_ln_ppl", "top1", "overlap")}
+    preview = {"candidates": [outlook, outlook | {"criterion": "mass"}], "seed": 0, "text": {}}
+    return {"frontier": frontier, "candidates": candidates, "rule": rule, "preview": preview}
+
+
+def test_a_budget_shows_prediction_and_measurement(whole: str) -> None:
+    text = whole
+    for shown in (
+        "2.10 MB",
+        "0.1234",
+        "± 0.0056",
+        "0.2345",
+        "not measured",
+        "a factor of 1.22",
+        "6 experts in 2.00 MB",
+    ):
+        assert shown in text, shown
+    assert re.search(r'<tr class="chosen">\s*<td class="left">6 experts', text)
+
+
+def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
+    few = Corpus(tokens=512, length=64)
+    quantize(m2.path, tmp_path / "q", "mxfp4", quiet=True, command="moesaic quantize this")
+    prune(m2.path, tmp_path / "p", 4, corpus=few, quiet=True)
+    preview_cuts(m2.path, tmp_path / "v", [4], "reap", few, quiet=True)
+    tokens = text_rows(m2)
+    evaluate(m2, Checkpoint.open(tmp_path / "p"), [Reading.of(tokens)], tmp_path / "e", device="cpu", quiet=True)
+    says = {
+        "q": ("moesaic quantize this", "How experts were rounded", "Every check holds", "Bits by layer"),
+        "q/moesaic": ("How experts were rounded",),
+        "p": ("Which experts stayed", "8 dropped", "4 of 8 experts"),
+        "v": ("What cuts would cost", "Nothing has been exported"),
+        "e": ("What it cost", "Where the bytes went"),
+    }
+    for where, wanted in says.items():
+        out = report(tmp_path / where)
+        assert out.parent == tmp_path / where / ("" if where in ("e", "q/moesaic") else "moesaic")
+        text = out.read_text()
+        assert not [w for w in wanted if w not in text], where
+    with pytest.raises(InputError, match="holds no run"):
+        report(tmp_path)
 
 
 def test_a_bare_run_has_a_page_too(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "source.json", tmp_path)
     text = report(tmp_path).read_text()
-    assert "Nothing has been exported" in text and all(f"<li>{absence}" in text for _, absence in SECTIONS.values())
-    with pytest.raises(InputError, match=r"source\.json cannot be read"):
+    assert "Nothing has been exported" in text and all(f"<li>{absence}" in text for _, _, absence in SECTIONS.values())
+    with pytest.raises(InputError, match="holds no run"):
         report(tmp_path / "nowhere")
 
 
-def test_names_are_text_and_not_markup(facts: Facts) -> None:
+def test_names_are_text_and_not_markup(run: Path, facts: Facts) -> None:
     evil = "<script>alert('x')</script>"
-    text = page(replace(facts, source={**facts.source, "model": f"/m/{evil}", "command": evil, "family": evil}), DAY)
+    source = {**facts.source, "model": f"/m/{evil}", "command": evil, "family": evil}
+    text = page(Facts(str(run), source, after=facts.after, verify=facts.verify), DAY)
     assert "<script" not in text and html.escape(evil) in text.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
 
 
@@ -156,26 +247,25 @@ def test_limits_are_stated(facts: Facts, whole: str) -> None:
     text = whole
     assert "activations were not rounded" in text and "more than 47 tokens of context" in text
     assert "not held out" not in text and "not finite" not in text
-    python = page(
-        with_reading(facts, {"facts": facts.scores.facts["readings"][0]["facts"] | {"origin": "Python 3.11.7: …"}}), DAY
-    )  # type: ignore[union-attr]
-    assert "it is not held out" in python
-    assert "17 predictions of the export were not finite" in page(
-        with_reading(facts, {"nonfinite": {"source": 0, "export": 17}}), DAY
-    )
-    failed = {
-        "holds": False,
-        "compared": {"codes": 5},
-        "findings": [{"check": "codes", "where": "w1", "what": "differs"}],
-    }
-    broken = page(replace(facts, verify=failed), DAY)
+    assert facts.scores is not None
+    of_python = facts.scores.facts["readings"][0]["facts"] | {"origin": "Python 3.11.7: …"}
+    assert limits.PYTHON_TEXT in limits.limits(with_reading(facts, {"facts": of_python}))
+    bad = limits.limits(with_reading(facts, {"nonfinite": {"source": 0, "export": 17}}))
+    assert any("17 predictions of the export were not finite" in limit for limit in bad)
+
+
+def test_a_check_that_fails_is_said_and_named(run: Path, facts: Facts) -> None:
+    finding = {"check": "codes", "where": "w1", "what": "differs"}
+    failed = {"holds": False, "compared": {"codes": 5}, "findings": [finding]}
+    broken = page(Facts(str(run), facts.source, verify=failed), DAY)
     assert "Every check holds" not in broken and "1 checks do not hold" in broken and "codes: w1 differs" in broken
 
 
 def test_nothing_measured_is_no_zero(facts: Facts) -> None:
     assert facts.scores is not None
     empty = tuple(replace(s, value=None, error=None, low=None, high=None) for s in facts.scores.scores)
-    text = page(replace(facts, scores=Scores(empty, facts.scores.facts), kl_nats={"text": np.array([])}), DAY)
+    nothing = Scores(empty, facts.scores.facts)
+    text = page(Facts(facts.run, facts.source, after=facts.after, scores=nothing, kl_nats={"text": np.array([])}), DAY)
     assert "not measured" in text and "has not been measured" in text and "nats</strong>" not in text
 
 
@@ -191,6 +281,22 @@ def test_every_tile_once_in_its_colour() -> None:
         assert fates == ["source", "mxfp4", "nvfp4", "dropped"]
         assert drawn == {f"fill:{mosaic.color(f, fates)}": int((fate_LE == f).sum()) for f in fates}
         assert len(set(drawn)) == 4
+
+
+def test_a_strip_paints_each_tile_once() -> None:
+    rng = np.random.default_rng(0)
+    for count in (3, 40, 256):
+        line = [None if i == 0 else grids.Paint(f"var(--fate-{i % 3})", i) for i in rng.integers(0, 4, count).tolist()]
+        svg = ET.fromstring(str(grids.strip(line)))
+        painted: list[str | None] = [None] * count
+        for path in svg.iter("path"):
+            for x, width in re.findall(r"M(\d+) 5h(\d+)", path.attrib["d"]):
+                for i in range(int(x) // 10, (int(x) + int(width)) // 10):
+                    assert painted[i] is None
+                    painted[i] = path.attrib["style"]
+        assert painted == [None if p is None else f"stroke:{p.color}" for p in line]
+        tile, grout = map(float, svg.attrib["stroke-dasharray"].split())
+        assert tile + grout == pytest.approx(10, abs=1e-3) and 0 < grout <= 1.25
 
 
 def test_tones_are_quarters_of_what_is_kept() -> None:
@@ -219,6 +325,7 @@ def large(facts: Facts, layers: int, experts: int) -> Facts:
         selection=selection,
         plan=Plan("compressed_tensors", kept, formats),
         kl_nats={"text": kl_N},
+        expert_errors={str(layer): rng.normal(0.11, 0.001, experts // 2).tolist() for layer in range(layers)},
     )
 
 
@@ -297,8 +404,13 @@ def test_a_browser_opens_it_without_complaint(run: Path, tmp_path: Path) -> None
         command = [browser, *flags, "--window-size=420,900", "--dump-dom", file.as_uri()]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    seen = opened(report(run))
-    assert seen.returncode == 0 and "What it cost" in seen.stdout and "CONSOLE" not in seen.stderr
+    seen = opened(report(run, "2x95GiB"))
+    assert (
+        seen.returncode == 0
+        and "What it cost" in seen.stdout
+        and "What one device holds" in seen.stdout
+        and "CONSOLE" not in seen.stderr
+    )
     broken = tmp_path / "broken.html"  # the check itself can fail
     broken.write_text((run / "report.html").read_text().replace("</body>", "<script>nowhere()</script></body>"))
     assert "CONSOLE" in opened(broken).stderr

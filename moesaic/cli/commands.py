@@ -45,7 +45,7 @@ def run_prune(a: Arguments) -> dict[str, Any]:
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
     facts = room("prune").prune(
-        a.model, a.out, a.experts[0], a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet
+        a.model, a.out, a.experts[0], a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet, a.line
     )
     margins = sorted(facts["margins"].values())
     print(
@@ -63,7 +63,7 @@ def run_prune(a: Arguments) -> dict[str, Any]:
 
 def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet, a.line
     )
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
@@ -141,7 +141,7 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     return room("compress").Recipe(
         a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
-        served,
+        served, a.devices or "", a.context,
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def run_serve(a: Arguments) -> dict[str, Any]:
 
 
 def run_report(a: Arguments) -> dict[str, Any]:
-    page = room("report").report(a.run)
+    page = room("report").report(a.run, a.devices or "", a.context)
     print(f"report   {page}")
     return {"report": str(page)}
 

@@ -210,7 +210,9 @@ def export_options(p: argparse.ArgumentParser) -> None:
 
 
 def report_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run", type=Path)
+    p.add_argument("run", type=Path, help="a run folder, or an export that prune, quantize or evaluate wrote into")
+    p.add_argument("--devices", metavar="NxSIZE", help="2x95GiB, 4xH100NVL, …: how they would hold the export")
+    p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
 
 
 def verify_options(p: argparse.ArgumentParser) -> None:

@@ -4,14 +4,18 @@ from pathlib import Path
 
 from ..artifact import atomic
 from . import mosaic, words
-from .facts import Facts, gather
+from .facts import Facts, gather, places
 from .page import page, source_format, title
 
 
-def report(run: str | Path) -> Path:
-    """Write RUN/report.html from what the run folder holds; returns its path. Raises `InputError` where there is no run."""
-    out = Path(run) / "report.html"
-    text = page(gather(run))
+def report(run: str | Path, devices: str = "", context: int | None = None) -> Path:
+    """Write report.html beside what the run holds; returns its path. Raises `InputError` where there is no run.
+
+    devices, context  how many of which cards are to hold the export (`2x95GiB`): then the page shows their memory
+    """
+    facts = gather(run, devices, context)
+    out = places(Path(run))[0] / "report.html"
+    text = page(facts)
     with atomic(out) as partial:
         partial.write_text(text, encoding="utf-8")
     return out

@@ -46,7 +46,7 @@ def tone_of(score_LE: np.ndarray | None, kept_LE: np.ndarray) -> np.ndarray:
     return np.clip((behind_LE - lost_L1) * len(TONES) // np.maximum(kept_L1, 1), 0, len(TONES) - 1)
 
 
-def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None) -> str:
+def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> str:
     """The tiles as SVG paths, in a space of `TILE` units a tile."""
     layers, experts = fate_LE.shape
     fates = order(fate_LE)
@@ -59,9 +59,8 @@ def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None) -> str:
             if len(where) == 0 or (fate == DROPPED and tone):
                 continue
             shapes = "".join(tile(e, l, wobble[l, e] if fate_LE.size <= HAND_CUT else None) for l, e in where)
-            paths.append(
-                f'<path style="fill:{color(fate, fates)}" fill-opacity="{1 if fate == DROPPED else opacity}" d="{shapes}"/>'
-            )
+            fill, alpha = color(fate, palette or fates), 1 if fate == DROPPED else opacity
+            paths.append(f'<path style="fill:{fill}" fill-opacity="{alpha}" d="{shapes}"/>')
     return "".join(paths)
 
 
@@ -73,13 +72,16 @@ def tile(column: int, row: int, wobble: np.ndarray | None) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners) + "z"
 
 
-def mosaic(fate_LE: np.ndarray, score_LE: np.ndarray | None) -> str:
-    """The mosaic for the page: no words in it, colours from the page's variables."""
+def mosaic(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> str:
+    """The mosaic for the page: no words in it, colours from the page's variables.
+
+    palette  the fates in the order of their colours, where others than those that occur have one too
+    """
     layers, experts = fate_LE.shape
     counts = ", ".join(f"{int((fate_LE == f).sum()):,} {f}" for f in order(fate_LE))
     return (
         f'<svg class="mosaic" viewBox="0 0 {experts * TILE:g} {layers * TILE:g}" role="img" '
-        f'aria-label="{layers} layers of {experts} experts: {counts}">{tiles(fate_LE, score_LE)}</svg>'
+        f'aria-label="{layers} layers of {experts} experts: {counts}">{tiles(fate_LE, score_LE, palette)}</svg>'
     )
 
 

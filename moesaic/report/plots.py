@@ -7,22 +7,22 @@ Leaves out the mosaic (mosaic.py).
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 INK, MUTED, LINE, ACCENT, SECOND, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "fate-0", SECOND: "fate-1", PAPER: "paper"}
 WIDE, NARROW = 7.6, 4.1  # inches of 72 drawing units
-SALIENCY = LinearSegmentedColormap.from_list("tesserae", ["#efe2c2", "#cdbb80", "#6fa39a", "#2b7a96", "#1b5a86"])
-STRUCK = 1000  # cells up to which there is room
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 10.5,
     "axes.edgecolor": LINE,
@@ -48,12 +48,23 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def drawn(name: str, label: str, height: float, draw: Callable[[Axes, bool], None]) -> str:
+@dataclass(frozen=True)
+class Mark:
+    """One value with its 95 % interval, if it has one."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def drawn(name: str, label: str, height: float, draw: Callable[[Axes, bool], None]) -> Markup:
     """HTML with two SVGs: `draw(axes, narrow)` at both widths. `name` keeps their ids apart."""
-    return "".join(
+    text = "".join(
         f'<div class="{kind}">{svg(f"{name}-{kind}", label, width, height * tall, draw)}</div>'
         for kind, width, tall in (("wide", WIDE, 1.0), ("narrow", NARROW, 0.92))
     )
+    return Markup(text)
 
 
 def svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes, bool], None]) -> str:
@@ -74,7 +85,7 @@ def svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes
     return re.sub(r"\n\s*", "\n", text)
 
 
-def kl_histogram(kl_N: np.ndarray, marks: dict[str, float]) -> str:
+def kl_histogram(name: str, kl_N: np.ndarray, marks: dict[str, float], floor: float | None = None) -> Markup:
     """Tokens by KL on a logarithmic axis; what is below the axis is counted in its first bin."""
     top = max(float(kl_N.max()), 1e-6)
     bottom = min(max(float(np.quantile(kl_N, 0.002)), top * 1e-8), top * 1e-2)
@@ -87,44 +98,53 @@ def kl_histogram(kl_N: np.ndarray, marks: dict[str, float]) -> str:
         high = counts.max()  # then grout in the colour of the page: the columns are laid in tiles
         axes.hlines(np.arange(1, 15) * high / 14, bottom, edges[-1], color=PAPER, linewidth=0.9)
         axes.vlines(edges, 0, high * 1.01, color=PAPER, linewidth=0.9)
-        for i, (label, value) in enumerate(sorted(marks.items(), key=lambda m: m[1])):
-            level = high * (1.08 + 0.12 * (len(marks) - 1 - i))
-            axes.plot([value, value], [0, level], color=SECOND, linewidth=1.4)
-            axes.annotate(
-                f"{label} {value:#.2g}", (value, level), (5, -3), textcoords="offset points", color=INK, fontsize=10.5
-            )
-        axes.set_ylim(0, high * (1.12 + 0.12 * len(marks)))
+        if floor is not None and bottom < floor < edges[-1]:
+            axes.axvline(floor, color=MUTED, linewidth=1.2, linestyle=(0, (3, 2)))
+            style: dict[str, Any] = {"textcoords": "offset points", "color": MUTED, "fontsize": 9.5, "rotation": 90}
+            axes.annotate("noise floor", (floor, high), (-4, -4), ha="right", va="top", **style)
+        pillars(axes, marks, float(high))
         axes.set_xlabel("KL of one token, nats (logarithmic)")
+        axes.xaxis.set_major_formatter(FuncFormatter(power))
         axes.yaxis.set_major_locator(MaxNLocator(4 if narrow else 5, integer=True))
         axes.grid(False)
 
-    return drawn("kl", "Histogram of KL divergence by token", 3.3, draw)
+    return drawn(name, "Histogram of KL divergence by token", 3.3, draw)
 
 
-def whiskers(name: str, label: str, rows: Sequence[tuple[str, float, float | None, float | None]], unit: str) -> str:
-    """Values with their 95 % intervals, one line each: (what, value, low, high)."""
+def whiskers(name: str, label: str, marks: Sequence[Mark], unit: str, floor: Mark | None = None) -> Markup:
+    """Values with their 95 % intervals, one line each; `floor` is drawn through all of them."""
 
     def draw(axes: Axes, narrow: bool) -> None:
-        places = np.arange(len(rows))[::-1]
-        for y, (_, value, low, high) in zip(places, rows):
-            if low is not None and high is not None:
-                axes.plot([low, high], [y, y], color=ACCENT, linewidth=2.2, solid_capstyle="round", alpha=0.55)
-            axes.plot([value], [y], marker="s", markersize=7, color=ACCENT)
+        if floor is not None:
+            axes.axvline(floor.value, color=SECOND, linewidth=1.2, linestyle=(0, (3, 2)))
             axes.annotate(
-                f"{value:#.2g}", (value, y), (0, 8), textcoords="offset points", ha="center", fontsize=9.5, color=MUTED
+                floor.name,
+                (floor.value, len(marks) - 0.42),
+                (4, 0),
+                textcoords="offset points",
+                color=SECOND,
+                fontsize=9.5,
             )
-        axes.set_yticks(places, [row[0] for row in rows], color=INK)
-        axes.set_ylim(-0.6, len(rows) - 0.3)
+        places = np.arange(len(marks))[::-1]
+        for y, mark in zip(places, marks):
+            if mark.low is not None and mark.high is not None:
+                ends = [mark.low, mark.high]
+                axes.plot(ends, [y, y], color=ACCENT, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+            axes.plot([mark.value], [y], marker="s", markersize=7, color=ACCENT)
+            text, at = f"{mark.value:#.2g}", (mark.value, y)
+            axes.annotate(text, at, (0, 8), textcoords="offset points", ha="center", fontsize=9.5, color=MUTED)
+        axes.set_yticks(places, [mark.name for mark in marks], color=INK)
+        axes.set_ylim(-0.6, len(marks) - 0.3)
         axes.set_xlim(left=0)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6))
         axes.set_xlabel(unit)
 
-    return drawn(name, label, 0.75 + 0.44 * len(rows), draw)
+    return drawn(name, label, 0.75 + 0.44 * len(marks), draw)
 
 
-def by_layer(name: str, label: str, layers: Sequence[int], values: Sequence[float], mark_least: bool = False) -> str:
+def by_layer(name: str, label: str, layers: Sequence[int], values: Sequence[float], mark_least: bool = False) -> Markup:
     """A share for each layer, as columns; the least may be marked."""
 
     def draw(axes: Axes, narrow: bool) -> None:
@@ -144,30 +164,42 @@ def by_layer(name: str, label: str, layers: Sequence[int], values: Sequence[floa
     return drawn(name, label, 2.3, draw)
 
 
-def saliency(score_LE: np.ndarray, kept_LE: np.ndarray, layers: Sequence[int]) -> str:
-    """Each score as a share of its layer's largest; dropped experts are greyed, and struck through where there is room."""
-    share_LE = np.clip(score_LE / np.maximum(score_LE.max(1, keepdims=True), 1e-300), 0, 1)
-    rgba_LE4 = SALIENCY(share_LE)
-    rgba_LE4[~kept_LE, :3], rgba_LE4[~kept_LE, 3] = 0.5, 0.08 + 0.3 * share_LE[~kept_LE]
-    lost = np.argwhere(~kept_LE)[: STRUCK if score_LE.size <= STRUCK else 0]
+def histogram(name: str, label: str, values: np.ndarray, marks: dict[str, float], unit: str) -> Markup:
+    """Values on a plain axis, laid in the same tiles as the KL of tokens; `marks` are drawn through."""
+    counts, edges = np.histogram(values, min(48, max(8, len(values) // 6)))
 
     def draw(axes: Axes, narrow: bool) -> None:
-        axes.imshow(rgba_LE4, aspect="auto", interpolation="nearest")
-        strokes = [[(e - 0.32, l + 0.32), (e + 0.32, l - 0.32), (np.nan, np.nan)] for l, e in lost]
-        if strokes:
-            x, y = np.array(strokes).reshape(-1, 2).T
-            axes.plot(x, y, color=MUTED, linewidth=0.7)
+        axes.stairs(counts, edges, fill=True, color=ACCENT, linewidth=0)
+        axes.vlines(edges, 0, counts.max() * 1.01, color=PAPER, linewidth=0.9)
+        pillars(axes, marks, float(counts.max()))
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 7))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.yaxis.set_major_locator(MaxNLocator(min(len(layers), 8), integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: str(layers[int(y)]) if 0 <= y < len(layers) else ""))
-        axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
 
-    return drawn(
-        "saliency",
-        "Saliency by layer and expert, dropped experts greyed",
-        min(5.6, 1.3 + 0.17 * len(layers)),
-        draw,
-    )
+    return drawn(name, label, 2.5, draw)
+
+
+def power(value: float, _: int) -> str:
+    """A power of ten as people write it."""
+    return "10" + f"{round(np.log10(value))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def pillars(axes: Axes, marks: dict[str, float], high: float) -> None:
+    """A line at each marked value, as high as leaves room for the words beside the others."""
+    for i, (label, value) in enumerate(sorted(marks.items(), key=lambda m: m[1])):
+        level = high * (1.08 + 0.12 * (len(marks) - 1 - i))
+        axes.plot([value, value], [0, level], color=SECOND, linewidth=1.4)
+        text, style = f"{label} {value:#.3g}", {"textcoords": "offset points", "color": INK, "fontsize": 10.5}
+        axes.annotate(text, (value, level), (5, -3), **style)  # type: ignore[arg-type]
+    axes.set_ylim(0, high * (1.12 + 0.12 * len(marks)))
+
+
+def logarithmic(axes: Axes, which: str, sparse: bool = False) -> None:
+    """A logarithmic axis whose numbers are written out, as many as it takes to read between them."""
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0,) if sparse or high / low > 300 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axis.set_minor_locator(NullLocator())

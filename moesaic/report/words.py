@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..evaluate import Score
@@ -18,12 +19,15 @@ NAMES = {
     "ppl_source": "Perplexity, source",
     "ppl_export": "Perplexity, export",
     "delta_ln_ppl": "Δ ln perplexity, paired",
+    "ppl_difference": "Perplexity, export less source",
     "ppl_ratio": "Perplexity, export over source",
     "top1_agreement": "Same most likely token",
     "top5_overlap": "Overlap of the five most likely",
     "delta_p_mean": "Δp of the token that follows, mean",
     "delta_p_rms": "Δp of the token that follows, root mean square",
     "nll_correlation": "Correlation of −ln p by token",
+    "router_agreement": "Experts selected by both",
+    "pruned_mass": "Gates that fell on dropped experts",
 }
 SHARES = ("share", "probability", "correlation")  # units that are shown in per cent
 ROLES = {
@@ -44,6 +48,10 @@ TERMS = {
     "easy_ep": "EASY-EP",
     "rtn": "rounding to nearest",
     "compressed_tensors": "compressed-tensors",
+    "vllm": "vLLM",
+    "mlx": "MLX",
+    "gptq": "GPTQ",
+    "autoround": "AutoRound",
 }
 CHECKS = {
     "structure": "tensors present, of the right shape and type",
@@ -94,6 +102,31 @@ def figure(score: Score | None) -> dict[str, str]:
     if score.low is not None and score.high is not None:
         shown["interval"] = f"{score.low * scale:{sign},.{places}f} to {score.high * scale:{sign},.{places}f}"
     return {key: text.replace("-", "−") for key, text in shown.items()}
+
+
+def model_name(model: str) -> str:
+    """What a model is called: its folder, or in the hub's cache (models--ORG--NAME/snapshots/…) its repository."""
+    path = Path(model).resolve()
+    hub = next((part for part in path.parts if part.startswith("models--")), "")
+    return hub.split("--")[-1] or path.name
+
+
+def name(score: str) -> str:
+    """What a score is called; one that has no entry here keeps its own name."""
+    return NAMES.get(score, score.replace("_", " "))
+
+
+def value_error(value: float | None, error: float | None) -> tuple[str, str]:
+    """A value and its standard error, with as many digits as the error deserves."""
+    if value is None or not math.isfinite(value):
+        return "not measured", ""
+    places = digits(value, error)
+    return f"{value:,.{places}f}".replace("-", "−"), f"{error:,.{places}f}" if error and math.isfinite(error) else ""
+
+
+def significant(value: float) -> str:
+    """Three digits of a value that has no error."""
+    return value_error(value, None)[0]
 
 
 def term(name: str) -> str:

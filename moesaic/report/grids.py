@@ -1,0 +1,89 @@
+"""Grids of tiles whose colours and tones mean something: experts by layer, formats by layer, needles by depth.
+
+SVG by hand: a run of equal tiles is one dashed stroke, so that sixteen thousand stay light. Words stand around
+it as HTML, since a drawing that fits any width would scale them. Colours are the page's variables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from markupsafe import Markup
+
+TONES = (0.1, 0.24, 0.4, 0.58, 0.78, 1.0)  # opacity
+PITCH = 10.0  # drawing units a tile
+GROUT_SHARE = 1 / 280  # of a strip: about two points of the page, however many tiles there are
+TICKS = 9
+
+
+@dataclass(frozen=True)
+class Paint:
+    """How one tile is filled: a CSS colour and one of the tones."""
+
+    color: str
+    tone: int = len(TONES) - 1
+
+
+def tone(share: float) -> int:
+    """The tone of a share between 0 and 1."""
+    return min(int(max(share, 0.0) * len(TONES)), len(TONES) - 1)
+
+
+def grid(
+    label: str,
+    paint: Sequence[Sequence[Paint | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    across: str = "",
+    texts: Sequence[Sequence[str]] | None = None,
+    ends: Sequence[str] | None = None,
+) -> Markup:
+    """Tiles by row and column, with the rows' names at the left and the columns' below; None leaves a hole.
+
+    across  what the columns are;  texts  written into each tile;  ends  written behind each row
+    """
+    count = len(columns)
+    body = []
+    for i, (name, line) in enumerate(zip(rows, paint)):
+        inside = Markup("")
+        if texts is not None:
+            inside = Markup("<span>{}</span>").format(
+                Markup("").join(Markup("<b>{}</b>").format(text) for text in texts[i])
+            )
+        end = Markup("<i>{}</i>").format(ends[i]) if ends is not None else ""
+        body.append(Markup("<em>{}</em><div>{}{}</div>{}").format(name, strip(line), inside, end))
+    shown = sorted({int(i) for i in np.linspace(0, count - 1, min(count, TICKS)).round()}) if count > TICKS else None
+    ticks = Markup("").join(
+        Markup("<b{}>{}</b>").format(
+            Markup(f' style="left:{100 * (i + 0.5) / count:.2f}%"') if shown else "", columns[i]
+        )
+        for i in (shown or range(count))
+    )
+    foot = Markup('<em></em><div class="{}">{}</div>{}').format(
+        "ticks apart" if shown else "ticks", ticks, Markup("<i></i>") if ends is not None else ""
+    )
+    below = Markup('<p class="across">{}</p>').format(across) if across else ""
+    kind = "grid ended" if ends is not None else "grid"
+    kind += " dense" if len(rows) > 12 and texts is None else ""
+    return Markup('<div class="{}" role="img" aria-label="{}">{}{}</div>{}').format(
+        kind, label, Markup("").join(body), foot, below
+    )
+
+
+def strip(line: Sequence[Paint | None]) -> Markup:
+    """One row of tiles, stretched to whatever width and height its place has."""
+    grout = min(PITCH / 8, len(line) * PITCH * GROUT_SHARE)
+    strokes: dict[Paint, str] = {}
+    at = 0
+    for paint, run in groupby(line):
+        width = len(list(run))
+        if paint is not None:
+            strokes[paint] = strokes.get(paint, "") + f"M{at * PITCH:g} 5h{width * PITCH:g}"
+        at += width
+    paths = "".join(
+        f'<path style="stroke:{paint.color}" stroke-opacity="{TONES[paint.tone]}" d="{d}"/>'
+        for paint, d in strokes.items()
+    )
+    box = f'viewBox="0 0 {len(line) * PITCH - grout:.4g} {PITCH:g}" preserveAspectRatio="none"'
+    return Markup(f'<svg {box} stroke-dasharray="{PITCH - grout:.4g} {grout:.4g}" aria-hidden="true">{paths}</svg>')
