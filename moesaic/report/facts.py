@@ -92,8 +92,7 @@ class Facts:
     @property
     def ways(self) -> dict[str, str]:
         """How the export ran in the evaluation -> in words, which activations were rounded; the first is the one plotted."""
-        told = self.scores.facts["activations"] if self.scores is not None else {}
-        return dict(told) if isinstance(told, Mapping) else {"none": str(told)}
+        return dict(self.scores.facts["activations"]) if self.scores is not None else {}
 
     @property
     def palette(self) -> list[str]:

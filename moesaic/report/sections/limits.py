@@ -30,7 +30,7 @@ def limits(facts: Facts) -> list[str]:
         return found
     for reading in facts.scores.facts["readings"]:
         found += of_reading(reading)
-    if set(facts.ways.values()) == {"not rounded"}:
+    if list(facts.ways) == ["none"]:
         found.append(UNROUNDED)
     if not facts.scores.facts.get("tasks"):
         found.append("Figures compare two models on the same text; they do not say how good either is at a task.")
