@@ -25,8 +25,10 @@ from moesaic.plan import Plan
 from moesaic.prune import preview_cuts, prune
 from moesaic.quantize import quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
+from moesaic.report.blocks import Section
 from moesaic.report.page import SECTIONS as PARTS
-from moesaic.report.sections import limits
+from moesaic.report.page import environment
+from moesaic.report.sections import limits, needle, samples, tasks
 
 DAY = datetime(2026, 11, 20, tzinfo=UTC)
 
@@ -199,6 +201,72 @@ def test_a_budget_shows_prediction_and_measurement(whole: str) -> None:
     assert re.search(r'<tr class="chosen">\s*<td class="left">6 experts', text)
 
 
+@pytest.fixture(scope="module")
+def questioned(everything: Facts) -> Facts:
+    """The run with needles, tasks and texts, under the names that docs/SCORES.md gives them."""
+    assert everything.scores is not None
+    like, of = everything.scores.scores[0], everything.scores.facts
+    found = list(everything.scores.scores)
+
+    def add(reading: str, name: str, value: float, part: str = "", unit: str = "share") -> None:
+        spread = {"error": 0.05, "low": value - 0.1, "high": value + 0.1}
+        found.append(replace(like, reading=reading, name=name, part=part, value=value, unit=unit, rows=20, **spread))  # type: ignore[arg-type]
+
+    readings = list(of["readings"])
+    for n, length in enumerate((4096, 16384, 65536)):
+        name = f"needle {length}"
+        readings.append(
+            readings[0]
+            | {"name": name, "kind": "needle", "facts": {**readings[0]["facts"], "length": length, "samples": 4}}
+        )
+        for model, share in (("source", 1.0), ("export", 1.0 - 0.3 * n)):
+            for part in ("", "depth 0%", "depth 50%", "depth 100%", "control"):
+                add(name, f"needle_found_{model}", share if part != "depth 50%" else share / 2, part)
+        add(name, "needle_delta_log_p", -0.1 * n, unit="nats")
+    readings.append(readings[0] | {"name": "tasks to 64", "kind": "tasks"})
+    for task, before, after in (("arc", 0.625, 0.575), ("wino", 0.5, 0.525)):
+        for which, value in (("source", before), ("export", after), ("delta", after - before), ("flips", 0.125)):
+            add(task, f"task_acc_{which}", value)
+        add(task, "task_acc_mcnemar_p", 0.0625, unit="probability")
+    for who, share in (("source", 0.9), ("export", 0.8)):
+        add("spots", f"spot_right_{who}", share)
+    said = {"text": "It is <3901>.", "right": True, "looped": 0.0, "endless": False}
+    looping = {"text": "and so on " * 200, "right": False, "looped": 0.9, "endless": True}
+    samples = [
+        {"prompt": "What is 47 × 83?", "name": "arithmetic", "temperature": 0.7, "source": said, "export": looping}
+    ]
+    told = {**of, "readings": readings, "spots": {"samples": samples}, "tasks": {"harness": "lm-eval 0.4.13"}}
+    return replace(everything, scores=Scores(tuple(found), told))
+
+
+def test_needles_tasks_and_texts_have_sections(questioned: Facts) -> None:
+    parts = [part.section(questioned) for part in PARTS if part in (needle, tasks, samples)]
+    text = sections_as_html([part for part in parts if part is not None])
+    for title in ("In long contexts", "At tasks", "In their own words"):
+        assert f"<h2>{title}</h2>" in text
+    for shown in (
+        "<b>100%</b>",
+        "<b>40%</b>",
+        "<b>20%</b>",
+        "65,536",
+        "62.5 %",
+        "−5.0 %",
+        "12.5 %",
+        "0.0625",
+        "20 documents",
+    ):
+        assert shown in text, shown
+    assert "It is &lt;3901&gt;." in text and "source: right" in text and "export: not right, loops without end" in text
+    assert "(temperature 0.7)" in text and "800 more characters" in text
+    assert not [m for m in limits.missing(questioned) if m.startswith(("long context", "tasks", "texts"))]
+    assert not any("how good either is at a task" in limit for limit in limits.limits(questioned))
+
+
+def sections_as_html(found: list[Section]) -> str:
+    nothing = dict(title="", made="", version="", light="", dark="", hero=None, headline=[], summary="")
+    return environment().get_template("page.html").render(**nothing, sections=found)
+
+
 def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
     few = Corpus(tokens=512, length=64)
     quantize(m2.path, tmp_path / "q", "mxfp4", quiet=True, command="moesaic quantize this")
@@ -329,8 +397,8 @@ def large(facts: Facts, layers: int, experts: int) -> Facts:
     )
 
 
-def test_the_largest_model_fits_in_two_megabytes(facts: Facts) -> None:
-    text = page(large(facts, 62, 256), DAY)
+def test_the_largest_model_fits_in_two_megabytes(questioned: Facts) -> None:
+    text = page(large(questioned, 62, 256), DAY)
     assert len(text.encode()) < 2e6 and "7,936 dropped" in text
 
 

@@ -211,9 +211,26 @@ def run_serve(a: Arguments) -> dict[str, Any]:
 
 
 def run_report(a: Arguments) -> dict[str, Any]:
-    page = room("report").report(a.run, a.devices or "", a.context)
+    report, size = room("report"), room("inspect").size
+    page = report.report(a.run, a.devices or "", a.context)
     print(f"report   {page}")
-    return {"report": str(page)}
+    facts: dict[str, Any] = {"report": str(page)}
+    if not a.card and not a.push:
+        return facts
+    known = report.gather(a.run, a.devices or "", a.context)
+    card = report.write_card(known, report.Naming(a.base_model or "", a.push or "", a.unlicensed))
+    print(f"card     {card}")
+    facts["card"] = str(card)
+    if a.push:
+        files = report.uploads(known)
+        for file in files:
+            print(f"{file.bytes:>18,}  {file.to}")
+        print(f"{len(files):,} files, {size(sum(f.bytes for f in files))}")
+        facts["files"] = {f.to: f.bytes for f in files}
+        if a.yes:
+            facts["address"] = report.push(known, a.push, files, a.public, quiet=a.quiet)
+        print(facts.get("address") or f"nothing was uploaded to {a.push}; --yes does it")
+    return facts
 
 
 def told(facts: dict[str, Any]) -> dict[str, Any]:

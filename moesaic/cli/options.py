@@ -213,6 +213,12 @@ def report_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", type=Path, help="a run folder, or an export that prune, quantize or evaluate wrote into")
     p.add_argument("--devices", metavar="NxSIZE", help="2x95GiB, 4xH100NVL, …: how they would hold the export")
     p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
+    p.add_argument("--card", action="store_true", help="also write the export's model card, its README.md")
+    p.add_argument("--base-model", metavar="ORG/NAME", help="the source's name on the Hub, for the card")
+    p.add_argument("--unlicensed", action="store_true", help="write the card though the source has no licence file")
+    p.add_argument("--push", metavar="ORG/NAME", help="write the card and show what would be uploaded there")
+    p.add_argument("--yes", action="store_true", help="and upload it, once the export is verified again")
+    p.add_argument("--public", action="store_true", help="make a new repository public (else it is private)")
 
 
 def verify_options(p: argparse.ArgumentParser) -> None:

@@ -1,11 +1,13 @@
-"""The page that says what was done and what it cost: one HTML file, nothing loaded from elsewhere, no script."""
+"""What a run has to say: the page, one HTML file that loads nothing; the model card; and both beside the export on the Hub."""
 
 from pathlib import Path
 
 from ..artifact import atomic
 from . import mosaic, words
+from .card import Naming, card, write_card
 from .facts import Facts, gather, places
 from .page import page, source_format, title
+from .push import Upload, push, uploads
 
 
 def report(run: str | Path, devices: str = "", context: int | None = None) -> Path:
@@ -31,4 +33,6 @@ def picture(run: str | Path, out: Path) -> Path:
     return out
 
 
-__all__ = ["Facts", "gather", "page", "picture", "report", "title"]
+__all__ = [
+    "Facts", "Naming", "Upload", "card", "gather", "page", "picture", "push", "report", "title", "uploads", "write_card",
+]  # fmt: skip

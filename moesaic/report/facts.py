@@ -95,6 +95,12 @@ class Facts:
         return dict(self.scores.facts["activations"]) if self.scores is not None else {}
 
     @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What both models wrote to the same prompts."""
+        of = self.scores.facts if self.scores is not None else {}
+        return list(of.get("spots", {}).get("samples", []))
+
+    @property
     def palette(self) -> list[str]:
         """What has a colour, in the order of the colours: "source", the plan's formats, then others that lie on disk."""
         planned = sorted(set(self.plan.formats.values()) - {SOURCE}) if self.plan else []

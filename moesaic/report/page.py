@@ -25,34 +25,46 @@ from .sections import (
     layers,
     limits,
     memory,
+    needle,
     preview,
     provenance,
+    samples,
     sizes,
+    tasks,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
 HEADLINE = ("kl_mean", "ppl_ratio", "top1_agreement")
 SECTIONS = (
-    done, sizes, frontier, cost, layers, preview, experts, bits, errors, memory, checks, limits, provenance,
+    done, sizes, frontier, cost, layers, needle, tasks, samples, preview, experts, bits, errors, memory, checks, limits,
+    provenance,
 )  # fmt: skip
 
 
 def page(facts: Facts, made: datetime | None = None) -> str:
     """The whole report as HTML: no script, nothing loaded from elsewhere, light and dark, fit to print."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     made = made or datetime.now(UTC)
-    return environment.get_template("page.html").render(
-        title=title(facts),
-        made=made.strftime("%-d %B %Y"),
-        version=__version__,
-        light=Markup(mosaic.variables("light")),
-        dark=Markup(mosaic.variables("dark")),
-        hero=hero(facts),
-        headline=headline(facts),
-        summary=summary(facts),
-        sections=[found for part in SECTIONS if (found := part.section(facts)) is not None],
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=title(facts),
+            made=made.strftime("%-d %B %Y"),
+            version=__version__,
+            light=Markup(mosaic.variables("light")),
+            dark=Markup(mosaic.variables("dark")),
+            hero=hero(facts),
+            headline=headline(facts),
+            summary=summary(facts),
+            sections=[found for part in SECTIONS if (found := part.section(facts)) is not None],
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates of this folder, where text is escaped and a name that nobody gave is an error."""
+    return Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 

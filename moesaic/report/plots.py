@@ -111,8 +111,10 @@ def kl_histogram(name: str, kl_N: np.ndarray, marks: dict[str, float], floor: fl
     return drawn(name, "Histogram of KL divergence by token", 3.3, draw)
 
 
-def whiskers(name: str, label: str, marks: Sequence[Mark], unit: str, floor: Mark | None = None) -> Markup:
-    """Values with their 95 % intervals, one line each; `floor` is drawn through all of them."""
+def whiskers(
+    name: str, label: str, marks: Sequence[Mark], unit: str, floor: Mark | None = None, signed: bool = False
+) -> Markup:
+    """Values with their 95 % intervals, one line each; `floor` is drawn through all of them, and zero where they are `signed`."""
 
     def draw(axes: Axes, narrow: bool) -> None:
         if floor is not None:
@@ -131,11 +133,14 @@ def whiskers(name: str, label: str, marks: Sequence[Mark], unit: str, floor: Mar
                 ends = [mark.low, mark.high]
                 axes.plot(ends, [y, y], color=ACCENT, linewidth=2.2, solid_capstyle="round", alpha=0.55)
             axes.plot([mark.value], [y], marker="s", markersize=7, color=ACCENT)
-            text, at = f"{mark.value:#.2g}", (mark.value, y)
+            text, at = f"{mark.value:#.2g}".replace("-", "−"), (mark.value, y)
             axes.annotate(text, at, (0, 8), textcoords="offset points", ha="center", fontsize=9.5, color=MUTED)
         axes.set_yticks(places, [mark.name for mark in marks], color=INK)
         axes.set_ylim(-0.6, len(marks) - 0.3)
-        axes.set_xlim(left=0)
+        if signed:
+            axes.axvline(0, color=MUTED, linewidth=1)
+        else:
+            axes.set_xlim(left=0)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 6))

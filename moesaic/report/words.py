@@ -95,7 +95,7 @@ def figure(score: Score | None) -> dict[str, str]:
     )
     value, error = score.value * scale, None if score.error is None else score.error * scale
     places = digits(value, error)
-    sign = "+" if score.name.startswith("delta") and not score.name.endswith("rms") else ""
+    sign = "+" if "delta" in score.name.split("_") and not score.name.endswith("rms") else ""
     shown = {"value": f"{value:{sign},.{places}f}", "error": "", "interval": "", "unit": unit}
     if error:
         shown["error"] = f"± {error:,.{places}f}"

@@ -19,9 +19,11 @@ SURE = "The probability that the source gives to its first choice. Damage where 
 
 
 def section(facts: Facts) -> Section | None:
-    if facts.scores is None or not facts.scores.facts["readings"]:
+    if facts.scores is None:
         return None
-    readings = [r for r in facts.scores.facts["readings"] if r.get("kind", "text") == "text"]
+    readings = [r for r in facts.scores.facts["readings"] if r["kind"] == "text"]
+    if not readings:
+        return None
     blocks: list[Block] = []
     for reading in readings:
         blocks += [Heading(f"Reading: {reading['name']}")] if len(readings) > 1 else []

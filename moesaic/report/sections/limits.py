@@ -29,10 +29,11 @@ def limits(facts: Facts) -> list[str]:
     if facts.scores is None:
         return found
     for reading in facts.scores.facts["readings"]:
-        found += of_reading(reading)
+        if reading["kind"] == "text":
+            found += of_reading(reading)
     if list(facts.ways) == ["none"]:
         found.append(UNROUNDED)
-    if not facts.scores.facts.get("tasks"):
+    if all(reading["kind"] != "tasks" for reading in facts.scores.facts["readings"]):
         found.append("Figures compare two models on the same text; they do not say how good either is at a task.")
     return list(dict.fromkeys(found))
 
@@ -63,7 +64,7 @@ def of_reading(reading: dict[str, Any]) -> list[str]:
 
 def missing(facts: Facts) -> list[str]:
     """What a complete report would hold and this run has not done."""
-    of = facts.scores.facts if facts.scores is not None else {}
+    kinds = {r["kind"] for r in facts.scores.facts["readings"]} if facts.scores is not None else set()
     floor = facts.scores.find("floor_kl_mean") if facts.scores is not None else None
     absent = {
         "the choice of experts: all were kept, or another program chose": facts.selection is None,
@@ -71,9 +72,9 @@ def missing(facts: Facts) -> list[str]:
         "verification of the export": facts.verify is None,
         "KL divergence, perplexity and agreement": facts.scores is None,
         "sizes of the source by class of module: its folder is gone or has changed": facts.before is None,
-        "long context (needles in haystacks)": not of.get("needle"),
-        "tasks, and answers that flip": not of.get("tasks"),
-        "texts written by both, side by side": not of.get("samples"),
+        "long context (needles in haystacks)": "needle" not in kinds,
+        "tasks, and answers that flip": "tasks" not in kinds,
+        "texts written by both, side by side": not facts.samples,
         "the noise floor: the source against itself": floor is None,
     }
     return [what for what, is_absent in absent.items() if is_absent]
