@@ -14,7 +14,7 @@ FLOORS = (
     ("containers",),
     ("checkpoint", "tokens"),
     ("corpus", "stream", "shards", "target", "reader"),
-    ("calibrate", "rounding", "divergence", "generate"),
+    ("calibrate", "activations", "rounding", "divergence", "generate"),
     ("measure", "allocate", "render"),
     ("fit", "export"),
     ("verify", "evaluate", "inspect"),

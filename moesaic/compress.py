@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .activations import calibrated
 from .artifact import write_json
 from .calibrate import Statistics, calibrate
 from .candidates import (
@@ -105,6 +106,9 @@ def compress(
         selection = select(source, run, recipe, corpus, quiet)
         plan = as_told(source, recipe, selection)
         rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
+    if Target.of(source, plan).uncalibrated:
+        tokens = corpus.calibration(source, run / "tokens.safetensors")
+        plan = calibrated(source, plan, tokens, run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
 
     result = export(source, plan, run / "model", quiet)

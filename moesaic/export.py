@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .artifact import atomic, writing
-from .checkpoint import INDEX, Checkpoint, Stored, check_magnitude
+from .checkpoint import INDEX, Checkpoint, Stored, check_magnitude, sample
 from .containers import siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
@@ -45,6 +45,11 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rende
     target, rounding = Target.of(source, plan), rounding_of(plan)
     if rounding.needs and rendered is None:
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
+    if unknown := target.uncalibrated:
+        raise PlanError(
+            f"the plan rounds activations as they come, and does not know how large {sample(unknown)} get; "
+            "compress measures that on text"
+        )
     try_recoding(target)
     shards = plan_shards(sorted_pieces(target, rendered), SHARD_BYTES)
     claim(out, source, plan)
@@ -180,7 +185,7 @@ def recoded(target: Target, group: tuple[Linear, ...]) -> Iterator[Tensor]:
         format = source.formats[origin.name]
         codes_OI, scales = source.container.packing(format).unpack(source.parts(origin), origin.shape)
         what = f"{linear.unit} ({origin.name})"
-        packed = packing.pack(*recode(what, format, packing.format, codes_OI, scales))
+        packed = packing.pack(*recode(what, format, target.formats[linear.name], codes_OI, scales))
         if scales.shared is not None:
             shared += [s for s in (scales.shared, packing.unpack(packed, linear.shape)[1].shared) if s is not None]
             if not all(torch.equal(s, shared[0]) for s in shared):
@@ -206,9 +211,8 @@ def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding
     """Decode, round, pack: the reference, and the way of every rounding that looks at data."""
     weights = [target.source.decode(target.origin[n.name].name) for n in group]
     for linear, rounded in zip(group, round_siblings(rounding, weights, target.packing(group[0]).number_format)):
-        packing = target.packing(linear)
-        packed = packing.pack(*rounded)
-        yield from (packed[key] for key in packing.parts(linear.shape))
+        packed = target.pack(linear, *rounded)
+        yield from (packed[key] for key in target.packing(linear).parts(linear.shape))
 
 
 def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
@@ -232,7 +236,7 @@ def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> 
             "blocks": scales.blocks,
             "shared": scales.shared,
             "shape": torch.tensor(linear.shape),
-        }
+        } | target.inputs(linear)
         for key in target.packing(linear).parts(linear.shape):
             if (tensor := packed[key]) is None:
                 raise PlanError(f"{linear.name} came out without its {key}; report this as a bug")

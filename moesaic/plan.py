@@ -22,12 +22,14 @@ class Plan:
     formats    unit name -> format name, or "source"; a unit that is not named keeps its source format
     container  the container to write
     rounding   the rounding that chooses codes, for units that change format
+    activations  input (`containers.input_of`) -> its largest |x| on text, where a format rounds activations by that
     """
 
     container: str
     kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
     rounding: str = "rtn"
+    activations: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) for name in (self.container, self.rounding, *self.formats.values())):
@@ -57,6 +59,8 @@ class Plan:
         body = read_json(path, "plan", inputs)
         try:
             kept = {int(layer): tuple(ids) for layer, ids in body["kept"].items()}
-            return Plan(body["container"], kept, dict(body["formats"]), body["rounding"])
+            return Plan(
+                body["container"], kept, dict(body["formats"]), body["rounding"], dict(body.get("activations", {}))
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .checkpoint import Checkpoint, sample
-from .containers import CONTAINERS, Container, Packing
+from .containers import CONTAINERS, Container, Packing, input_of
 from .errors import PlanError
 from .families import Architecture, Linear, with_experts
-from .formats import FORMATS
+from .formats import FORMATS, Scales
 from .plan import SOURCE, Plan
 from .recode import twins
 
@@ -70,6 +73,29 @@ class Target:
 
     def packing(self, linear: Linear) -> Packing:
         return self.container.packing(self.formats[linear.name])
+
+    def pack(self, linear: Linear, codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+        """The tensors of a matrix, by meaning."""
+        return self.packing(linear).pack(codes_OI, scales) | self.inputs(linear)
+
+    def inputs(self, linear: Linear) -> dict[str, Tensor]:
+        """The "inputs" of a matrix whose format rounds activations; else nothing."""
+        packing = self.packing(linear)
+        if "inputs" not in packing.parts(linear.shape):
+            return {}
+        share = packing.number_format.share
+        assert share is not None
+        return {"inputs": share(torch.tensor(self.plan.activations[input_of(linear)]))}
+
+    @property
+    def uncalibrated(self) -> list[str]:
+        """Inputs that the plan's formats round, and whose size it does not know."""
+        asked = {
+            input_of(n)
+            for n in self.architecture.linears
+            if not n.expert and not keeps_values(self, n) and "inputs" in self.packing(n).parts(n.shape)
+        }
+        return sorted(asked - set(self.plan.activations))
 
     @property
     def payload_bytes(self) -> int:

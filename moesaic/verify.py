@@ -347,7 +347,7 @@ def rounded_again(
     packings = [target.packing(n) for n in group]
     if by_reference:
         pairs = round_siblings(rounding, weights, packings[0].number_format)
-        return [packing.pack(*pair) for packing, pair in zip(packings, pairs)]
+        return [target.pack(n, *pair) for n, pair in zip(group, pairs)]
     made = iter(round_together(target, group, rounding))
     return [{key: next(made) for key in packing.parts(n.shape)} for n, packing in zip(group, packings)]
 

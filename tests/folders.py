@@ -47,6 +47,8 @@ def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str,
                 w_OI = source.decode(linear.name)
                 scales = format.scales(w_OI, format.share(largest) if format.share else None)
                 stored = packing.pack(format.encode(w_OI, scales), scales)
+            if "inputs" in packing.parts(linear.shape):
+                stored = {**stored, "inputs": torch.tensor([2688 / 12.0])}
             decoded[linear.name] = packing.decode(stored, linear.shape)
             place = target.place(source.architecture, linear)
             for key, part in packing.parts(linear.shape).items():

@@ -48,7 +48,7 @@ def test_their_decompressor_gives_our_values(format: str) -> None:
     packing, scheme = PACKINGS[format], SCHEMES[format]
     w_OI = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 256)[:, None]
     scales = packing.number_format.scales(w_OI)
-    stored = packing.pack(packing.number_format.encode(w_OI, scales), scales)
+    stored = packing.pack(packing.number_format.encode(w_OI, scales), scales) | {"inputs": torch.tensor([9.0])}
     state = {part.suffix: stored[key] for key, part in packing.parts(w_OI.shape).items()}
     compressor = BaseCompressor.get_value_from_registry(scheme.wire)
     theirs = compressor.decompress(state, QuantizationScheme.model_validate(scheme.group(["Linear"])))["weight"]
@@ -208,7 +208,7 @@ def test_patterns_stay_few(source: Checkpoint) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_plan_reads_back(source: Checkpoint, data: st.DataObject) -> None:
-    carried = sorted(set(PACKINGS) - {"nvfp4", "fp8_block"})  # these two do not fit every unit
+    carried = sorted(set(PACKINGS) - {"nvfp4", "nvfp4_a4", "fp8_block"})  # these do not fit every unit
     chosen = {unit: data.draw(st.sampled_from(carried), label=unit) for unit in source.architecture.units}
     formats = {n.name: chosen[n.unit] for n in source.architecture.linears}
     quantization = CONTAINER.config(source.architecture, formats, source.config)

@@ -51,7 +51,8 @@ class Packing:
     """How one format lies in one container.
 
     parts   (shape [O, I]) -> its tensors, by meaning: "codes", "blocks", "shared", "offsets", or what else there is
-    pack    (codes [O, I], Scales) -> those tensors, by the same keys
+    pack    (codes [O, I], Scales) -> those tensors, by the same keys, but for "inputs": the second level of scale
+            of the vectors that it multiplies, which its weights do not tell
     read    (those tensors, shape) -> codes as one dense little-endian bit stream a row, uint8 [O, ·], and Scales
     layout  two packings of one format with one layout differ in names, dtypes and shapes alone: bytes may be copied
     in_kernels  whether `kernels` write (and, for a source, read) codes as they lie here
@@ -159,11 +160,16 @@ def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
     A format with a second scale (`NumberFormat.share`) has one for the whole group, because the server
     applies one member's to all of them. A matrix that is fused with none is a group of its own.
     """
-    groups: dict[tuple[str, int | None, str], list[Linear]] = {}
+    groups: dict[tuple[str, int | None], list[Linear]] = {}
     for linear in linears:
-        fused = next((name for name, members in FUSED.items() if linear.projection in members), linear.projection)
-        groups.setdefault((linear.unit, linear.expert, fused), []).append(linear)
+        groups.setdefault((input_of(linear), linear.expert), []).append(linear)
     return [tuple(group) for group in groups.values()]
+
+
+def input_of(linear: Linear) -> str:
+    """A name for what a matrix multiplies: "layers.3.qkv.qkv", "layers.3.experts.gate_up", one for all experts of a layer."""
+    fused = next((name for name, members in FUSED.items() if linear.projection in members), linear.projection)
+    return f"{linear.unit}.{fused}"
 
 
 def firsts(members: Sequence[Linear]) -> list[Linear]:

@@ -9,7 +9,7 @@ a module goes by, expert groups come first, and no other target says "experts".
 
 Activations: 4-bit and integer weights are declared weight-only, FP8 and MXFP8 with activations rounded as they
 come, as the sources are served. (vLLM's MXFP4 kernels for Blackwell round activations whatever is declared.)
-Leaves out zero points, and activation scales that need calibrating (`input_global_scale`).
+`nvfp4_a4` rounds them to NVFP4 under a calibrated divisor, `input_global_scale`. Leaves out zero points.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +121,21 @@ def channel(format: str, codes: str, scales: str, pack: Pack, read: Read) -> Pac
     return Packing(format, f"{codes} + {scales} of a row", parts, pack, read)
 
 
+def rounded_inputs(packing: Packing) -> Packing:
+    """With the divisor of the vectors that a matrix multiplies beside it."""
+
+    def parts(shape: Sequence[int]) -> Parts:
+        return packing.parts(shape) | {"inputs": Part("input_global_scale", "F32", (1,))}
+
+    def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+        """Raises `CheckpointError` for a divisor that is none."""
+        if "inputs" in stored and not 0 < (divisor := float(stored["inputs"])) < float("inf"):
+            raise CheckpointError(f"input_global_scale is {divisor}; wanted 2688 over the largest input")
+        return packing.read(stored, shape)
+
+    return replace(packing, parts=parts, read=read, layout=f"{packing.layout} + f32 divisor of inputs")
+
+
 def nibbles(format: str, scale_dtype: str, layout: str) -> Packing:
     parts = partial(nibble_parts, format=format, scale_dtype=scale_dtype)
     return Packing(format, layout, parts, pack_nibbles, read_nibbles)
@@ -140,6 +155,7 @@ GROUPED = tuple(f"int{bits}_g{group}" for bits in (2, 3, 4, 8) for group in (32,
 CARRIED = {
     "mxfp4": nibbles("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
     "nvfp4": nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor"),
+    "nvfp4_a4": rounded_inputs(nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor")),
     "mxfp8": renamed(MXFP8_PACKING),
     "fp8_block": renamed(FP8_BLOCK),
     "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", pack_e4m3, read_e4m3),
@@ -165,7 +181,7 @@ class Scheme:
         return {
             "targets": list(targets),
             "weights": {**self.weights, "symmetric": True, "dynamic": False},
-            "input_activations": self.activations and {**self.activations, "symmetric": True, "dynamic": True},
+            "input_activations": self.activations and {"symmetric": True, "dynamic": True, **self.activations},
             "output_activations": None,
             "format": self.wire,
         }
@@ -176,10 +192,14 @@ def number(bits: int, type: str, strategy: str, **more: Any) -> dict[str, Any]:
 
 
 MX = {"group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+NV = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 SCHEMES = {
     "mxfp4": Scheme("mxfp4-pack-quantized", number(4, "float", "group", **MX)),
-    "nvfp4": Scheme(
-        "nvfp4-pack-quantized", number(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+    "nvfp4": Scheme("nvfp4-pack-quantized", number(4, "float", "tensor_group", **NV)),
+    "nvfp4_a4": Scheme(
+        "nvfp4-pack-quantized",
+        number(4, "float", "tensor_group", **NV),
+        number(4, "float", "tensor_group", dynamic="local", **NV),
     ),
     "mxfp8": Scheme("mxfp8-quantized", number(8, "float", "group", **MX), number(8, "float", "group", **MX)),
     "fp8_block": Scheme(
@@ -236,7 +256,7 @@ def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]
     if len(found) > 1:
         raise PlanError(f"{unit} would mix {' and '.join(found)}, and engines fuse its matrices; give them one format")
     format = FORMATS[found[0]]
-    if format.name == "nvfp4" and any(linear.projection.startswith("index_") for linear in members):
+    if format.name in ("nvfp4", "nvfp4_a4") and any(linear.projection.startswith("index_") for linear in members):
         raise PlanError(f"{unit} holds an indexer, which vLLM does not load in NVFP4; give it mxfp8, fp8_block or bf16")
     rows, columns = format.block
     for linear in members:
@@ -300,10 +320,13 @@ def matches(target: str, name: str) -> bool:
 def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
     """The format that a config group describes. Raises `CheckpointError` for one nobody wrote code for."""
     wire, weights = group.get("format") or quantization.get("format"), table(group, "weights")
-    for format, scheme in SCHEMES.items():
-        same = all(weights.get(key) == scheme.weights.get(key) for key in DECIDES)
-        if wire == scheme.wire and same and weights.get("symmetric", True):
-            return format
+    found = [
+        format
+        for format, scheme in SCHEMES.items()
+        if wire == scheme.wire and all(weights.get(key) == scheme.weights.get(key) for key in DECIDES)
+    ]
+    if found and weights.get("symmetric", True):  # of weights alike, activations tell: a calibrated divisor or none
+        return found[-1] if group.get("input_activations") else found[0]
     asked = {key: weights[key] for key in (*DECIDES, "symmetric") if weights.get(key) is not None}
     raise CheckpointError(f"config.json has weights as {wire} {asked}; moesaic reads {', '.join(SCHEMES)}")
 

@@ -41,7 +41,7 @@ def write_group(
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for linear, (codes_OI, scales) in zip(group, members, strict=True):
-        packed = target.packing(linear).pack(codes_OI.cpu(), on_cpu(scales))
+        packed = target.pack(linear, codes_OI.cpu(), on_cpu(scales))
         tensors |= {
             name: packed[key].clone() for key, name in names_of(target, linear).items()
         }  # siblings share a scale

@@ -26,7 +26,7 @@ CHECK = SHARED / "checks" / "vllm" / "check_load.py"
 
 Formats = str | list[str]  # of the experts; a list is dealt out MoE layer by MoE layer
 Case = tuple[str, str, Formats, str]  # container, family, experts, rest
-EXPERTS = ("mxfp4", "nvfp4", "int4_g128", "int3_g32", "int2_g32")
+EXPERTS = ("mxfp4", "nvfp4", "nvfp4_a4", "int4_g128", "int3_g32", "int2_g32")
 UNIFORM = (
     "mxfp4",
     "mxfp8",
@@ -38,7 +38,7 @@ UNIFORM = (
     "int3_g64",
     "int2_g128",
 )
-CASES: list[Case] = [("compressed_tensors", "m2", "nvfp4", "nvfp4")]
+CASES: list[Case] = [("compressed_tensors", "m2", f, f) for f in ("nvfp4", "nvfp4_a4")]
 for family in ("m2", "m3"):
     CASES += [("compressed_tensors", family, experts, "source") for experts in EXPERTS]
     # M3's small fused matrices are no whole squares here, as they are in the released model
@@ -55,6 +55,7 @@ for family in ("m2", "m3"):
 METHODS = {
     "mxfp4": "CompressedTensorsW4A4Mxfp4MoEMethod",
     "nvfp4": "CompressedTensorsW4A4Nvfp4MoEMethod",
+    "nvfp4_a4": "CompressedTensorsW4A4Nvfp4MoEMethod",
     "mxfp8": "CompressedTensorsW8A8Mxfp8MoEMethod",
     "fp8_block": "CompressedTensorsW8A8Fp8MoEMethod",
     "fp8_channel": "CompressedTensorsW8A8Fp8MoEMethod",
