@@ -32,6 +32,7 @@ from .candidates import (
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
+from .criteria import CRITERIA
 from .errors import CheckError, InputError
 from .evaluate import Reading, Scores, evaluate
 from .export import export
@@ -40,7 +41,7 @@ from .formats import FORMATS
 from .measure import Prices
 from .plan import SOURCE, Plan
 from .report import report
-from .select import Selection, select_experts
+from .select import Selection, check_names, select_experts
 from .target import Target
 from .tokens import TokenSet
 from .verify import Verdict, expert_errors, verify
@@ -135,6 +136,7 @@ def compress(
 def check(source: Checkpoint, run: Path, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
     a = source.architecture
+    check_names(recipe.policy, (recipe.criterion,))
     if recipe.experts is not None and not a.top_k <= recipe.experts <= a.experts:
         raise InputError(
             f"asked to keep {recipe.experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}"
@@ -225,7 +227,7 @@ def within_budget(
     choice, rows = (unseen.take([i for i in range(unseen.rows) if (i in mine) == its]) for its in (True, False))
     rows.save(run / "evaluation.safetensors")
     tokens = corpus.calibration(source, run / "tokens.safetensors")
-    statistics = calibrate(source, tokens, run / "stats", quiet)
+    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
     chosen = choose(recipe.setting(source, run, quiet), statistics, tokens, choice)
     kept = chosen.plan.experts(source.architecture.experts)
     return chosen, noted(source, run, recipe, kept, statistics, tokens), rows
@@ -236,7 +238,8 @@ def select(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet:
     if recipe.experts is None or recipe.experts == source.architecture.experts:
         return None
     tokens = corpus.calibration(source, run / "tokens.safetensors")
-    return noted(source, run, recipe, recipe.experts, calibrate(source, tokens, run / "stats", quiet), tokens)
+    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
+    return noted(source, run, recipe, recipe.experts, statistics, tokens)
 
 
 def noted(

@@ -3,7 +3,7 @@
 Leaves out prices in nats (measure, allocate): this is the choice for a kept count that is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Selection:
 
     criterion: str
     policy: str
+    domains: Mapping[str, float]  # name -> share, of those that were heard
     layers: tuple[int, ...]
     score_LE: np.ndarray
     cut: Cut
@@ -37,6 +38,8 @@ class Selection:
     def warnings(self) -> list[str]:
         """One plain sentence for each thing that makes the choice doubtful."""
         found = []
+        if not CRITERIA[self.criterion].reads_text and not self.tokens:
+            found.append("no text was read: experts whose loss would wreck the model, if there are any, are not known")
         if self.nonfinite:
             bad = f"{len(self.nonfinite)} experts gave values that are no numbers ({listed(self.nonfinite)})"
             found.append(f"{bad}; those tokens count for nothing")
@@ -54,6 +57,7 @@ class Selection:
             "criterion": self.criterion,
             "reference": CRITERIA[self.criterion].reference,
             "policy": self.policy,
+            "domains": dict(self.domains),
             "calibration_tokens": self.tokens,
             "kept": {str(layer): list(ids) for layer, ids in self.cut.kept.items()},
             "margins": {str(layer): margin for layer, margin in self.cut.margins.items()},
@@ -65,28 +69,36 @@ class Selection:
         }
 
 
-def select_experts(statistics: Statistics, criterion: str, keep: int, policy: str = POOLED) -> Selection:
+def select_experts(
+    statistics: Statistics, criterion: str, keep: int, policy: str = POOLED, domains: Mapping[str, float] | None = None
+) -> Selection:
     """Keep the `keep` best experts of each layer.
 
-    policy  "pooled": all domains' sums as one; or one of criteria.POLICIES over ranks by domain.
+    policy   "pooled": all domains' sums as one; or one of criteria.POLICIES over ranks by domain
+    domains  name -> share, of those to be heard; None: all alike
     Super experts are kept before all others. Raises `InputError` for a name there is not, and for an
     expert that gave no finite value: there is nothing to rank it by.
     """
     check_ranked(statistics)
-    score_LE = scores(statistics, criterion, policy)
+    score_LE = scores(statistics, criterion, policy, domains)
     protected = statistics.super_experts()
-    halves = [cut(scores(statistics, criterion, policy, half), statistics.layers, keep) for half in (0, 1)]
+    halves = [cut(scores(statistics, criterion, policy, domains, half), statistics.layers, keep) for half in (0, 1)]
     jaccard_L = np.array([jaccard(halves[0].kept[layer], halves[1].kept[layer]) for layer in statistics.layers])
+    few = statistics.few(FEW_TOKENS) if CRITERIA[criterion].reads_text else ()
     return Selection(
-        criterion, policy, statistics.layers, score_LE, cut(score_LE, statistics.layers, keep, frozenset(protected)),
-        tuple(protected), tuple(statistics.few(FEW_TOKENS)), tuple(statistics.nonfinite()), jaccard_L, statistics.tokens,
+        criterion, policy, dict(zip(statistics.domains, statistics.shares(domains).tolist())), statistics.layers,
+        score_LE, cut(score_LE, statistics.layers, keep, frozenset(protected)), tuple(protected), tuple(few),
+        tuple(statistics.nonfinite()), jaccard_L, statistics.tokens,
     )  # fmt: skip
 
 
-def order_experts(statistics: Statistics, criterion: str, policy: str = "pooled") -> np.ndarray:
+def order_experts(
+    statistics: Statistics, criterion: str, policy: str = POOLED, domains: Mapping[str, float] | None = None
+) -> np.ndarray:
     """Ids [L, E], the one to keep first in front: its first k are what `select_experts` keeps of k."""
     check_ranked(statistics)
-    score_LE, experts = scores(statistics, criterion, policy), next(iter(statistics.sums.values())).shape[-1]
+    score_LE = scores(statistics, criterion, policy, domains)
+    experts = score_LE.shape[1]
     protected = set(statistics.super_experts())
     guard_LE = np.array([[(layer, e) in protected for e in range(experts)] for layer in statistics.layers])
     return np.stack([np.lexsort((np.arange(experts), -s_E, ~g_E)) for s_E, g_E in zip(score_LE, guard_LE)])
@@ -112,13 +124,22 @@ def check_ranked(statistics: Statistics) -> None:
         )
 
 
-def scores(statistics: Statistics, criterion: str, policy: str, half: int | None = None) -> np.ndarray:
+def scores(
+    statistics: Statistics,
+    criterion: str,
+    policy: str,
+    domains: Mapping[str, float] | None = None,
+    half: int | None = None,
+) -> np.ndarray:
     """Scores [L, E] by one criterion, over all text or one half of it."""
     check_names(policy, (criterion,))
-    score = CRITERIA[criterion].score
-    if policy == POOLED:
-        return score(statistics.totals(half=half))
-    return combine(np.stack([score(statistics.totals(d, half)) for d in range(len(statistics.domains))]), policy)
+    if CRITERIA[criterion].reads_weights and not statistics.weights:
+        raise InputError(f"{criterion} reads weights, and these statistics hold none; weigh the experts first")
+    score, share_D = CRITERIA[criterion].score, statistics.shares(domains)
+    if policy == POOLED or not CRITERIA[criterion].reads_text:
+        return score(statistics.totals(domains, half))
+    apart = np.stack([score(statistics.totals({name: 1.0}, half)) for name in statistics.domains])
+    return combine(apart, policy, share_D)
 
 
 def jaccard(a: Sequence[int], b: Sequence[int]) -> float:

@@ -33,6 +33,7 @@ FEW = 8  # fewer documents than this are split inside each document, not between
 NO_PROSE = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # tables, tests, the other domain
 PARAGRAPH = 60  # characters from which a paragraph that stands in two texts is no coincidence
 GENEROUS = 16  # characters to read for a token wanted; text has 2 to 6 a token
+IMAGE, IMAGE_TOKENS = "image", 4096  # the domain of an image's tokens, and how many ids are set aside for one image
 RUN = 32  # tokens in a row that two sets must share before that counts as overlap
 
 
@@ -113,12 +114,14 @@ class TokenSet:
         seed: int = 0,
         shares: Mapping[str, float] | None = None,
         origin: str = "",
+        at_most: bool = False,
     ) -> "TokenSet":
         """Choose `rows` windows of `length` tokens (BOS included, where the tokenizer adds one to a text).
 
         Domains get equal shares, or those of `shares`; one too short for its share gives all it holds
-        and the others make up for it. Raises `InputError` when a domain is shorter than one row, all
-        together are shorter than `rows`, or an id does not fit the model's `vocab`.
+        and the others make up for it. With `at_most`, a text too short for `rows` gives all it holds. Raises
+        `InputError` when a domain is shorter than one row, all together are shorter than `rows`, or an id
+        does not fit the model's `vocab`.
         """
         if rows < 1 or length < 2:
             raise InputError(f"asked for {rows} rows of {length} tokens; wanted at least 1 row of 2")
@@ -131,7 +134,8 @@ class TokenSet:
             if (largest := int(ids_N.max())) >= vocab:
                 held = f"the tokenizer in {tokenizer.folder} gives id {largest:,}, and the model knows {vocab:,}"
                 raise InputError(f"{held}; use the model's own tokenizer")
-        counts = allot(rows, {domain: len(ids_N) // body for domain, ids_N in streams.items()}, shares)
+        room = {domain: len(ids_N) // body for domain, ids_N in streams.items()}
+        counts = allot(min(rows, sum(room.values())) if at_most else rows, room, shares)
         rng = np.random.default_rng(seed)
         ids_BT = torch.from_numpy(np.concatenate([windows(streams[d], counts[d], body, rng) for d in streams]))
         if tokenizer.bos is not None:
@@ -231,13 +235,16 @@ def read_lines(file: Path, whole: str, tokenizer: Tokenizer) -> tuple[str, ...]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where} is no JSON ({error})") from error
-        if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-            documents.append(entry["text"])
-        elif isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-            documents.append(tokenizer.render(entry["messages"], where))
-        else:
-            raise InputError(f"{where} has neither `text` nor `messages`")
+        documents.append(read_entry(entry, where, tokenizer))
     return tuple(documents)
+
+
+def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return str(entry["text"])
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+        return tokenizer.render(entry["messages"], where)
+    raise InputError(f"{where} has neither `text` nor `messages`")
 
 
 def python_texts() -> tuple[list[Text], str]:

@@ -21,9 +21,11 @@ from children import child, contents, dying
 from reference import Reference
 from torch import Tensor
 
-import moesaic.calibrate as calibrate_module
-from moesaic.calibrate import SUMS, LayerSums, Statistics, calibrate, groups
+import moesaic.calibrate.sweep as calibrate_module
+import moesaic.calibrate.weights as weights_module
+from moesaic.calibrate import SUMS, LayerSums, Statistics, calibrate, check_unread, groups, weigh
 from moesaic.checkpoint import Checkpoint
+from moesaic.criteria import WEIGHT_SUMS
 from moesaic.errors import CheckpointError, InputError, StaleError
 from moesaic.progress import Meter
 from moesaic.select import select_experts
@@ -143,7 +145,7 @@ def test_tokens_routed_are_tokens_times_top_k(model, tmp_path):
 def test_domains_and_halves_add_up(model, tmp_path):
     s = calibrate(model, tokens_of(2), tmp_path, quiet=True)
     whole = s.totals()
-    for parts in ([s.totals(domain=d) for d in range(2)], [s.totals(half=h) for h in range(2)]):
+    for parts in ([s.totals({d: 1.0}) for d in DOMAINS], [s.totals(half=h) for h in range(2)]):
         for name in whole:
             together = np.maximum(*(p[name] for p in parts)) if name == "peak" else sum(p[name] for p in parts)
             assert together == pytest.approx(whole[name], rel=1e-12), name
@@ -152,7 +154,7 @@ def test_domains_and_halves_add_up(model, tmp_path):
 
 def test_rows_of_a_domain_alternate_between_halves():
     tokens = dataclasses.replace(tokens_of(0), domain_B=torch.tensor([0, 1, 0, 0, 1]))
-    group_T, positions = groups(tokens)
+    group_T, positions = groups(tokens, 256)
     assert group_T.view(5, 24)[:, 0].tolist() == [0, 2, 1, 0, 3] and positions == [[48, 24], [24, 24]]
 
 
@@ -174,7 +176,8 @@ def test_the_same_call_writes_the_same_and_then_only_reads(model, tmp_path):
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*.safetensors")}
     again = calibrate(model, tokens_of(0), tmp_path / "one", quiet=True)
     assert again.tokens == 120 and times == {p: p.stat().st_mtime_ns for p in times}
-    assert {p.name for p in times} == {f"{layer:03d}.safetensors" for layer in model.architecture.moe_layers}
+    layers = {f"{layer:03d}.safetensors" for layer in model.architecture.moe_layers}
+    assert {p.name for p in times} == layers | {"tokens.safetensors"}
 
 
 def test_text_added_later_adds_up(small, tmp_path):
@@ -186,8 +189,8 @@ def test_text_added_later_adds_up(small, tmp_path):
     for name, whole in both.totals().items():
         a, b = (p.totals()[name] for p in parts)
         assert whole == pytest.approx(np.maximum(a, b) if name == "peak" else a + b, rel=1e-12), name
-    math_of = [p.totals(p.domains.index("math"))["gated"] for p in parts]
-    assert both.totals(both.domains.index("math"))["gated"] == pytest.approx(sum(math_of), rel=1e-12)
+    math_of = [p.totals({"math": 1.0})["gated"] for p in parts]
+    assert both.totals({"math": 1.0})["gated"] == pytest.approx(sum(math_of), rel=1e-12)
     layer = small.architecture.moe_layers[0]
     assert torch.equal(both.layer(layer, "together_EE"), sum(p.layer(layer, "together_EE") for p in parts))
 
@@ -201,6 +204,53 @@ def test_a_call_returns_its_own_text_alone(small, tmp_path):
 
 
 # Interrupted ------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_a_chunk_is_several_sweeps_of_the_same_sums(small, tmp_path, monkeypatch):
+    tokens = tokens_of(3, rows=7)
+    whole = calibrate(small, tokens, tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(calibrate_module, "CHUNK_TOKENS", 72)  # three rows
+    parts = calibrate(small, tokens, tmp_path / "parts", quiet=True)
+    assert len(parts.folders) == 3 and parts.tokens == whole.tokens and parts.domains == whole.domains
+    for name, found in parts.totals().items():
+        assert found == pytest.approx(whole.totals()[name], rel=1e-6), name
+    assert Statistics.load(tmp_path / "parts", small).tokens == whole.tokens
+
+
+def test_text_that_was_counted_already_is_refused(small, tmp_path):
+    for tokens in (tokens_of(0, length=48), tokens_of(0, length=48).take([0, 1, 2])):
+        calibrate(small, tokens, tmp_path, quiet=True)
+    with pytest.raises(InputError, match=r"144 of the \d+ tokens in .* and would count twice"):
+        Statistics.load(tmp_path, small)
+    with pytest.raises(InputError, match="48 of the 48 tokens in this text stand in"):
+        check_unread(tmp_path, [tokens_of(0, length=48).take([1])])
+    check_unread(tmp_path, [tokens_of(5, length=48)])
+    check_unread(tmp_path / "nowhere", [tokens_of(0)])
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_summed_as_plain_torch_sums_them(model, tmp_path):
+    found, values, a = weigh(model, tmp_path, quiet=True), Reference(model.path).values, model.architecture
+    for at, layer in enumerate(a.moe_layers):
+        for e in range(a.experts):
+            stem = f"{a.layer_prefix}{layer}.block_sparse_moe.experts.{e}"
+            w = torch.cat([values[f"{stem}.{n}.weight"].flatten() for n in ("w1", "w2", "w3")]).double()
+            wanted = (float(w.abs().sum()), float((w**2).sum()), w.numel())
+            assert [found[name][at, e] for name in WEIGHT_SUMS] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_weighing_goes_on_where_it_was(small, tmp_path, monkeypatch):
+    whole = weigh(small, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupting(patch, weights_module, "of_expert", 5)
+        weigh(small, tmp_path / "weights", quiet=True)
+    with monkeypatch.context() as patch:
+        calls = interrupting(patch, weights_module, "of_expert", 99)
+        found = weigh(small, tmp_path / "weights", quiet=True)
+    assert calls[0] == 4 and all(np.array_equal(found[name], whole[name]) for name in WEIGHT_SUMS)
+    assert contents(tmp_path / "weights") == contents(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -101,6 +101,16 @@ def test_prune(tell, model, text, tmp_path):
     assert facts["bytes"] == sum(s.info.bytes for s in Checkpoint.open(tmp_path / "out").stored.values())
 
 
+def test_preview_and_domains(tell, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.prune.PREVIEW_TOKENS", 480)
+    asked = ["prune", model, tmp_path / "out", "--experts", "5,3", "--preview", "--domains", "code=2,prose", *text]
+    facts, said = tell(*asked, "--criterion", "ean", "--policy", "quota", "--loops")
+    assert list(facts["loops"]) == ["source", "5 ean", "3 ean"] and said.count(" texts end so") == 3
+    assert [(c["experts"], c["criterion"]) for c in facts["candidates"]] == [(5, "ean"), (3, "ean")]
+    assert f"{facts['candidates'][0]['kl_nats']['value']:.4f}" in said
+    assert f"plot: {tmp_path / 'out' / 'moesaic' / 'preview.svg'}" in said.replace("\n", "")
+
+
 def test_quantize(tell, model, tmp_path):
     facts, said = tell("quantize", model, tmp_path / "out", "--format", "mxfp4", "--rest", "bf16")
     assert f"{size(facts['source_bytes'])} -> {size(facts['bytes'])}" in said
@@ -127,6 +137,16 @@ def test_calibrate(tell, model, text, tmp_path):
     assert (
         f"fewer than 32 tokens: {len(facts['few_tokens'])}" in said and f"no numbers: {len(facts['nonfinite'])}" in said
     )
+
+
+def test_calibrate_until_stable_and_prune_by_it(tell, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 768)
+    facts, said = tell("calibrate", model, tmp_path / "run", *text, "--until-stable", "--experts", "4")
+    settled = facts["settled"]
+    assert facts["tokens"] == settled["read_tokens"] and settled["verdict"] in said and len(settled["steps"]) in (1, 2)
+    assert all(f"{step['tokens']:,}" in said and f"{step['jaccard']:.1%}" in said for step in settled["steps"])
+    facts, _ = tell("prune", model, tmp_path / "out", "--experts", 4, "--run", tmp_path / "run")
+    assert facts["calibration_tokens"] == settled["read_tokens"]
 
 
 def test_evaluate(tell, model, smaller, text, tmp_path):
@@ -216,6 +236,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "several counts": (["prune", "MODEL", "OUT", "--experts", "4,5"], "wanted one count, or --preview to compare several"),
     "no such criterion": (["prune", "MODEL", "OUT", "--experts", "4", "--criterion", "luck"], "no criterion 'luck'"),
     "no such policy": (["prune", "MODEL", "OUT", "--experts", "4", "--policy", "vote"], "no domain policy 'vote'"),
+    "no such domain": (["prune", "MODEL", "OUT", "--experts", "4", "--tokens", "512", "--domains", "a"], "no domain 'a'"),
+    "no statistics": (["prune", "MODEL", "OUT", "--experts", "4", "--run", "/nowhere"], "holds no statistics"),
     "no such text": (["prune", "MODEL", "OUT", "--experts", "4", "--data", "/nowhere"], "/nowhere is no folder"),
     "a folder that is taken": (["prune", "MODEL", "OTHER", "--experts", "4"], "exists and is no export of moesaic's"),
     "a file for a folder": (["prune", "MODEL", __file__, "--experts", "4"], "exists and is no export of moesaic's"),

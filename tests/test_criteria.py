@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.calibrate import SUMS, LayerSums, Statistics
-from moesaic.criteria import CRITERIA, POLICIES, combine, cut
+from moesaic.criteria import CRITERIA, POLICIES, WEIGHT_SUMS, combine, cut
 from moesaic.criteria.base import ranks
 from moesaic.errors import InputError
 from moesaic.select import jaccard, select_experts
@@ -24,6 +24,9 @@ from moesaic.stream import BlockPass, ExpertPass, Routing
 
 OUTPUTS = torch.tensor([[3.0, 4.0], [5.0, 12.0], [8.0, 15.0]])
 GATES = torch.tensor([0.5, 0.25, 0.75])
+WEIGHED = {
+    name: np.array([[0.0, s, 0.0]]) for name, s in zip(WEIGHT_SUMS, (3 + 4, 9 + 16, 2))
+}  # the weights are 3 and −4
 
 
 def seen(expert: int, tokens: list[int], gates: Tensor, f_nD: Tensor, layer: int = 3) -> ExpertPass:
@@ -35,7 +38,7 @@ def totals_of(sums: LayerSums, positions: int) -> dict[str, np.ndarray]:
     """One layer's sums as a criterion reads them, [1, E]."""
     found = {name: t.sum(0).numpy()[None] for name, t in sums.sums.items()}
     found["peak"] = sums.sums["peak"].max(0).values.numpy()[None]
-    return found | {"positions": np.array([[positions]])}
+    return found | {"positions": np.array([[positions]])} | WEIGHED
 
 
 @pytest.fixture
@@ -59,6 +62,7 @@ WORKED = {
     "msan": (25 + 169 + 289) / 3,
     "dropout": (0.5 * 25 + 0.25 * 169 + 0.75 * 289) / 4,
     "squared_loss": (0.25 * 25 + 0.0625 * 169 + 0.5625 * 289) / 4,
+    "aimer": math.sqrt(25 / 2) / (7 / 2),
     "easy_ep": 0.5 * 5 * TURNS[0] + 0.25 * 13 * TURNS[1] + 0.75 * 17 * TURNS[2],
 }
 
@@ -185,11 +189,33 @@ def test_policies_by_hand():
     assert combine(score_DLE, "mean").tolist() == [[0.5, 0.5, 0.5]]
     assert combine(score_DLE, "union").tolist() == [[1.0, 1.0, 0.5]]
     assert combine(score_DLE, "intersection").tolist() == [[0.0, 0.0, 0.5]]
-    with pytest.raises(InputError, match="no domain policy 'vote'; there are mean, union, intersection"):
+    assert combine(score_DLE, "mean", np.array([3.0, 1.0])).tolist() == [[0.25, 0.75, 0.5]]
+    for policy in POLICIES:  # a domain without a share is not heard
+        assert combine(score_DLE, policy, np.array([0.0, 2.0])).argmax() == 0
+    with pytest.raises(InputError, match="no domain policy 'vote'; there are mean, union, intersection, quota"):
         combine(score_DLE, "vote")
 
 
-@given(st.permutations(range(5)), st.sampled_from(sorted(POLICIES)))
+def test_quotas_by_hand():
+    """Two places for the first domain to one for the second: it names 1 and 2, the second 4, the first 3, then 0."""
+    score_DLE = np.array([[[1.0, 9.0, 8.0, 7.0, 0.0]], [[3.0, 2.0, 1.0, 0.0, 9.0]]])
+    assert combine(score_DLE, "quota", np.array([2.0, 1.0])).tolist() == [[0.2, 1.0, 0.8, 0.4, 0.6]]
+    assert combine(score_DLE, "quota").tolist() == [[0.4, 1.0, 0.6, 0.2, 0.8]]  # in turn: 1, 4, 2, 0, 3
+
+
+@given(st.integers(1, 20), st.lists(st.integers(1, 5), min_size=2, max_size=4))
+def test_each_domain_has_its_share_of_any_number_of_places(keep, shares):
+    """Domains that want different experts: of the first k, each has named its share, rounded down, at least."""
+    domains, experts = len(shares), 20 * len(shares)
+    score_DLE = np.zeros((domains, 1, experts))
+    for d in range(domains):
+        score_DLE[d, 0, d * 20 : d * 20 + 20] = np.arange(20, 0, -1)
+    kept = cut(combine(score_DLE, "quota", np.array(shares, float)), (0,), keep).kept[0]
+    for d, share in enumerate(shares):
+        assert sum(e // 20 == d for e in kept) >= math.floor(keep * share / sum(shares))
+
+
+@given(st.permutations(range(5)), st.sampled_from(("mean", "union", "intersection")))
 def test_renumbering_experts_renumbers_scores(order, policy):
     score_DLE = np.random.default_rng(0).integers(0, 3, (3, 2, 5)).astype(float)
     assert np.array_equal(combine(score_DLE[..., order], policy), combine(score_DLE, policy)[..., order])
@@ -205,7 +231,9 @@ def statistics(tokens_LDHE: np.ndarray, **more: np.ndarray) -> Statistics:
     sums |= {"tokens": t, "gate": t / 2, "gated": t.copy(), "norm": 2 * t, "peak": np.ones_like(t)} | more
     layers, domains = t.shape[:2]
     positions = np.full((domains, 2), t[0].sum() / 2 / (2 * domains))
-    return Statistics(tuple(range(3, 3 + layers)), tuple(f"d{i}" for i in range(domains)), sums, positions, (Path(),))
+    names, layers = tuple(f"d{i}" for i in range(domains)), tuple(range(3, 3 + layers))
+    weighed = {name: np.ones((len(layers), t.shape[-1])) for name in WEIGHT_SUMS}
+    return Statistics(layers, names, sums, positions, (Path(),), weighed)
 
 
 def halves(rows: list[list[int]]) -> np.ndarray:
@@ -222,6 +250,50 @@ def test_a_selection_and_its_facts():
     assert facts["warnings"] == [
         "1 experts were reached by fewer than 32 of 200 tokens (layer 3 expert 1); their rank is a guess"
     ]
+
+
+def test_the_same_statistics_ranked_for_other_domains():
+    """Domain d0 is larger and wants 0 and 1, d1 wants 2 and 3."""
+    t = np.repeat(np.array([[90, 80, 20, 10], [0, 10, 40, 50]])[None, :, None, :], 2, axis=2)
+
+    def kept(policy: str = "pooled", **domains: float) -> tuple[int, ...]:
+        return select_experts(statistics(t), "frequency", 2, policy, domains or None).cut.kept[3]
+
+    assert kept() == kept(d0=1) == kept(d0=1, d1=1) == (0, 1)
+    assert kept(d1=1) == kept(d0=0, d1=1) == kept(d0=1, d1=9) == (2, 3)
+    assert kept("mean") == (0, 1) and kept("mean", d0=1, d1=3) == (2, 3)
+    assert kept("quota") == kept("quota", d0=3, d1=2) == (0, 3) and kept("quota", d0=3, d1=1) == (0, 1)
+    assert kept("quota", d1=1) == (2, 3)
+    facts = select_experts(statistics(t), "frequency", 2, "mean", {"d1": 2.0}).facts()
+    assert facts["domains"] == {"d0": 0.0, "d1": 2.0} and facts["policy"] == "mean"
+
+
+@pytest.mark.parametrize(
+    "domains, sentence",
+    [
+        ({"code": 1.0}, "no domain 'code' in the text; there are d0, d1"),
+        ({"d0": -1.0, "d1": 1.0}, "wanted numbers from 0 up, and one above 0"),
+        ({"d0": 0.0}, "wanted numbers from 0 up, and one above 0"),
+        ({}, "wanted numbers from 0 up, and one above 0"),
+    ],
+)
+def test_domains_that_will_not_do(domains, sentence):
+    with pytest.raises(InputError, match=sentence):
+        select_experts(statistics(np.ones((1, 2, 2, 4))), "frequency", 2, "pooled", domains)
+
+
+def test_weights_are_ranked_without_text_or_not_at_all():
+    whole = statistics(halves([[4, 3, 2, 1]]))
+    weights = {name: np.array([v]) for name, v in zip(WEIGHT_SUMS, ([4.0, 1, 3, 2], [9.0] * 4, [4.0] * 4))}
+    none = {name: a[:, :0] for name, a in whole.sums.items()}
+    found = select_experts(Statistics((3,), (), none, np.zeros((0, 2)), (), weights), "aimer", 2)
+    assert found.cut.kept == {3: (1, 3)} and found.few == () and found.tokens == 0
+    assert found.warnings == [
+        "no text was read: experts whose loss would wreck the model, if there are any, are not known"
+    ]
+    bare = Statistics(whole.layers, whole.domains, whole.sums, whole.positions_DH, whole.folders)
+    with pytest.raises(InputError, match="aimer reads weights, and these statistics hold none"):
+        select_experts(bare, "aimer", 2)
 
 
 def test_halves_that_disagree_are_said():
@@ -280,7 +352,7 @@ def test_every_criterion_with_every_policy_on_the_smallest_calibration(criterion
 
 def test_names_that_there_are_not():
     s = statistics(halves([[4, 3, 2, 1]]))
-    with pytest.raises(InputError, match="no criterion 'luck'; there are dropout, ean, easy_ep, frequency"):
+    with pytest.raises(InputError, match="no criterion 'luck'; there are aimer, dropout, ean, easy_ep, frequency"):
         select_experts(s, "luck", 2)
     with pytest.raises(InputError, match="no domain policy 'vote'"):
         select_experts(s, "frequency", 2, "vote")

@@ -1,11 +1,16 @@
 """Loops in generated text, worked by hand, and against the plainest search there is."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moesaic.loops as loops_module
 from moesaic.divergence import Looped, looped
 from moesaic.divergence.loops import COPIES, LEAST_REPEATED
+from moesaic.generate import Sampling, generate
+from moesaic.loops import Probe, probe
+from moesaic.tokens import TokenSet, sha256_of
 
 ALL_DIFFERENT = list(range(100, 160))
 
@@ -55,3 +60,24 @@ def test_against_the_plainest_search(parts):
     found, wanted = looped(ids), plainest(ids)
     assert found.repeated == len(wanted) and found.endless == (len(ids) - 1 in wanted)
     assert (found.period == 0) == (not wanted)
+
+
+def test_figures_of_several_texts_by_hand():
+    found = Probe.of([Looped(100, 40, 4, True), Looped(50, 0, 0, False), Looped(50, 10, 5, False)])
+    assert found.share.value == pytest.approx((0.4 + 0 + 0.2) / 3) and found.share.error == pytest.approx(0.2 / 3**0.5)
+    assert found.endless.value == pytest.approx(1 / 3) and (found.prompts, found.new_tokens) == (3, 200)
+    assert found.facts()["share"]["value"] == found.share.value
+
+
+def test_a_probe_is_of_text_that_the_cut_model_writes(m2, monkeypatch):
+    """Greedily, of a random model: what `generate` gives of the same beginnings, cut at the end token and looked at."""
+    monkeypatch.setattr(loops_module, "SAMPLING", Sampling())
+    ids_BT = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+    rows = TokenSet(ids_BT, torch.zeros(3, dtype=torch.int64), ("a",), {"ids_sha256": sha256_of(ids_BT)})
+    kept = {layer: (0, 2, 5) for layer in m2.architecture.moe_layers}
+    dropped = {layer: [1, 3, 4, 6, 7] for layer in kept}
+    texts = generate(m2, ids_BT[:, :32].tolist(), 64, dropped=dropped)
+    found = probe(m2, rows, kept, new_tokens=64)
+    wanted = Probe.of([looped(text.ids) for text in texts])
+    assert found == wanted and found.new_tokens == 3 * 64
+    assert found.share.value > 0, "a random model loops when it is greedy, or this test sees nothing"

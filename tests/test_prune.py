@@ -10,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import moesaic.prune as prune_module
+from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
+from moesaic.criteria import CRITERIA
 from moesaic.errors import CheckError, InputError, StaleError
-from moesaic.prune import prune
+from moesaic.prune import EVERY, Ranking, preview_cuts, prune
 from moesaic.stream import LayerRun, State
+from moesaic.tokens import TokenSet, sha256_of
 
 WORDS = "the sum of all parts is less than one whole; def f(x): return x + 1\n"
 FAMILIES = ["minimax_m2", "minimax_m3_vl"]
@@ -70,7 +74,7 @@ def logits(checkpoint: Checkpoint, ids_BT: Tensor, dropped: dict[int, list[int]]
 def test_what_stays_is_the_best_by_the_statistics_on_disk(pruned):
     """REAP from the raw sums, ties to the lower index: a sort that anyone can read."""
     source, out, facts = pruned
-    files = sorted((out / "moesaic" / "stats").rglob("*.safetensors"))
+    files = sorted((out / "moesaic" / "stats").rglob("[0-9]*.safetensors"))
     assert len(files) == len(source.architecture.moe_layers)
     for file, layer in zip(files, source.architecture.moe_layers):
         sums = load_file(file)
@@ -121,16 +125,88 @@ def test_transformers_own_loader_takes_it_whole(pruned):
 def test_another_criterion_keeps_others(pruned, corpus, tmp_path):
     """So the tests above look at a choice."""
     source, _, facts = pruned
-    other = prune(source.path, tmp_path / "out", 5, "frequency", corpus=corpus, quiet=True)
+    other = prune(source.path, tmp_path / "out", 5, Ranking("frequency"), corpus=corpus, quiet=True)
     assert other["kept"] != facts["kept"] and other["criterion"] == "frequency"
 
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_from_the_least_count_to_the_largest(m2, corpus, tmp_path, count):
     """2 is what a token selects: every token then gets all experts there are."""
-    facts = prune(m2.path, tmp_path / "out", count, "mass", "intersection", corpus, quiet=True)
+    facts = prune(m2.path, tmp_path / "out", count, Ranking("mass", "intersection"), corpus, quiet=True)
     assert {len(ids) for ids in facts["kept"].values()} == {count} and facts["policy"] == "intersection"
     assert Checkpoint.open(tmp_path / "out").architecture.experts == count
+
+
+def test_weights_alone_are_ranked_without_text(m2, corpus, tmp_path):
+    nowhere = dataclasses.replace(corpus, data=Path("/nowhere"))
+    facts = prune(m2.path, tmp_path / "out", 4, Ranking("aimer"), nowhere, quiet=True)
+    assert facts["calibration_tokens"] == 0 and facts["verified"] and "no text was read" in facts["warnings"][0]
+    values, a = Reference(m2.path).values, m2.architecture
+    for layer, kept in kept_of(facts).items():
+        score = []
+        for e in range(a.experts):
+            stem = f"{a.layer_prefix}{layer}.block_sparse_moe.experts.{e}"
+            w = torch.cat([values[f"{stem}.{n}.weight"].flatten() for n in ("w1", "w2", "w3")])
+            score.append(float(w.abs().mean() / w.square().mean().sqrt()))
+        assert kept == sorted(sorted(range(a.experts), key=lambda e: score[e])[:4])
+
+
+def test_what_a_run_gathered_is_ranked_again_without_a_sweep(m2, corpus, tmp_path, monkeypatch):
+    """Two texts in one run; then other domains, and no text is read."""
+    source = Checkpoint.open(m2.path)
+    for seed in (0, 3):
+        ids = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(seed))
+        tokens = TokenSet(
+            ids, torch.arange(8) // 4, ("code", "prose"), {"ids_sha256": sha256_of(ids), "tokenizer_sha256": "0"}
+        )
+        calibrate(source, tokens, tmp_path / "run" / "stats", quiet=True)
+    monkeypatch.setattr(prune_module, "calibrate", None)
+    nowhere, kept = dataclasses.replace(corpus, data=Path("/nowhere")), {}
+    for name, domains in (("both", None), ("code", {"code": 1.0}), ("prose", {"prose": 1.0})):
+        ranking = Ranking("frequency", domains=domains, run=tmp_path / "run")
+        facts = prune(m2.path, tmp_path / name, 4, ranking, nowhere, quiet=True)
+        assert facts["calibration_tokens"] == 2 * 8 * 24 and facts["statistics"] == str(tmp_path / "run")
+        kept[name] = kept_of(facts)
+    assert kept["code"] != kept["prose"]
+    with pytest.raises(InputError, match="no domain 'maths' in the text; there are code, prose"):
+        prune(m2.path, tmp_path / "no", 4, Ranking(domains={"maths": 1.0}, run=tmp_path / "run"), nowhere, quiet=True)
+
+
+def test_text_is_added_until_the_choice_is_still(m2, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.settle.STILL", 0.0)
+    monkeypatch.setattr("moesaic.settle.MOVED", 9.0)
+    facts = prune(m2.path, tmp_path / "out", 4, Ranking(until_stable=True), corpus, quiet=True)
+    assert facts["settled"]["stable"] and facts["calibration_tokens"] == 384 == facts["settled"]["read_tokens"]
+    assert "192 tokens were enough" in facts["settled"]["verdict"]
+
+
+@pytest.fixture
+def short_preview(monkeypatch):
+    monkeypatch.setattr(prune_module, "PREVIEW_TOKENS", 480)
+
+
+def test_a_preview_measures_every_criterion_and_draws_it(m2, corpus, tmp_path, short_preview):
+    outlooks, _ = preview_cuts(m2.path, tmp_path / "out", [5, 3], EVERY, corpus, quiet=True)
+    assert {(o.candidate.criterion, o.candidate.experts) for o in outlooks} == {
+        (c, k) for c in CRITERIA for k in (5, 3)
+    }
+    assert not list((tmp_path / "out").glob("*.safetensors")), "no model is written"
+    note = json.loads((tmp_path / "out" / "moesaic" / "preview.json").read_text())
+    assert len(note["candidates"]) == len(outlooks)
+    for candidate in note["candidates"]:
+        assert {"criterion", "experts", "tokens", "kl_nats", "perplexity", "top1", "overlap"} <= set(candidate)
+        assert candidate["kl_nats"]["value"] > 0 and 0 < candidate["overlap"]["value"] < 1
+    drawing = (tmp_path / "out" / "moesaic" / "preview.svg").read_text()
+    root = ElementTree.fromstring(drawing)
+    words = {"".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {name.replace("_", " ") for name in CRITERIA} | {"KL, nats", "acceptance overlap", "5", "3"} <= words
+    assert "var(--fate-0)" in drawing and "--fate-0:" in drawing
+
+
+def test_auto_picks_what_the_preview_finds_best(m2, corpus, tmp_path, short_preview):
+    facts = prune(m2.path, tmp_path / "out", 4, EVERY, corpus, quiet=True)
+    best = json.loads((tmp_path / "out" / "moesaic" / "preview.json").read_text())["candidates"][0]
+    assert facts["criterion"] == best["criterion"]
 
 
 def test_the_same_call_gives_the_same_bytes_and_the_old_folder_again(m2, corpus, tmp_path):
@@ -211,7 +287,7 @@ def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
 )
 def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path, criterion, policy, sentence):
     with pytest.raises(InputError, match=sentence):
-        prune(m2.path, tmp_path / "out", 4, criterion, policy, corpus, quiet=True)
+        prune(m2.path, tmp_path / "out", 4, Ranking(criterion, policy), corpus, quiet=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -38,15 +38,21 @@ def run_inspect(a: Arguments) -> dict[str, Any]:
 
 
 def run_prune(a: Arguments) -> dict[str, Any]:
+    stage = room("prune")
+    ranking = stage.Ranking(a.criterion, a.policy, a.domains, a.until_stable, a.run)
     if a.preview:
-        outlooks = room("prune").preview_cuts(a.model, a.out, a.experts, a.criterion, corpus(a), a.quiet)
+        outlooks, probes = stage.preview_cuts(a.model, a.out, a.experts, ranking, corpus(a), a.loops, a.quiet)
         show(room("preview").table(outlooks))
-        return {"candidates": [o.facts() for o in outlooks]}
+        for name, found in probes.items():
+            share, endless = plus_minus(vars(found.share)), plus_minus(vars(found.endless))
+            print(
+                f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {endless} of {found.prompts} texts end so"
+            )
+        print(f"plot: {a.out / 'moesaic' / 'preview.svg'}")
+        return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
-    facts = room("prune").prune(
-        a.model, a.out, a.experts[0], a.criterion, a.policy, corpus(a), not a.no_verify, a.quiet, a.line
-    )
+    facts = stage.prune(a.model, a.out, a.experts[0], ranking, corpus(a), not a.no_verify, a.quiet, a.line)
     margins = sorted(facts["margins"].values())
     print(
         f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
@@ -55,6 +61,8 @@ def run_prune(a: Arguments) -> dict[str, Any]:
     print(f"cut margin (last kept over first dropped): least {margins[0]:.2%}, median {margins[len(margins) // 2]:.2%}")
     for layer, margin in facts["margins"].items():
         print(f"  layer {layer:>3}  margin {margin:7.2%}  halves agree {facts['jaccard'][layer]:4.0%}")
+    if settled := facts.get("settled"):
+        print(settled["verdict"])
     for warning in facts["warnings"]:
         print(f"note: {warning}")
     sizes(facts)
@@ -107,10 +115,22 @@ def run_verify(a: Arguments) -> dict[str, Any]:
 
 
 def run_calibrate(a: Arguments) -> dict[str, Any]:
+    calibrate, least = room("calibrate"), room("select").FEW_TOKENS
     source = room("checkpoint").Checkpoint.open(a.model)
-    tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
-    statistics = room("calibrate").calibrate(source, tokens, a.run / "stats", a.quiet)
-    few, least = statistics.few(room("select").FEW_TOKENS), room("select").FEW_TOKENS
+    settled = None
+    if a.until_stable:
+        counts = a.experts or [source.architecture.experts // 2, source.architecture.experts * 3 // 4]
+        settled = room("settle").settle(source, corpus(a), a.run, counts, a.criterion, a.policy, a.domains, a.quiet)
+        show(room("settle").table(settled))
+        print(settled.verdict)
+    else:
+        tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
+        calibrate.check_unread(a.run / "stats", calibrate.chunks(tokens))
+        calibrate.calibrate(source, tokens, a.run / "stats", a.quiet)
+    if pictures := room("images").pictured(source, corpus(a)):
+        calibrate.calibrate(source, pictures.tokens, a.run / "stats", a.quiet, seen=pictures.seen)
+    statistics = calibrate.Statistics.load(a.run / "stats", source)
+    few = statistics.few(least)
     print(
         f"{statistics.tokens:,} tokens of {', '.join(statistics.domains)} through {len(statistics.layers)} MoE layers"
     )
@@ -122,6 +142,7 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
         "domains": statistics.domains,
         "few_tokens": few,
         "nonfinite": statistics.nonfinite(),
+        "settled": settled.facts() if settled else None,
     }
 
 

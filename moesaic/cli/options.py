@@ -38,6 +38,33 @@ def names_of(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def shares_of(text: str) -> dict[str, float]:
+    """Domains to be heard, with their shares where they are not alike: code,math or code=2,math=1."""
+    try:
+        pairs = (part.partition("=") for part in names_of(text))
+        return {name.strip(): float(share or 1) for name, _, share in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no shares of domains; write code,math or code=2,math=1"
+        ) from None
+
+
+def ranking_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--policy", default="pooled",
+        help="how domains are weighed: pooled, mean, union, intersection, quota (default %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--domains",
+        type=shares_of,
+        metavar="D=S,…",
+        help="those to be heard, with shares: code=2,math=1 (default: all alike)",
+    )
+    p.add_argument(
+        "--until-stable", action="store_true", help="begin with --tokens, and double until the choice stops moving"
+    )
+
+
 def text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
@@ -81,10 +108,12 @@ def prune_options(p: argparse.ArgumentParser) -> None:
         "--preview", action="store_true", help="measure what cuts would cost (K may be 64,96), and write no model"
     )
     p.add_argument(
-        "--policy",
-        default="pooled",
-        help="how domains are weighed: pooled, mean, union, intersection (default %(default)s)",
+        "--loops", action="store_true", help="with --preview: let the best cuts write, and tell how it repeats"
     )
+    p.add_argument(
+        "--run", type=Path, metavar="RUN", help="rank by all that `calibrate RUN` has gathered there; no sweep"
+    )
+    ranking_options(p)
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
     text_options(p)
 
@@ -103,7 +132,15 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
 
 def calibrate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder; more text later adds to what is there")
+    p.add_argument("run", type=Path, help="run folder; other text later adds to what is there")
+    p.add_argument("--criterion", default="reap", help="what --until-stable watches (default %(default)s)")
+    p.add_argument(
+        "--experts",
+        type=counts_of,
+        metavar="K",
+        help="kept counts that it watches (default: a half, and three quarters)",
+    )
+    ranking_options(p)
     text_options(p)
 
 

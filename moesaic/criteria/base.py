@@ -16,6 +16,9 @@ Array = np.ndarray
 # Sums over tokens routed to an expert, float64 [L, E]; g is the gate, f the expert's output before it:
 #   tokens Σ1   gate Σg   gate2 Σg²   norm Σ‖f‖   norm2 Σ‖f‖²   gated Σg‖f‖   gated2 Σg²‖f‖²   gnorm2 Σg‖f‖²
 #   turned Σg‖f‖·max(1 − cos(h, h + y), 0)   peak max|f|   and positions [L, 1], all tokens, routed here or not
+# and over the weights of an expert's three matrices, where a criterion asks for those:
+#   weight_size Σ|w|   weight_square Σw²   weights Σ1
+WEIGHT_SUMS = ("weight_size", "weight_square", "weights")
 Totals = Mapping[str, Array]
 
 
@@ -27,6 +30,14 @@ class Criterion:
     needs: tuple[str, ...]
     score: Callable[[Totals], Array]  # -> float64 [L, E]
     reference: str
+
+    @property
+    def reads_weights(self) -> bool:
+        return bool(set(self.needs) & set(WEIGHT_SUMS))
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(set(self.needs) - set(WEIGHT_SUMS))
 
 
 @dataclass(frozen=True)
@@ -81,15 +92,36 @@ def ranks(score_LE: Array) -> Array:
     return (below_LE + equal_LE / 2) / max(score_LE.shape[1] - 1, 1)
 
 
-POLICIES: dict[str, Callable[[Array], Array]] = {
-    "mean": lambda ranks_DLE: ranks_DLE.mean(0),
-    "union": lambda ranks_DLE: ranks_DLE.max(0),  # needed by any domain
-    "intersection": lambda ranks_DLE: ranks_DLE.min(0),  # needed by every domain
+def quota(ranks_DLE: Array, share_D: Array) -> Array:
+    """Domains take turns to name their best expert that is left, by highest averages (D'Hondt): each has its
+    share of the places, however few or many there are. The first named scores highest.
+    """
+    _, layers, experts = ranks_DLE.shape
+    score_LE, left_LE, named_D = np.zeros((layers, experts)), np.ones((layers, experts), bool), np.zeros(len(share_D))
+    for place in range(experts):
+        domain = int((share_D / (named_D + 1)).argmax())
+        best_L = np.where(left_LE, ranks_DLE[domain], -1.0).argmax(1)
+        score_LE[np.arange(layers), best_L] = (experts - place) / experts
+        left_LE[np.arange(layers), best_L] = False
+        named_D[domain] += 1
+    return score_LE
+
+
+POLICIES: dict[str, Callable[[Array, Array], Array]] = {  # of ranks [D, L, E] and the domains' shares [D], all above 0
+    "mean": lambda ranks_DLE, share_D: np.tensordot(share_D / share_D.sum(), ranks_DLE, 1),
+    "union": lambda ranks_DLE, _: ranks_DLE.max(0),  # needed by any domain
+    "intersection": lambda ranks_DLE, _: ranks_DLE.min(0),  # needed by every domain
+    "quota": quota,
 }
 
 
-def combine(score_DLE: Array, policy: str) -> Array:
-    """Scores by domain [D, L, E] into one [L, E] by rank. Raises `InputError` for a policy there is not."""
+def combine(score_DLE: Array, policy: str, share_D: Array | None = None) -> Array:
+    """Scores by domain [D, L, E] into one [L, E] by rank; a domain without a share is not heard.
+
+    Raises `InputError` for a policy there is not.
+    """
     if policy not in POLICIES:
         raise InputError(f"no domain policy {policy!r}; there are {', '.join(POLICIES)}")
-    return POLICIES[policy](np.stack([ranks(score_LE) for score_LE in score_DLE]))
+    share_D = np.ones(len(score_DLE)) if share_D is None else share_D
+    heard = share_D > 0
+    return POLICIES[policy](np.stack([ranks(score_LE) for score_LE in score_DLE[heard]]), share_D[heard])

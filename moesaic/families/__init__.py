@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..registry import collect
-from .base import DTYPE_BYTES, Architecture, Family, Linear, Serving, TensorInfo, expert_counts, with_experts
+from .base import DTYPE_BYTES, Architecture, Family, Linear, Serving, TensorInfo, Vision, expert_counts, with_experts
 
 FAMILIES = collect(__name__, Family)
 
@@ -29,6 +29,7 @@ __all__ = [
     "Linear",
     "Serving",
     "TensorInfo",
+    "Vision",
     "expert_counts",
     "family_of",
     "with_experts",

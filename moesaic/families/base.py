@@ -144,6 +144,20 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """What it takes to see an image: transformers' modules, the words around it, and how large it may be."""
+
+    tower_class: str
+    projector_class: str
+    modules: Mapping[str, str]  # start of a name on disk -> the same within {"tower": …, "projector": …}
+    around: tuple[str, str]
+    least_pixels: int
+    most_pixels: int
+    mean: tuple[float, float, float]  # of red, green and blue, from 0 to 1
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Family:
     """All facts of one family. Functions see config.json as it is on disk."""
 
@@ -164,6 +178,7 @@ class Family:
     parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
     serving: Callable[[Config], Serving]
     reference: str
+    vision: Vision | None = None
 
 
 def expect(config: Config, key: str, *wanted: Any) -> Any:

@@ -16,6 +16,7 @@ from .base import (
     Linear,
     Serving,
     TensorInfo,
+    Vision,
     count,
     expect,
     schedule,
@@ -226,6 +227,23 @@ def serving(config: Config) -> Serving:
     )  # fmt: skip
 
 
+VISION = Vision(
+    tower_class="MiniMaxM3VLVisionModel",
+    projector_class="MiniMaxM3VLMultiModalProjector",
+    modules={
+        "vision_tower.vision_model.embeddings.patch_embedding.": "tower.embeddings.proj.",
+        "vision_tower.vision_model.pre_layrnorm.": "tower.pre_layrnorm.",
+        "vision_tower.vision_model.encoder.layers.": "tower.layers.",
+        "multi_modal_projector.": "projector.",
+        "patch_merge_mlp.": "projector.merge_",
+    },
+    around=("]<]start of image[>[", "]<]end of image[>["),
+    least_pixels=56 * 56,
+    most_pixels=672 * 672,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+
 MINIMAX_M3_VL = Family(
     name="minimax_m3_vl",
     read=read,
@@ -242,4 +260,5 @@ MINIMAX_M3_VL = Family(
     parameters=parameters,
     serving=serving,
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M3",
+    vision=VISION,
 )

@@ -1,0 +1,14 @@
+"""What is to be known of every expert before one is dropped: one sweep of text, or the weights alone.
+
+sweep.py streams text through the layers, sums.py adds up what each expert did, statistics.py holds all
+of it for criteria and guards, weights.py looks at weights without any text.
+"""
+
+from .statistics import Statistics, check_domains, check_unread
+from .sums import SUMS, LayerSums
+from .sweep import calibrate, chunks, groups
+from .weights import WEIGHTS, weigh
+
+__all__ = [
+    "SUMS", "WEIGHTS", "LayerSums", "Statistics", "calibrate", "check_domains", "check_unread", "chunks", "groups", "weigh",
+]  # fmt: skip
