@@ -125,22 +125,22 @@ def test_the_base_is_named_or_the_hub_s_own_cache(facts: Facts, tmp_path: Path) 
 
 
 def test_results_of_the_hub_s_benchmarks_alone_have_files(facts: Facts) -> None:
-    assert eval_results(facts) == {} and facts.scores is not None
+    assert facts.scores is not None
     like = facts.scores.scores[0]
     marks = [
         replace(like, name="task_acc_export", reading=task, value=0.412, rows=198)
         for task in ("mine", "gpqa_diamond_zeroshot")
     ]
-    scores = replace(facts.scores, scores=(*facts.scores.scores, *marks))
+    asked = {**facts.scores.facts, "tasks": {"harness": "lm-eval 0.4.13", "folder": None}}
+    scores = replace(facts.scores, scores=(*facts.scores.scores, *marks), facts=asked)
     files = eval_results(replace(facts, scores=scores))
     assert list(files) == [".eval_results/gpqa_diamond_zeroshot.yaml"]
     (entry,) = parse_eval_result_entries(yaml.safe_load(*files.values()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("Idavidrein/gpqa", "gpqa_diamond", 0.412)
-    own = {
-        **facts.scores.facts,
-        "tasks": {"folder": "mine/"},
-    }  # a file of that name from elsewhere is no such benchmark
-    assert eval_results(replace(facts, scores=replace(scores, facts=own))) == {}
+    for folder in ({"folder": "mine/"}, {}):  # a file of that name from elsewhere is no such benchmark
+        own = {**facts.scores.facts, "tasks": {"harness": "lm-eval 0.4.13", **folder}}
+        assert eval_results(replace(facts, scores=replace(scores, facts=own))) == {}
+    assert eval_results(facts) == {}
 
 
 class Recorder:

@@ -28,7 +28,7 @@ from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, 
 from moesaic.report.blocks import Section
 from moesaic.report.page import SECTIONS as PARTS
 from moesaic.report.page import environment
-from moesaic.report.sections import limits, needle, samples, tasks
+from moesaic.report.sections import done, experts, frontier, limits, needle, provenance, samples, served, tasks
 
 DAY = datetime(2026, 11, 20, tzinfo=UTC)
 
@@ -164,7 +164,7 @@ def budget() -> dict[str, dict[str, object]]:
     frontier = {
         "points": 3, "experts": [4, 6, 8], "bytes": [1_000_000, 2_000_000, 3_000_000], "harm_nats": [0.3, 0.1, 0.0],
         "predicted_nats": [0.3, 0.1, 0.0], "knee": {"experts": 6, "bytes": 2_000_000, "predicted_nats": 0.1},
-        "budget_bytes": 2_100_000, "budget_bits": 4.0, "bounds": {"6": 0.09}, "rule": {},
+        "budget_bytes": 2_100_000, "budget_bits": 4.0, "bounds": {"6": 0.09}, "rule": {"error": 0.2}, "harm": "measured",
     }  # fmt: skip
     plans = [
         ("6 experts", 6, 0.1, 0.1234, 0.0056),
@@ -265,6 +265,29 @@ def test_needles_tasks_and_texts_have_sections(questioned: Facts) -> None:
 def sections_as_html(found: list[Section]) -> str:
     nothing = dict(title="", made="", version="", light="", dark="", hero=None, headline=[], summary="")
     return environment().get_template("page.html").render(**nothing, sections=found)
+
+
+def test_what_was_served_stands_beside_what_was_swept(facts: Facts) -> None:
+    swept = facts.scores.find("ppl_export") if facts.scores is not None else None
+    assert swept is not None
+    told = Scores(
+        (replace(swept, name="ppl_served", value=1234.5, error=1.0),), {"server": "http://s/v1", "model": "m"}
+    )
+    found = served.section(replace(facts, served=told))
+    assert found is not None and "http://s/v1" in found.aside[0]
+    (row,) = found.blocks[0].rows  # type: ignore[union-attr]
+    assert row[1] == "1,234.5 ± 1.0" and row[2] == f"{words.figure(swept)['value']} {words.figure(swept)['error']}"
+
+
+def test_a_frontier_without_a_budget_and_a_cut_without_text(everything: Facts) -> None:
+    assert everything.frontier is not None and everything.selection is not None
+    open_ended = {k: v for k, v in everything.frontier.items() if not k.startswith("budget")}
+    found = frontier.section(replace(everything, frontier=open_ended, candidates=None, rule=None))
+    assert found is not None and len(found.blocks) == 1 and "budget" not in found.aside[0]
+    blind = {k: v for k, v in everything.selection.items() if k != "tokens"} | {"calibration_tokens": 0}
+    without = replace(everything, selection=blind)
+    assert "Read the weights alone" in done.steps(without)[0] and "without any text" in experts.aside(without)[0]
+    assert provenance.section(without) is not None
 
 
 def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:

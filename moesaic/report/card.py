@@ -147,9 +147,9 @@ def front_matter(facts: Facts, base: str, name: str, licences: list[str]) -> Mod
 
 def results(facts: Facts) -> list[EvalResult]:
     """What the model's page lists: KL, perplexity and agreement on the first text, which is no benchmark of the Hub."""
-    if facts.scores is None:
+    text = first_text(facts)
+    if facts.scores is None or text is None:
         return []
-    text = facts.scores.facts["readings"][0]
     domains = ", ".join(text["facts"].get("rows_by_domain", {})) or text["name"]
     name = f"{domains} ({text['tokens_read']:,} tokens)"
     found = {metric: facts.scores.find(name) for name, metric in INDEXED.items()}
@@ -160,6 +160,11 @@ def results(facts: Facts) -> list[EvalResult]:
         for metric, score in found.items()
         if score is not None and score.value is not None
     ]  # fmt: skip
+
+
+def first_text(facts: Facts) -> dict[str, Any] | None:
+    readings = facts.scores.facts["readings"] if facts.scores is not None else []
+    return next((reading for reading in readings if reading["kind"] == "text"), None)
 
 
 def sizes(facts: Facts) -> list[tuple[str, str, str]]:
@@ -190,9 +195,9 @@ def scores(facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def reading(facts: Facts) -> dict[str, str]:
-    if facts.scores is None:
+    text = first_text(facts)
+    if text is None:
         return {}
-    text = facts.scores.facts["readings"][0]
     domains = ", ".join(text["facts"].get("rows_by_domain", {})) or text["name"]
     way = next(iter(facts.ways.values()))
     return {"tokens": f"{text['tokens_read']:,}", "rows": f"{text['rows']:,}", "domains": domains, "activations": way}
@@ -245,14 +250,14 @@ def eval_results(facts: Facts) -> dict[str, str]:
 
     The format is https://huggingface.co/docs/hub/eval-results; results of other tasks have no place there.
     """
-    if facts.scores is None or (facts.scores.facts.get("tasks") or {}).get("folder"):
+    tasks = facts.scores.facts.get("tasks", {}) if facts.scores is not None else {}
+    if facts.scores is None or tasks.get("folder", "") is not None:  # task files of one's own may bear any name
         return {}
-    harness = facts.scores.facts.get("tasks", {}).get("harness", "lm-eval")
     found = {}
     for task, (dataset, task_id) in BENCHMARKS.items():
         score = facts.scores.find("task_acc_export", reading=task)
         if score is not None and score.value is not None:
-            notes = f"{score.rows:,} items by log-likelihood, {harness}, streamed by moesaic {__version__}"
+            notes = f"{score.rows:,} items by log-likelihood, {tasks['harness']}, streamed by moesaic {__version__}"
             entry = EvalResultEntry(dataset, task_id, round(score.value, 4), notes=notes)
             found[f".eval_results/{task}.yaml"] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
     return found

@@ -5,6 +5,7 @@ They rest on plots.py for how a drawing gets onto the page. Leaves out the table
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -30,16 +31,15 @@ class Point:
 
 def frontier(
     unit: float, unit_name: str, line_bytes: np.ndarray, line_nats: np.ndarray, knee: Point, points: Sequence[Point],
-    budget_bytes: float,
+    budget_bytes: float | None,
 ) -> Markup:  # fmt: skip
     """Predicted KL along the frontier, with the knee, the budget, and candidates as predicted and as measured."""
-    high = max(float(line_nats.max()), *(p.measured_nats or p.predicted_nats for p in points))
+    high = max([float(line_nats.max()), *(p.measured_nats or p.predicted_nats for p in points)])
     low = max(float(line_nats[line_nats > 0].min()), high / DECADES) / 1.6
     nats = np.maximum(line_nats, low / 2)
 
     def draw(axes: Axes, narrow: bool) -> None:
         axes.plot(line_bytes / unit, nats, color=ACCENT, linewidth=1.8, drawstyle="steps-post", label="predicted")
-        axes.axvline(budget_bytes / unit, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
         axes.plot(
             [knee.bytes / unit],
             [knee.predicted_nats],
@@ -56,15 +56,20 @@ def frontier(
         axes.set_ylim(low, high * 1.8)
         axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 8))
         logarithmic(axes, "y")
-        left = budget_bytes / unit > sum(axes.get_xlim()) / 2
-        axes.annotate(
-            "budget", (budget_bytes / unit, axes.get_ylim()[1]), (-5 if left else 5, -10), color=MUTED, fontsize=9.5,
-            textcoords="offset points", ha="right" if left else "left",
-        )  # fmt: skip
+        if budget_bytes is not None:
+            limit(axes, budget_bytes / unit)
         if not narrow and len(points) > 1:
             closer(axes, unit, points)
 
     return drawn("frontier", "Predicted KL against bytes, with measured candidates", 3.7, draw)
+
+
+def limit(axes: Axes, x: float) -> None:
+    """The budget, named on the side that has room."""
+    left = x > sum(axes.get_xlim()) / 2
+    axes.axvline(x, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
+    style: dict[str, Any] = {"textcoords": "offset points", "color": MUTED, "fontsize": 9.5}
+    axes.annotate("budget", (x, axes.get_ylim()[1]), (-5 if left else 5, -10), ha="right" if left else "left", **style)
 
 
 def closer(axes: Axes, unit: float, points: Sequence[Point]) -> None:

@@ -21,7 +21,7 @@ from ..plan import SOURCE, Plan
 
 DROPPED = "dropped"
 WORK = "moesaic"  # the folder in an export where stages without a run folder leave their files
-NOTES = ("source", "selection", "prune", "quantize", "verify", "preview", "frontier", "candidates", "rule")
+NOTES = ("source", "selection", "prune", "quantize", "verify", "preview", "frontier", "candidates", "rule", "loops")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Facts:
     frontier: Mapping[str, Any] | None = None
     candidates: Mapping[str, Any] | None = None
     rule: Mapping[str, Any] | None = None
+    loops: Mapping[str, Any] | None = None  # models -> how their text repeats
     scores: Scores | None = None
+    served: Scores | None = None  # served.json: what a server of the export was measured at
     kl_nats: Mapping[str, np.ndarray] = field(default_factory=dict)  # reading -> KL of each counted token
 
     @property
@@ -119,7 +121,7 @@ def gather(run: str | Path, devices: str = "", context: int | None = None) -> Fa
     notes = {kind: optional(work / f"{kind}.json", kind) for kind in NOTES}
     scores = Scores.read(work / "scores.json") if (work / "scores.json").exists() else None
     source = notes["source"] or source_of(notes, scores, work)
-    if scores is not None and not (model / "config.json").exists():
+    if scores is not None and "export" in scores.facts and not (model / "config.json").exists():
         model = Path(scores.facts["export"]["path"])
     recipe = source.get("recipe", {})
     devices, context = devices or recipe.get("devices") or "", context or recipe.get("context")
@@ -142,8 +144,10 @@ def gather(run: str | Path, devices: str = "", context: int | None = None) -> Fa
         frontier=notes["frontier"],
         candidates=notes["candidates"],
         rule=notes["rule"],
+        loops=notes["loops"],
         scores=scores,
-        kl_nats=token_values(work / "scores.safetensors", scores) if scores else {},
+        served=Scores.read(work / "served.json") if (work / "served.json").exists() else None,
+        kl_nats=token_values(work / "scores.safetensors", scores) if scores and scores.facts["readings"] else {},
     )
 
 
@@ -167,7 +171,7 @@ def source_of(notes: Mapping[str, dict[str, Any] | None], scores: Scores | None,
     """The facts of source.json, where no stage wrote one: from what the others noted, and the model if it is there."""
     done = notes["prune"] or notes["quantize"] or notes["preview"] or {}
     told = {"path": done["model"], "identity": done["inputs"]["source"]} if "model" in done else None
-    told = told or (scores.facts["source"] if scores else None)
+    told = told or (scores.facts.get("source") if scores else None)
     if told is None:
         raise InputError(f"{work} does not say which model it was made from; run prune, quantize or evaluate again")
     found = {"model": told["path"], "identity": told["identity"], "command": done.get("command", "")}
@@ -218,6 +222,8 @@ def token_values(path: Path, scores: Scores) -> dict[str, np.ndarray]:
     tensors, _ = read_tensors(path, "token_scores")
     found = {}
     for reading in scores.facts["readings"]:
+        if reading["kind"] != "text":
+            continue
         kl_N = tensors[f"{reading['name']}.kl_nats"].double().numpy().ravel()
         kl_N = kl_N[np.isfinite(kl_N)]
         if len(kl_N) != reading["tokens_counted"]:

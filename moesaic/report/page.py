@@ -29,6 +29,7 @@ from .sections import (
     preview,
     provenance,
     samples,
+    served,
     sizes,
     tasks,
 )  # fmt: skip
@@ -36,8 +37,8 @@ from .sections import (
 HERE = Path(__file__).parent
 HEADLINE = ("kl_mean", "ppl_ratio", "top1_agreement")
 SECTIONS = (
-    done, sizes, frontier, cost, layers, needle, tasks, samples, preview, experts, bits, errors, memory, checks, limits,
-    provenance,
+    done, sizes, frontier, cost, layers, needle, tasks, samples, served, preview, experts, bits, errors, memory, checks,
+    limits, provenance,
 )  # fmt: skip
 
 

@@ -26,6 +26,10 @@ NAMES = {
     "delta_p_mean": "Δp of the token that follows, mean",
     "delta_p_rms": "Δp of the token that follows, root mean square",
     "nll_correlation": "Correlation of −ln p by token",
+    "ppl_served": "Perplexity",
+    "needle_found_served": "needles found",
+    "needle_log_p_served": "ln p of the answer, a token",
+    "served_delta_nll": "−ln p of the server less that of the sweep",
     "router_agreement": "Experts selected by both",
     "pruned_mass": "Gates that fell on dropped experts",
 }

@@ -19,7 +19,9 @@ def steps(facts: Facts) -> list[str]:
     found = []
     if facts.selection is not None:
         s, kept = facts.selection, int(facts.kept_LE.sum(1).max())
-        seen = f"Calibrated on {s['calibration_tokens']:,} tokens"
+        seen = (
+            f"Calibrated on {s['calibration_tokens']:,} tokens" if s["calibration_tokens"] else "Read the weights alone"
+        )
         best = f"the {kept} best of {facts.experts} experts in each of {len(s['kept'])} layers"
         found.append(f"{seen}; kept {best}, by {words.term(s['criterion'])}.")
     if facts.candidates is not None:
@@ -37,5 +39,5 @@ def steps(facts: Facts) -> list[str]:
         found.append(f"Reopened the export and made {looked_at:,} comparisons with the plan and the source.")
     if facts.scores is not None:
         read = sum(r["tokens_read"] for r in facts.scores.facts["readings"])
-        found.append(f"Read {read:,} tokens with both models, in one sweep of the layers of each.")
+        found += [f"Read {read:,} tokens with both models, in one sweep of the layers of each."] if read else []
     return found

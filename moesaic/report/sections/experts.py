@@ -37,8 +37,12 @@ def aside(facts: Facts) -> list[Text]:
         name = Markup('<a href="{}">{}</a>').format(s["reference"], name)
     else:
         name = f"{name} ({s['reference']})"
-    ranked = Markup("Ranked by {} on {} tokens, domains {}.")
-    found: list[Text] = [ranked.format(name, f"{s['calibration_tokens']:,}", s["policy"])]
+    on = (
+        f"on {s['calibration_tokens']:,} tokens, domains {s['policy']}"
+        if s["calibration_tokens"]
+        else "without any text"
+    )
+    found: list[Text] = [Markup("Ranked by {} {}.").format(name, on)]
     if s.get("jaccard"):
         stability = float(np.mean(list(s["jaccard"].values())))
         found.append(

@@ -14,25 +14,29 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def section(facts: Facts) -> Section | None:
     f, c = facts.frontier, facts.candidates
-    if f is None or c is None:
+    if f is None:
         return None
+    found, ships = (c["candidates"], c["ships"]) if c else ([], None)
     points = [
-        Point(x["name"], x["bytes"], x["predicted_nats"], finite(x["measured_nats"]), x["error"], i == c["ships"])
-        for i, x in enumerate(c["candidates"])
+        Point(x["name"], x["bytes"], x["predicted_nats"], finite(x["measured_nats"]), x["error"], i == ships)
+        for i, x in enumerate(found)
     ]
-    unit, unit_name = next((u for u in UNITS if f["budget_bytes"] >= u[0]), UNITS[-1])
+    unit, unit_name = next((u for u in UNITS if max(f["bytes"]) >= u[0]), UNITS[-1])
     knee = Point("knee", f["knee"]["bytes"], f["knee"]["predicted_nats"])
     line = (np.array(f["bytes"], float), np.array(f["predicted_nats"], float))
-    blocks: list[Block] = [
-        Drawing(
-            frontier(unit, unit_name, *line, knee, points, f["budget_bytes"]),
-            "The line: the least KL predicted for so many bytes, over every kept count and every mix of formats. Open squares: "
-            "candidates as predicted; full ones: as measured on unseen text, with 95 % intervals; amber: what ships. "
-            f"The diamond is the knee, {f['knee']['experts']} experts in {words.decimal(f['knee']['bytes'])}.",
-        ),
-        Heading("Candidates"),
-        table(c),
-    ]
+    caption = (
+        "The line: the least KL predicted for so many bytes, over every kept count and every mix of formats. The diamond is "
+        f"the knee, {f['knee']['experts']} experts in {words.decimal(f['knee']['bytes'])}."
+    )
+    if c:
+        caption += (
+            " Open squares: candidates as predicted; full ones: as measured on unseen text, with 95 % intervals; amber: "
+            "what ships."
+        )
+    drawing = frontier(unit, unit_name, *line, knee, points, f.get("budget_bytes"))
+    blocks: list[Block] = [Drawing(drawing, caption)]
+    if c:
+        blocks += [Heading("Candidates"), table(c)]
     if facts.rule is not None:
         fitted = [Point("", 0, predicted(facts.rule, m), m["nats"], m["error"]) for m in facts.rule["measured"]]
         caption = (
@@ -40,7 +44,7 @@ def section(facts: Facts) -> Section | None:
             "The band is a factor of two either way."
         )
         blocks += [Heading("Prediction held to measurement"), Drawing(agreement(fitted, points), caption)]
-    return Section("What the bytes could buy", aside(f, c), blocks)
+    return Section("What the bytes could buy", aside(f), blocks)
 
 
 def finite(nats: float) -> float | None:
@@ -53,15 +57,16 @@ def predicted(rule: dict[str, Any] | Any, measured: dict[str, Any]) -> float:
     return float(np.exp(rule["a"]) * max(total, 0.0) ** rule["b"])
 
 
-def aside(f: Any, c: Any) -> list[Text]:
+def aside(f: Any) -> list[Text]:
+    budget = f.get("budget_bytes")
+    asked = f"; the budget was {words.decimal(budget)} ({words.binary(budget)})" if budget else ""
     found: list[Text] = [
-        f"Every choice has a price in bytes and in nats. {f['points']:,} plans are beaten by no other at their size; "
-        f"the budget was {words.decimal(f['budget_bytes'])} ({words.binary(f['budget_bytes'])})."
+        f"Every choice has a price in bytes and in nats ({f.get('harm', 'measured')}). {f['points']:,} plans are beaten by no "
+        f"other at their size{asked}."
     ]
-    if c.get("rule_error"):
-        found.append(
-            f"The rule that adds prices up is right to a factor of {np.exp(c['rule_error']):.2f} (root mean square)."
-        )
+    if error := f["rule"].get("error"):
+        factor = f"{np.exp(error):.2f} (root mean square, each plan left out in turn)"
+        found.append(f"The rule that adds prices up is right to a factor of {factor}.")
     return found
 
 

@@ -53,7 +53,7 @@ def of_reading(reading: dict[str, Any]) -> list[str]:
             )
     beyond = reading["tokens_counted"] / 1000
     if beyond < SMALL_TAIL:
-        worst = f"the {beyond:.0f} worst of {reading['tokens_counted']:,} tokens"
+        worst = f"the {max(1, round(beyond))} worst of {reading['tokens_counted']:,} tokens"
         found.append(f"The 99.9th percentile rests on {worst}: read it as an order of magnitude.")
     length = reading["tokens_read"] // reading["rows"]
     return [

@@ -21,7 +21,7 @@ def section(facts: Facts) -> Section | None:
     readings = {r["name"]: r for r in facts.scores.facts["readings"] if r["kind"] == "needle"}
     if not readings:
         return None
-    first = next(iter(facts.ways))
+    first = next(iter(facts.ways), "none")
     mine = [s for s in facts.scores.scores if s.reading in readings and s.activations in (first, "served")]
     blocks: list[Block] = []
     for model, name in MODELS.items():
@@ -63,4 +63,6 @@ def table(mine: list[Score], readings: Mapping[str, Any]) -> Table:
             shown = whole.get(name)
             row.append(f"{shown['value']} {shown['error']} {shown['unit']}" if shown else "")
         rows.append(row)
-    return Table(("tokens", "found by source", "found by export", "Δ ln p of the answer, a token"), rows, left=())
+    return Table(
+        ("tokens", "found by source", "found by export", "Δ ln p of the answer, a token"), rows, left=(), optional=(3,)
+    )

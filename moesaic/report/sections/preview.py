@@ -1,5 +1,6 @@
 """What cuts would cost: candidates measured by masking before any byte was written."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .. import plots, words
@@ -28,7 +29,20 @@ def section(facts: Facts) -> Section | None:
         "without it, so these are the figures of the pruned model.",
         "± is one standard error over rows; overlap is the share of drafts that speculative sampling would accept.",
     ]
+    if facts.loops is not None:
+        blocks += [Heading("Whether they loop when they write"), loops(facts.loops["models"])]
     return Section("What cuts would cost", aside, blocks)
+
+
+def loops(models: Mapping[str, Any]) -> Table:
+    """Texts of the source and of the best cut to each count, from the same beginnings and the same random numbers."""
+    rows = []
+    for name, of in models.items():
+        shares = [f"{100 * of[k]['value']:.1f} ± {100 * (of[k]['error'] or 0):.1f} %" for k in ("share", "endless")]
+        rows.append([name, *shares, f"{of['new_tokens']:,}"])
+    return Table(
+        ("model", "tokens that only repeat", "texts that end in a loop", "tokens written"), rows, optional=(3,)
+    )
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -26,20 +26,20 @@ def groups(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
         export = [("folder", after["model"]), ("container", after["container"]), ("identity", after["identity"])]
         found.append(("Export", export))
     if facts.selection is not None:
-        found.append(("Calibration", of_tokens(facts.selection["tokens"], facts.selection["calibration_tokens"])))
+        text = facts.selection.get("tokens", {})
+        found.append(("Calibration", of_tokens(text, facts.selection["calibration_tokens"])))
     if facts.candidates is not None:
         found.append(("Choice among candidates", of_tokens(facts.candidates["text"], facts.candidates["tokens"])))
     if facts.scores is not None:
         of = facts.scores.facts
         for reading in of["readings"]:
             found.append((f"Evaluation: {reading['name']}", of_tokens(reading["facts"], reading["tokens_read"])))
-        arithmetic = [
-            ("arithmetic", of["arithmetic"]),
-            ("activations", "; ".join(facts.ways.values())),
-            ("device", of["device"]),
-        ]
-        found.append(("Measurement", [*arithmetic, ("bootstrap seed", str(of["seed"]))]))
-        found.append(("Versions", list(of["versions"].items())))
+        told = {"activations": "; ".join(facts.ways.values()), "bootstrap seed": of.get("seed")}
+        told |= {key: of.get(key) for key in ("arithmetic", "device", "noise", "routing")}
+        if tasks := of.get("tasks"):
+            told["tasks"] = tasks["harness"]
+        found.append(("Measurement", [(key, str(value)) for key, value in told.items() if value not in (None, "")]))
+        found.append(("Versions", list(of.get("versions", {}).items())))
     return found
 
 
