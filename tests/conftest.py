@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import loads
 import pytest
 import tiny
 import torch
@@ -15,6 +16,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     engines = parser.getgroup("engines", "stock engines that load what was exported (tests/engines)")
     engines.addoption("--vllm-python", metavar="PATH", help="python of an environment that has vLLM's CPU build")
     engines.addoption("--mlx-python", metavar="PATH", help="python of an environment that has mlx[cpu] and mlx-lm")
+    engines.addoption("--loads-table", metavar="FILE", type=Path, help="write what was loaded by what, as Markdown")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (file := config.getoption("--loads-table")) is not None:
+        counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "skipped", "failed")}
+        found = [property for report in terminalreporter.getreports("passed") for property in report.user_properties]
+        file.write_text(loads.page(found, counts), encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -136,7 +136,9 @@ def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
 # Through export ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("experts", "rest"), [("affine4_g32", "affine8_g64"), ("mxfp8", "mxfp8"), ("nvfp4", "bf16")])
+@pytest.mark.parametrize(
+    ("experts", "rest"), [("affine4_g32", "affine8_g64"), ("mxfp8", "mxfp8"), ("nvfp4", "bf16"), ("mxfp4", "bf16")]
+)
 def test_export_writes_stacks_row_by_row(source: Checkpoint, experts: str, rest: str, tmp_path: Path) -> None:
     """The tensors are those of the short way, `verify` finds them so, and rows that change places do not pass."""
     a = source.architecture

@@ -9,6 +9,7 @@ and routers their F32; the vision tower goes along, and mlx-lm leaves it unread.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,7 @@ MODES = {  # format -> (mode, bits, group size)
     **{f"affine{bits}_g{group}": ("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)},
 }
 PACKINGS = {
-    "mxfp4": packing("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
+    "mxfp4": replace(packing("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"), in_kernels=True),  # rows are whole words
     "mxfp8": packing("mxfp8", "U8", "e4m3 + e8m0 1x32"),
     "nvfp4": packing("nvfp4", "U8", "e2m1 nibbles + e4m3 1x16 + f32 largest"),
     **{format: packing(format, "BF16", f"{format} u32 stream") for format in MODES if format.startswith("affine")},

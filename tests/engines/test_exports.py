@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import loads
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,7 +49,16 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_vllm_loads_what_was_exported(family: str, kind: str, reports: dict[str, dict[str, Any]]) -> None:
+def test_vllm_loads_what_was_exported(
+    family: str, kind: str, reports: dict[str, dict[str, Any]], record_property: loads.Record
+) -> None:
     report = reports[f"{family}-{kind}"]
     assert not faults(report)
     assert report["tensors"] > 0
+    made = {
+        "pruned": ("source, half of them", "source"),
+        "rounded": ("mxfp4", "source"),
+        "both": ("mxfp4, half of them", "source"),
+    }
+    container = "compressed_tensors" if kind != "pruned" else {"m2": "fp8", "m3": "mxfp8"}[family]
+    loads.note(record_property, "vLLM 0.32", family, container, *made[kind])

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import loads
 import pytest
 import torch
 from conftest import SHARED
@@ -21,6 +22,7 @@ from moesaic.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.engines
 CHECK = SHARED / "checks" / "mlx" / "check_mlx.py"
+ENGINE = "mlx-lm 0.32"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 MIXED = {"gate": "affine3_g32", "up": "affine5_g64", "down": "mxfp4"}
@@ -76,13 +78,21 @@ def check(python: str, out: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mlx_gives_our_logits(name: str, source: Checkpoint, python: str, tmp_path: Path) -> None:
+def test_mlx_gives_our_logits(
+    name: str, source: Checkpoint, python: str, tmp_path: Path, record_property: loads.Record
+) -> None:
     export(source, *CASES[name], tmp_path / "out")
     done = check(python, tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    experts, rest = CASES[name]
+    named = experts if isinstance(experts, str) else ", ".join(f"{p} {f}" for p, f in experts.items())
+    family = "m2" if source.architecture.family == "minimax_m2" else "m3"
+    loads.note(record_property, ENGINE, family, "mlx", named, rest, "same logits")
 
 
-def test_mlx_decodes_nvfp4_with_its_second_scale(source: Checkpoint, python: str, tmp_path: Path) -> None:
+def test_mlx_decodes_nvfp4_with_its_second_scale(
+    source: Checkpoint, python: str, tmp_path: Path, record_property: loads.Record
+) -> None:
     decoded = export(source, "nvfp4", "mxfp8", tmp_path / "out")
     command = [python, "-c", LOAD, str(tmp_path / "out"), str(tmp_path / "found.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -94,6 +104,8 @@ def test_mlx_decodes_nvfp4_with_its_second_scale(source: Checkpoint, python: str
         theirs = found[f"{block}.switch_mlp.{linear.projection}_proj"][linear.expert]
         assert torch.allclose(theirs, decoded[linear.name], rtol=2**-22, atol=0.0)  # they multiply where we divide
     assert sum(t.numel() for t in found.values()) == sum(n.elements for n in experts)
+    family = "m2" if source.architecture.family == "minimax_m2" else "m3"
+    loads.note(record_property, ENGINE, family, "mlx", "nvfp4", "mxfp8", "same values; no kernel on a CPU")
 
 
 def swap_experts(tensors: dict[str, Tensor]) -> None:
@@ -112,7 +124,11 @@ def leave_out_an_offset(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("fault", [swap_experts, bend_a_scale, leave_out_an_offset])
 def test_mlx_shows_planted_faults(
-    fault: Callable[[dict[str, Tensor]], None], m2: Checkpoint, python: str, tmp_path: Path
+    fault: Callable[[dict[str, Tensor]], None],
+    m2: Checkpoint,
+    python: str,
+    tmp_path: Path,
+    record_property: loads.Record,
 ) -> None:
     """The check is one that can fail."""
     export(m2, *CASES["affine4"], tmp_path / "out")
@@ -120,3 +136,4 @@ def test_mlx_shows_planted_faults(
     fault(tensors)
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     assert check(python, tmp_path / "out").returncode != 0
+    record_property(loads.FAULTS, f"{fault.__name__} (MLX)")

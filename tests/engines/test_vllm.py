@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loads
 import pytest
 from conftest import SHARED
 from folders import deal, write_folder, write_twin
@@ -161,18 +162,22 @@ def faults(report: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_vllm_loads_our_values(case: Case, reports: dict[str, dict[str, Any]]) -> None:
+def test_vllm_loads_our_values(case: Case, reports: dict[str, dict[str, Any]], record_property: loads.Record) -> None:
     report = reports[name_of(case)]
     assert not faults(report)
     assert report["tensors"] > 0 and report["decoded_layers"] > 0
-    container, _, experts, _ = case
+    container, family, experts, rest = case
     chosen = " ".join(report["methods"].values())
     for format in [experts] if isinstance(experts, str) else experts:
         of_integers = "CompressedTensorsWNA16MoEMethod" if container == "compressed_tensors" else "AutoGPTQMoEMethod"
         assert METHODS.get(format, of_integers) in chosen
+    loads.note(record_property, "vLLM 0.32", family, container, experts, rest)
 
 
 @pytest.mark.parametrize("name", [edit.__name__ for _, edit in PLANTED])
-def test_vllm_shows_planted_faults(name: str, reports: dict[str, dict[str, Any]]) -> None:
+def test_vllm_shows_planted_faults(
+    name: str, reports: dict[str, dict[str, Any]], record_property: loads.Record
+) -> None:
     """One trap in each of these folders: the check is one that can fail."""
     assert faults(reports[name])
+    record_property(loads.FAULTS, name)

@@ -1,0 +1,82 @@
+"""What was loaded by what: one row for each folder that an engine was given, and the table made of them.
+
+Tests leave rows behind with pytest's `record_property`; `--loads-table FILE` writes those of the tests that passed.
+Outcomes are theirs: nothing in the table is typed by hand. Leaves out the loading (tests/engines, test_transformers_loads).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+ROW, FIGURES, FAULTS = "loads", "perplexity", "planted"
+Record = Callable[[str, object], None]
+
+HEAD = """# What loads where
+
+Written by `pytest tests/engines tests/test_transformers_loads.py --loads-table docs/LOADS.md` with every engine given
+(tests/engines/README.md); {passed} tests passed, {skipped} were skipped, {failed} failed. Small random models of both
+families, with every name, dtype and oddity of the released ones. *Yes* means: every tensor was consumed, every
+parameter filled, and all values, decoded from the engine's own parameters, equal ours ("same logits": the model was
+run, too). "Source" is FP8 blocks for M2 and MXFP8 for M3, byte for byte; a + b: layers in turn. An empty cell was not tried.
+"""
+
+
+def note(
+    record: Record,
+    engine: str,
+    family: str,
+    container: str,
+    experts: str | Iterable[str],
+    rest: str,
+    outcome: str = "yes",
+) -> None:
+    """Leave a row: which engine was given which formats of which family, and what came of it."""
+    named = experts if isinstance(experts, str) else " + ".join(experts)
+    record(
+        ROW,
+        {
+            "engine": engine,
+            "family": family.upper(),
+            "container": container,
+            "formats": (named, rest),
+            "outcome": outcome,
+        },
+    )
+
+
+def page(properties: list[tuple[str, Any]], counts: Mapping[str, int]) -> str:
+    """The whole document, of the properties of all tests that passed."""
+    rows = [value for name, value in properties if name == ROW]
+    text = [HEAD.format(**counts)]
+    for container in dict.fromkeys(row["container"] for row in rows):
+        text += [f"## {container}\n", table([row for row in rows if row["container"] == container])]
+    if figures := [value for name, value in properties if name == FIGURES]:
+        text += ["## Perplexity in the engine\n", perplexities(figures)]
+    if faults := [value for name, value in properties if name == FAULTS]:
+        named = ", ".join(sorted(str(fault).replace("_", " ") for fault in faults))
+        text += [
+            f"## Known-bad folders\n\nEach of these was refused or shown wrong by the check that passes the others: {named}.\n"
+        ]
+    return "\n".join(text)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = sorted({(row["engine"], row["family"]) for row in rows})
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        cells.setdefault(row["formats"], {})[row["engine"], row["family"]] = row["outcome"]
+    lines = [["experts", "rest", *(f"{engine}, {family}" for engine, family in columns)], ["---"] * (2 + len(columns))]
+    lines += [[*formats, *(of.get(column, "") for column in columns)] for formats, of in sorted(cells.items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def perplexities(figures: list[dict[str, Any]]) -> str:
+    lines = [
+        ["M2, trained, small", "tokens", "vLLM, nats a token", "ours", "difference", "median of |difference|"],
+        ["---"] * 6,
+    ]
+    lines += [
+        [f["format"], f"{f['tokens']:,}", f"{f['vllm_nll']:.4f}", f"{f['our_nll']:.4f}",
+         f"{f['difference']:+.4f} ± {f['error']:.4f}", f"{f['median']:.4f}"]
+        for f in figures
+    ]  # fmt: skip
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
