@@ -15,6 +15,7 @@ from moesaic.activations import calibrated, observe
 from moesaic.checkpoint import Checkpoint
 from moesaic.compress import Recipe, compress
 from moesaic.corpus import Corpus
+from moesaic.divergence.activations import told
 from moesaic.errors import InputError, PlanError
 from moesaic.export import export
 from moesaic.formats import FORMATS
@@ -151,6 +152,7 @@ def test_compress_calibrates_what_it_rounds(m2: Checkpoint, tmp_path: Path) -> N
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert set(plan.activations) == {f"layers.{i}.experts.{p}" for i in (0, 1) for p in ("gate_up", "down")}
     assert facts["verified"]["codes"]
+    assert "experts to nvfp4_a4" in told(Checkpoint.open(tmp_path / "run" / "model"), "engine")  # as it was scored
 
 
 def test_without_text_it_is_refused(m2: Checkpoint, m3: Checkpoint, tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ SHARING = {  # format -> values of a token that share a scale; 0: all of them
     "mxfp8": 32,
     "mxfp4": 32,
     "nvfp4": 16,
+    "nvfp4_a4": 16,
     "fp8_block": 128,
     "fp8_channel": 0,
     "int8_channel": 0,
 }
-FOUR_BITS = ("nvfp4", "mxfp4")
+FOUR_BITS = ("nvfp4", "nvfp4_a4", "mxfp4")
 RELEASED = ("fp8", "mxfp8")  # containers of the sources, whose one format rounds activations in every engine
 
 
