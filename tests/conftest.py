@@ -16,14 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     engines = parser.getgroup("engines", "stock engines that load what was exported (tests/engines)")
     engines.addoption("--vllm-python", metavar="PATH", help="python of an environment that has vLLM's CPU build")
     engines.addoption("--mlx-python", metavar="PATH", help="python of an environment that has mlx[cpu] and mlx-lm")
-    engines.addoption("--loads-table", metavar="FILE", type=Path, help="write what was loaded by what, as Markdown")
+    engines.addoption("--loads", metavar="FILE", type=Path, help="keep what was loaded by what (tests/loads.py)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if (file := config.getoption("--loads-table")) is not None:
-        counts = {kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "skipped", "failed")}
-        found = [property for report in terminalreporter.getreports("passed") for property in report.user_properties]
-        file.write_text(loads.page(found, counts), encoding="utf-8")
+    if (file := config.getoption("--loads")) is not None:
+        passed = {report.nodeid: report.user_properties for report in terminalreporter.getreports("passed")}
+        loads.keep(file, passed, [report.nodeid for report in terminalreporter.getreports("failed")])
 
 
 @pytest.fixture(scope="session", autouse=True)

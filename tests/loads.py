@@ -1,10 +1,16 @@
-"""What was loaded by what: one row for each folder that an engine was given, and the table made of them.
+"""What was loaded by what: a row for each folder that an engine was given, and the page made of them.
 
-Tests leave rows behind with pytest's `record_property`; `--loads-table FILE` writes those of the tests that passed.
-Outcomes are theirs: nothing in the table is typed by hand. Leaves out the loading (tests/engines, test_transformers_loads).
+    pytest tests/engines tests/test_transformers_loads.py … --loads rows.json     any part of them, on any machine
+    python tests/loads.py rows.json > docs/LOADS.md
+
+Tests leave rows behind with pytest's `record_property`, and `--loads FILE` keeps those of tests that passed; a test
+that runs again replaces its own, one that fails takes it away. Nothing on the page is typed by hand. Leaves out the loading.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 ROW, FIGURES, FAULTS = "loads", "perplexity", "planted"
@@ -12,9 +18,9 @@ Record = Callable[[str, object], None]
 
 HEAD = """# What loads where
 
-Written by `pytest tests/engines tests/test_transformers_loads.py --loads-table docs/LOADS.md` with every engine given
-(tests/engines/README.md); {passed} tests passed, {skipped} were skipped, {failed} failed. Small random models of both
-families, with every name, dtype and oddity of the released ones. *Yes* means: every tensor was consumed, every
+Written by `tests/loads.py` from the {tests} tests of `tests/engines` and `tests/test_transformers_loads.py` that passed
+when they ran last (tests/engines/README.md). Small random models of both families, with every name, dtype and oddity
+of the released ones, unless a row says otherwise. *Yes* means: every tensor was consumed, every
 parameter filled, and all values, decoded from the engine's own parameters, equal ours ("same logits": the model was
 run, too). "Source" is FP8 blocks for M2 and MXFP8 for M3, byte for byte; a + b: layers in turn. An empty cell was not tried.
 """
@@ -43,10 +49,22 @@ def note(
     )
 
 
-def page(properties: list[tuple[str, Any]], counts: Mapping[str, int]) -> str:
-    """The whole document, of the properties of all tests that passed."""
+Kept = dict[str, list[tuple[str, Any]]]  # test -> its properties
+
+
+def keep(file: Path, passed: Kept, failed: Iterable[str]) -> None:
+    """Take the results of one run into `file`."""
+    found: Kept = json.loads(file.read_text()) if file.exists() else {}
+    found |= {test: properties for test, properties in passed.items() if properties}
+    for test in failed:
+        found.pop(test, None)
+    file.write_text(json.dumps(dict(sorted(found.items())), indent=1), encoding="utf-8")
+
+
+def page(kept: Kept) -> str:
+    properties = [property for of in kept.values() for property in of]
     rows = [value for name, value in properties if name == ROW]
-    text = [HEAD.format(**counts)]
+    text = [HEAD.format(tests=len(kept))]
     for container in dict.fromkeys(row["container"] for row in rows):
         text += [f"## {container}\n", table([row for row in rows if row["container"] == container])]
     if figures := [value for name, value in properties if name == FIGURES]:
@@ -63,7 +81,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = sorted({(row["engine"], row["family"]) for row in rows})
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for row in rows:
-        cells.setdefault(row["formats"], {})[row["engine"], row["family"]] = row["outcome"]
+        cells.setdefault((*row["formats"],), {})[row["engine"], row["family"]] = row["outcome"]
     lines = [["experts", "rest", *(f"{engine}, {family}" for engine, family in columns)], ["---"] * (2 + len(columns))]
     lines += [[*formats, *(of.get(column, "") for column in columns)] for formats, of in sorted(cells.items())]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -80,3 +98,7 @@ def perplexities(figures: list[dict[str, Any]]) -> str:
         for f in figures
     ]  # fmt: skip
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(page(json.loads(Path(sys.argv[1]).read_text())), end="")

@@ -19,7 +19,9 @@ def load(path: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
     model, report = CLASSES[family].from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(report.values()), report
     ids = torch.arange(1, 9)[None]  # dense modules are decompressed by the first forward pass
-    assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0).shape == (1, 10)
+    choice = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # released M2 configs ask for MTP modules, which no released file holds: with them generate() refuses
+    assert model.generate(ids, max_new_tokens=2, use_mtp=False, **choice).shape == (1, 10)
     return model
 
 
