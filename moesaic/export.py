@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import kernels
 from .artifact import atomic, writing
-from .checkpoint import INDEX, Checkpoint, Stored, check_magnitude, sample
+from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, sample
 from .containers import siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
-from .kernels import cpu as kernels
 from .plan import Plan
 from .progress import progress
 from .recode import recode
@@ -53,6 +53,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rende
     try_recoding(target)
     shards = plan_shards(sorted_pieces(target, rendered), SHARD_BYTES)
     claim(out, source, plan)
+    prepare_kernels(target, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         written = write_shards(out, shards, meter)
         if not written == meter.done == target.payload_bytes:
@@ -198,13 +199,24 @@ def recoded(target: Target, group: tuple[Linear, ...]) -> Iterator[Tensor]:
 
 def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
     """Round and pack matrices that a server fuses; they share a second level of scale. A kernel does it where one can."""
-    source, origins = target.source, [target.origin[n.name] for n in group]
-    formats = [source.formats[origin.name] for origin in origins]
-    packings = [target.packing(n) for n in group] + [source.container.packing(format) for format in formats]
-    read = all(format in kernels.SOURCES for format in formats)
-    if rounding.kernel and read and all(packing.in_kernels for packing in packings):
+    if rounding.kernel and in_kernels(target, group):
         return through_kernels(target, group, rounding.kernel == "searched")
     return through_values(target, group, rounding)
+
+
+def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
+    """Whether kernels read and write these matrices as they are stored."""
+    source = target.source
+    formats = [source.formats[target.origin[n.name].name] for n in group]
+    packings = [target.packing(n) for n in group] + [source.container.packing(format) for format in formats]
+    return all(format in kernels.SOURCES for format in formats) and all(packing.in_kernels for packing in packings)
+
+
+def prepare_kernels(target: Target, quiet: bool) -> None:
+    """Compile before a meter runs what will be needed while it does."""
+    changed = (n for n in target.architecture.linears if not keeps_values(target, n))
+    if rounding_of(target.plan).kernel and any(in_kernels(target, (n,)) for n in changed):
+        kernels.of(kernels.device()).prepare(quiet)
 
 
 def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:
@@ -217,19 +229,25 @@ def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding
 
 def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
     """Stored bytes to stored bytes, to the bit what `through_values` gives, without the matrix in between."""
-    source = target.source
-    stored = [source.parts(target.origin[n.name]) for n in group]
-    formats = [source.formats[target.origin[n.name].name] for n in group]
-    amax = torch.stack([kernels.amax(f, p["codes"], p.get("blocks")) for f, p in zip(formats, stored)]).max()
+    source, device = target.source, kernels.device()
+    twin, origins = kernels.of(device), [target.origin[n.name] for n in group]
+    stored = [{key: part.to(device) for key, part in source.parts(origin).items()} for origin in origins]
+    formats = [source.formats[origin.name] for origin in origins]
+    number_format, shared = target.packing(group[0]).number_format, None
+    if number_format.share:
+        amax = [twin.amax(f, p["codes"], p.get("blocks")) for f, p in zip(formats, stored)]
+        shared = number_format.share(torch.stack(amax).max())
     for linear, format, parts in zip(group, formats, stored):
-        number_format = target.packing(linear).number_format
-        shared = number_format.share(amax) if number_format.share else None
-        made = kernels.requantize(
-            format, parts["codes"], parts.get("blocks"), number_format, shared=shared, search=search, measure=True
+        rounded = partial(
+            twin.requantize, format, parts["codes"], parts.get("blocks"), number_format, shared=shared, search=search
         )
-        if made.squared_weight:
-            rms = (made.squared_weight / linear.elements) ** 0.5
-            check_magnitude(f"{source.path}: {target.origin[linear.name].name}", rms)
+        made = rounded()
+        low, high = PLAUSIBLE_RMS
+        if made.amax and not low * linear.elements**0.5 < made.amax < high:  # that bounds the root mean square too
+            squared_weight = rounded(measure=True).squared_weight or 0.0
+            check_magnitude(
+                f"{source.path}: {target.origin[linear.name].name}", (squared_weight / linear.elements) ** 0.5
+            )
         scales = made.scales
         packed = {
             "codes": made.packed,
@@ -240,7 +258,7 @@ def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> 
         for key in target.packing(linear).parts(linear.shape):
             if (tensor := packed[key]) is None:
                 raise PlanError(f"{linear.name} came out without its {key}; report this as a bug")
-            yield tensor
+            yield tensor.cpu()
 
 
 def carried(source: Path) -> list[Path]:

@@ -81,6 +81,19 @@ def progress(title: str, total: int, unit: str, quiet: bool = False) -> Iterator
         print(f"{title}: {amount(meter.done, unit)} in {clock(seconds)}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def notice(sentence: str, quiet: bool = False, after_seconds: float = 1.0) -> Iterator[None]:
+    """Say what is waited for, if the block takes longer than a moment: something that is fast at every call but the first."""
+    timer = threading.Timer(after_seconds, print, (sentence,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def amount(value: float, unit: str) -> str:
     if unit != "B":
         return f"{value:,.0f} {unit}" if value >= 10 or value == int(value) else f"{value:.1f} {unit}"

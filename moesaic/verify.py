@@ -25,7 +25,7 @@ from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
 from .errors import InputError, MoesaicError
-from .export import NOTE, carried, recoded, round_together, rounding_of
+from .export import NOTE, carried, prepare_kernels, recoded, round_together, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
@@ -103,6 +103,8 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     verdict.compared["structure"] = len(export.inventory)
     check_folder(export, verdict)
     target = target_of(export, source, bad, verdict) if source is not None else None
+    if target is not None:
+        prepare_kernels(target, quiet)
     sides = Sides(Reader(export), Reader(source) if source is not None and target is not None else None, target, bad)
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:

@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,16 @@ def dying(work: Callable[[], Any], at: int, sign: signal.Signals) -> Callable[[]
         return work()
 
     return patched
+
+
+def killed_after(work: Callable[[], Any], seconds: float) -> Callable[[], Any]:
+    """`work`, but SIGKILL comes after some time, wherever the process then is."""
+
+    def timed() -> Any:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return work()
+
+    return timed
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,38 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requantized import assert_equal_to_reference, awkward, real_like, same_bits, stored_as
 from torch import Tensor
 
-from moesaic.containers import CONTAINERS
 from moesaic.containers.base import pack_bits
 from moesaic.errors import PlanError
-from moesaic.formats import FORMATS, NumberFormat, Scales
-from moesaic.formats.base import LARGEST, no_candidates
-from moesaic.kernels import loops
-from moesaic.kernels.cpu import SOURCES, TARGETS, amax, requantize
+from moesaic.formats import FORMATS
+from moesaic.formats.base import no_candidates
+from moesaic.kernels import cpu, loops
+from moesaic.kernels.cpu import SOURCES, TARGETS, amax, prepare, requantize
 from moesaic.kernels.decode import decode, decodes
 
 every_source = pytest.mark.parametrize("source", SOURCES)
 every_target = pytest.mark.parametrize("target", TARGETS)
-
-
-def real_like(o: int, i: int, seed: int = 0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(o, i, generator=g) * torch.exp(0.3 * torch.randn(o, 1, generator=g)) * 0.02
-    return torch.where(torch.rand(o, i, generator=g) < 0.0005, 4 * w, w)
-
-
-def awkward(o: int, i: int, seed: int = 1) -> Tensor:
-    """Ties under power-of-two steps, zeros of both signs, empty blocks, subnormals, outliers, wildly different rows."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randint(-28, 29, (o, i), generator=g) / 4.0
-    w = w * 2.0 ** torch.randint(-60, 60, (o, 1), generator=g)
-    w[:, i // 4 : i // 2] *= 0.0  # keeps signs
-    w[::2, -7] *= 1000.0
-    w[1, : i // 4] = 1e-40 * torch.randn(i // 4, generator=g)
-    w[2] = 1e-36 * torch.randn(i, generator=g)
-    w[3] = LARGEST * torch.rand(i, generator=g)
-    return w
 
 
 MATRICES = {
@@ -50,56 +31,16 @@ MATRICES = {
 every_matrix = pytest.mark.parametrize("w", MATRICES.values(), ids=MATRICES)
 
 
-def stored_as(source: str, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`w` as a checkpoint would hold it, and the F32 weights that it then stands for."""
-    if source == "bf16":
-        stored = w.clamp(-LARGEST, LARGEST).bfloat16()
-        return stored, None, stored.float()
-    fmt = FORMATS[source]
-    w = w.clamp(-LARGEST / 2, LARGEST / 2)
-    scales = fmt.scales(w)
-    codes = fmt.encode(w, scales)
-    return codes.view(torch.float8_e4m3fn), scales.blocks, fmt.decode(codes, scales)
-
-
-def same_bits(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and as_bytes(ours) == as_bytes(theirs)
-
-
-def as_bytes(x: Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def reference(
-    fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool, moments: Tensor | None
-) -> tuple[Tensor, Scales]:
-    scales = fmt.scales(w, shared)
-    scales = fmt.search(w, scales, moments) if search else scales
-    codes = fmt.encode(w, scales)
-    return CONTAINERS["compressed_tensors"].packing(fmt.name).pack(codes, scales)["codes"], scales
-
-
-def assert_equal_to_reference(source: str, fmt: NumberFormat, w: Tensor, search: bool, moments: Tensor | None) -> None:
-    weight, weight_scales, decoded = stored_as(source, w)
-    shared = None if fmt.share is None else fmt.share(1.25 * decoded.abs().max())
-    done = requantize(source, weight, weight_scales, fmt, shared=shared, search=search, second_moments_I=moments)
-    packed, scales = reference(fmt, decoded, shared, search, moments)
-    assert same_bits(done.scales.blocks, scales.blocks) and done.scales.shared is shared
-    assert same_bits(done.packed, packed)
-
-
 @every_matrix
 @every_target
 @every_source
 def test_equal_to_the_reference_to_the_bit(source, target, w):
     fmt = FORMATS[target]
-    assert_equal_to_reference(source, fmt, w, False, None)
+    assert_equal_to_reference(cpu, source, fmt, w, False, None)
     if fmt.candidates is not no_candidates:
         moments = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(0)) ** 4
-        assert_equal_to_reference(source, fmt, w, True, None)
-        assert_equal_to_reference(source, fmt, w, True, moments)
+        assert_equal_to_reference(cpu, source, fmt, w, True, None)
+        assert_equal_to_reference(cpu, source, fmt, w, True, moments)
 
 
 @st.composite
@@ -116,7 +57,7 @@ def matrices(draw: st.DrawFn) -> Tensor:
 @given(source=st.sampled_from([*SOURCES]), target=st.sampled_from([*TARGETS]), w=matrices(), search=st.booleans())
 @settings(max_examples=250, deadline=None, derandomize=True)
 def test_equal_to_the_reference_whatever_the_matrix(source, target, w, search):
-    assert_equal_to_reference(source, FORMATS[target], w, search, None)
+    assert_equal_to_reference(cpu, source, FORMATS[target], w, search, None)
 
 
 def test_scales_next_to_ties_go_the_same_way():
@@ -153,6 +94,7 @@ def test_bytes_are_what_compressed_tensors_packs(target):
 def test_amax_and_the_shared_scale_it_gives(source):
     weight, weight_scales, decoded = stored_as(source, MATRICES["awkward"])
     assert amax(source, weight, weight_scales).equal(decoded.abs().max())
+    assert requantize(source, weight, weight_scales, FORMATS["mxfp4"]).amax == decoded.abs().max()
     fmt = FORMATS["nvfp4"]
     assert requantize(source, weight, weight_scales, fmt).scales.shared.equal(fmt.scales(decoded).shared)
 
@@ -186,6 +128,17 @@ def test_what_is_not_finite_is_refused(source, target):
     for stored, scales in faults:
         with pytest.raises(PlanError, match="infinities, NaNs"):
             requantize(source, stored, scales, FORMATS[target])
+
+
+def test_one_compilation_serves_all():
+    """So what `prepare` compiles is everything: nothing is left to compile behind a bar that stands still."""
+    prepare(quiet=True)
+    for source in SOURCES:
+        weight, weight_scales, _ = stored_as(source, MATRICES["ragged"])
+        amax(source, weight, weight_scales)
+        for target in TARGETS:
+            requantize(source, weight, weight_scales, FORMATS[target], search=True, measure=True)
+    assert [len(f.signatures) for f in (loops.requantize_rows, loops.amax_rows)] == [1, 1]
 
 
 def test_what_has_no_kernel_is_refused():

@@ -5,18 +5,21 @@ promises: which matrices change, what is refused at once, what an interruption l
 """
 
 import json
+import math
 import shutil
 import signal
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from children import child, contents, dying
+from children import child, contents, dying, killed_after
 from safetensors.torch import load_file
 
 import moesaic.quantize as quantize_module
 from moesaic.checkpoint import Checkpoint
-from moesaic.errors import CheckError, InputError, PlanError, StaleError
+from moesaic.errors import CheckError, CheckpointError, InputError, PlanError, StaleError
 from moesaic.quantize import SCOPES, quantize
 
 
@@ -109,6 +112,46 @@ def test_after_any_death_the_same_call_finishes_the_same_folder(m2, tmp_path, si
         work()
         assert contents(out) == whole, f"after death at call {at}"
     assert deaths >= len(calls) - 1
+
+
+def test_killed_at_random_moments_the_same_calls_end_in_the_same_bytes(m3, tmp_path):
+    """SIGKILL from outside, wherever the process then is: in a write, between two files, in a kernel, while verifying."""
+    out, random, kills = tmp_path / "out", Random(0), 0
+
+    def work() -> None:
+        quantize(m3.path, out, "nvfp4", quiet=True)
+
+    started = time.monotonic()
+    assert child(work) == 0
+    seconds = time.monotonic() - started
+    whole = contents(out)
+    shutil.rmtree(out)
+    while (code := child(killed_after(work, random.uniform(0, seconds)))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+        if kills == 8:
+            work()
+            break
+    assert kills and contents(out) == whole
+
+
+@pytest.mark.parametrize("factor, refused", [(2.0**40, True), (2.0**-60, True), (2.0**12, False)])
+def test_a_magnitude_that_only_a_misread_scale_makes_is_refused(m3, tmp_path, factor, refused):
+    """Where kernels see stored bytes alone too; a few large weights are no reason."""
+    source = shutil.copytree(m3.path, tmp_path / "in")
+    where = m3.where(f"{m3.architecture.layer_prefix}1.block_sparse_moe.experts.0.w1.weight_scale_inv")
+    with open(source / where.file, "r+b") as f:
+        f.seek(where.offset)
+        scales = torch.frombuffer(bytearray(f.read(where.info.bytes)), dtype=torch.uint8)
+        scales[: len(scales) if refused else 1] += int(math.log2(factor))
+        f.seek(where.offset)
+        f.write(scales.numpy().tobytes())
+    if refused:
+        with pytest.raises(CheckpointError, match=r"experts\.0\.w1 decodes to a root mean square of"):
+            quantize(source, tmp_path / "out", "mxfp4", quiet=True)
+    else:
+        assert Checkpoint.open(source).decode(where.info.name.removesuffix("_scale_inv")).abs().max() > 100
+        quantize(source, tmp_path / "out", "mxfp4", quiet=True)
 
 
 def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ No copy of the matrix in BF16 or F32 is made: one row at a time lies in buffers 
 result equals decode → `NumberFormat.scales` → `search` → `encode` → the packing of compressed-tensors, to the bit.
 
 Why numba: the user's machine needs no compiler, wheels are there for every platform, and LLVM compiles for
-the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes ten to twenty seconds once; the result is
-cached beside these files, or in the user's cache folder where they are read-only. torch's own compiler wants g++.
+the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes some ten seconds once (`prepare`); the result
+is cached beside these files, or in the user's cache folder where they are read-only. torch's own compiler wants g++.
 
 Kernels run on one thread and release the GIL. Threads over matrices are the caller's (`ThreadPoolExecutor`).
 Leaves out MLX's affine grids, and reading files.
@@ -22,6 +22,7 @@ from ..formats import FORMATS, NumberFormat, Scales
 from ..formats.base import not_finite
 from ..formats.integer import CLIPS
 from ..formats.nvfp4 import NEIGHBOURS
+from ..progress import notice
 from . import loops
 
 SOURCES = {"bf16": loops.BF16, "fp8_block": loops.E4M3, "mxfp8": loops.E4M3}  # how its elements are stored
@@ -44,13 +45,23 @@ class Requantized:
     packed          uint8 [O, ⌈I/2⌉] (4-bit floats), int32 [O, ⌈I·bits/32⌉] (integers in groups), int8 [O, I]
                     (int8_channel), float8_e4m3fn or bfloat16 [O, I]
     scales          as in `formats/`
+    amax            the largest |w|
     squared_error   Σ (value − w)² over the matrix, and squared_weight Σ w²; None where not measured
     """
 
     packed: Tensor
     scales: Scales
+    amax: float
     squared_error: float | None = None
     squared_weight: float | None = None
+
+
+def prepare(quiet: bool = False) -> None:
+    """Compile all loops, or load what an earlier run compiled, and say so where it takes long."""
+    w_OI = torch.zeros(1, 32, dtype=torch.bfloat16)
+    with notice("kernels: compiling for this machine's CPU, once; some ten seconds", quiet):
+        amax("bf16", w_OI, None)
+        requantize("bf16", w_OI, None, FORMATS["mxfp4"])
 
 
 def requantize(
@@ -99,7 +110,8 @@ def requantize(
     if top > loops.LARGEST_BITS:
         raise not_finite(target.name, weight_OI.shape)
     measured = squares.tolist() if measure else (None, None)
-    return Requantized(as_stored(target, packed), Scales(as_scales(rule, stored), shared), *measured)
+    largest = float(np.uint32(top).view(np.float32))
+    return Requantized(as_stored(target, packed), Scales(as_scales(rule, stored), shared), largest, *measured)
 
 
 def amax(source: str, weight_OI: Tensor, weight_scales: Tensor | None) -> Tensor:
