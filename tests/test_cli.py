@@ -117,6 +117,15 @@ def test_quantize(tell, model, tmp_path):
     assert all(f"{check} × {count:,}" in said for check, count in facts["verified"].items())
 
 
+def test_scale_search_is_a_name_for_a_rounding(tell, model, tmp_path):
+    facts, _ = tell("quantize", model, tmp_path / "a", "--format", "nvfp4", "--scale-search")
+    assert facts["rounding"] == "search"
+    tell("quantize", model, tmp_path / "b", "--format", "nvfp4", "--rounding", "search")
+    tell("quantize", model, tmp_path / "c", "--format", "nvfp4")
+    a, b, c = (b"".join(f.read_bytes() for f in sorted((tmp_path / x).glob("*.safetensors"))) for x in "abc")
+    assert a == b != c
+
+
 def test_verify(tell, model, smaller, tmp_path):
     facts, said = tell("verify", smaller, "--source", model)
     assert facts["holds"] and facts["findings"] == [] and said.endswith(": all hold")
@@ -273,6 +282,7 @@ def test_a_wrong_call_is_one_sentence_and_exit_2(model, m2, tmp_path, capsys, ca
         ["prune", "a", "b", "--experts", "few"],
         ["inspect", "a", "--colour"],
         ["quantize", "a", "b"],
+        ["quantize", "a", "b", "--format", "nvfp4", "--rounding", "rtn", "--scale-search"],
     ],
 )
 def test_what_is_no_call_at_all_is_exit_2(words, capsys):

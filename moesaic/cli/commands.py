@@ -71,7 +71,7 @@ def run_prune(a: Arguments) -> dict[str, Any]:
 
 def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet, a.line
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding or "rtn", layout(a), not a.no_verify, a.quiet, a.line
     )
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]

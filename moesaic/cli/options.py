@@ -125,7 +125,11 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
     p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
-    p.add_argument("--rounding", default="rtn", help="rtn, or search for better scales (default %(default)s)")
+    rounding = p.add_mutually_exclusive_group()
+    rounding.add_argument("--rounding", help="how codes are chosen: rtn or search (default rtn)")
+    rounding.add_argument(
+        "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
+    )
     parallel_options(p)
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
 
