@@ -1,5 +1,6 @@
 """Options and checkpoints that several test files share. Small models are made on the fly: a clone needs nothing beside it."""
 
+import os
 from pathlib import Path
 
 import loads
@@ -8,6 +9,9 @@ import tiny
 import torch
 
 from moesaic.checkpoint import Checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton, which looks once
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
