@@ -7,6 +7,8 @@ MoesaicError            the message says what was found, what was wanted, what t
 │   ├── PlanError       a plan cannot be made, or does not fit its checkpoint
 │   └── StaleError      a stage's input is not the one its file was made from
 ├── CheckError          a check of a result did not hold                              exit 1
+├── EngineError         generation broke off, by no fault of who asked for it         exit 1
+│   └── BusyError       there is no room for another request now
 └── PluginError         a plug-in file breaks the rule of its folder                  a bug
 """
 
@@ -41,6 +43,16 @@ class CheckError(MoesaicError):
     """A check of a result did not hold."""
 
     exit_code = 1
+
+
+class EngineError(MoesaicError):
+    """Generation broke off, by no fault of who asked for it."""
+
+    exit_code = 1
+
+
+class BusyError(EngineError):
+    """There is no room for another request now."""
 
 
 class PluginError(MoesaicError):

@@ -5,7 +5,20 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..registry import collect
-from .base import DTYPE_BYTES, Architecture, Family, Linear, Serving, TensorInfo, Vision, expert_counts, with_experts
+from .base import (
+    DTYPE_BYTES,
+    Architecture,
+    Call,
+    Family,
+    Linear,
+    Serving,
+    Talk,
+    TensorInfo,
+    Value,
+    Vision,
+    expert_counts,
+    with_experts,
+)
 
 FAMILIES = collect(__name__, Family)
 
@@ -25,10 +38,13 @@ __all__ = [
     "DTYPE_BYTES",
     "FAMILIES",
     "Architecture",
+    "Call",
     "Family",
     "Linear",
     "Serving",
+    "Talk",
     "TensorInfo",
+    "Value",
     "Vision",
     "expert_counts",
     "family_of",

@@ -143,6 +143,19 @@ class Serving:
     attention_backend: str = ""  # vLLM's name; "" leaves it to the server
 
 
+Value = str | list[tuple[str, Any]]  # of an argument, as it was written: words, or named values in it
+Call = tuple[str, list[tuple[str, Value]]]  # a tool's name, and its arguments in order
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How an answer says what it thinks and which tools it calls: words that stand before and after either."""
+
+    think: tuple[str, str]
+    calls: tuple[str, str]
+    read_calls: Callable[[str], list[Call]]  # what stands between the words of `calls`; what is malformed is left out
+
+
 @dataclass(frozen=True)
 class Vision:
     """What it takes to see an image: transformers' modules, the words around it, and how large it may be."""
@@ -177,6 +190,7 @@ class Family:
     # of a MoE block only the shared expert's
     parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
     serving: Callable[[Config], Serving]
+    talk: Talk
     reference: str
     vision: Vision | None = None
 

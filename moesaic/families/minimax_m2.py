@@ -3,11 +3,25 @@
 The configs promise three MTP modules and no released file holds a tensor of them, so none is expected.
 """
 
+import re
 from typing import Any
 
 from torch.nn.functional import silu
 
-from .base import MOST_EXPERTS, MOST_LAYERS, Architecture, Config, Family, Linear, Serving, TensorInfo, count, expect
+from .base import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Architecture,
+    Call,
+    Config,
+    Family,
+    Linear,
+    Serving,
+    Talk,
+    TensorInfo,
+    count,
+    expect,
+)
 
 PREFIX = "model.layers."
 
@@ -114,6 +128,15 @@ def serving(config: Config) -> Serving:
     )  # fmt: skip
 
 
+INVOKE = re.compile(r"""<invoke name=["']?([^"'>]+)["']?>(.*?)</invoke>""", re.DOTALL)
+PARAMETER = re.compile(r"""<parameter name=["']?([^"'>]+)["']?>(.*?)</parameter>""", re.DOTALL)
+
+
+def read_calls(text: str) -> list[Call]:
+    """As the model's chat template writes them; white space in a value is part of it."""
+    return [(name, list(PARAMETER.findall(inside))) for name, inside in INVOKE.findall(text)]
+
+
 MINIMAX_M2 = Family(
     name="minimax_m2",
     read=read,
@@ -129,5 +152,6 @@ MINIMAX_M2 = Family(
     shared="",
     parameters=parameters,
     serving=serving,
+    talk=Talk(("<think>", "</think>"), ("<minimax:tool_call>", "</minimax:tool_call>"), read_calls),
     reference="https://huggingface.co/MiniMaxAI/MiniMax-M2.7",
 )
