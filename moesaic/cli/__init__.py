@@ -106,7 +106,7 @@ COMMANDS = {
         commands.run_report,
     ),
     "serve": Command(
-        "serve with vLLM, or write down what does",
+        "serve with vLLM or by itself, or write down what does",
         "moesaic serve run/model --devices 4xH100NVL --print compose",
         options.serve_options,
         commands.run_serve,

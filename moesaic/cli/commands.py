@@ -208,7 +208,7 @@ def run_evaluate(a: Arguments) -> dict[str, Any]:
 def run_fit(a: Arguments) -> dict[str, Any]:
     fit = room("fit")
     facts = fit.fit(
-        room("checkpoint").Checkpoint.open(a.model), fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency
+        room("checkpoint").Checkpoint.open(a.model), fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency or 1
     )
     show(fit.table(facts))
     if a.explain:
@@ -217,9 +217,13 @@ def run_fit(a: Arguments) -> dict[str, Any]:
 
 
 def run_serve(a: Arguments) -> dict[str, Any]:
+    if a.engine == "local":
+        return run_local(a)
+    if not a.devices:
+        raise InputError("no --devices are named, for which vLLM is to be set up; name them, or use --engine local")
     fit, vllm = room("fit"), room("serve.vllm")
     export = room("checkpoint").Checkpoint.open(a.export)
-    facts = fit.fit(export, fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency)
+    facts = fit.fit(export, fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency or 1)
     deployment = vllm.deployment(export, facts, a.host, a.port)
     if a.print:
         written = vllm.render(deployment, a.print)
@@ -229,6 +233,15 @@ def run_serve(a: Arguments) -> dict[str, Any]:
         why = "vLLM is not installed here" if deployment.nodes == 1 else f"this takes {deployment.nodes} machines"
         raise InputError(f"{why}; --print command, compose, kubernetes or ray writes what starts it where it is")
     return {"exit": subprocess.call(deployment.words(str(a.export)))}
+
+
+def run_local(a: Arguments) -> dict[str, Any]:
+    local = room("serve.local")
+    export = room("checkpoint").Checkpoint.open(a.export)
+    key = local.read_key(a.key_file) if a.key_file else None
+    app = local.local(export, key, a.memory, a.context, a.concurrency, a.max_tokens)
+    local.run(app, a.host, a.port)
+    return {}
 
 
 def run_report(a: Arguments) -> dict[str, Any]:

@@ -217,11 +217,11 @@ def evaluate_options(p: argparse.ArgumentParser) -> None:
     text_options(p)
 
 
-def machine_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--devices", required=True, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
+def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
+    p.add_argument("--devices", required=required, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
     p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")
     p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
-    p.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (default %(default)s)")
+    p.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default 1; 256 for --engine local)")
 
 
 def fit_options(p: argparse.ArgumentParser) -> None:
@@ -232,12 +232,19 @@ def fit_options(p: argparse.ArgumentParser) -> None:
 
 def serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("export", type=Path)
-    machine_options(p)
+    p.add_argument(
+        "--engine", choices=("vllm", "local"), default="vllm", help="local: ours, on this machine (default %(default)s)"
+    )
+    machine_options(p, required=False)
     p.add_argument(
         "--print", metavar="WAY", help="command, compose, kubernetes or ray: write it instead of running vLLM"
     )
     p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
+    local = p.add_argument_group("with --engine local")
+    local.add_argument("--memory", type=bytes_of, metavar="SIZE", help="for weights (default half of this machine's)")
+    local.add_argument("--key-file", type=Path, metavar="FILE", help="holds the key that requests must bring")
+    local.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer (default %(default)s)")
 
 
 def export_options(p: argparse.ArgumentParser) -> None:

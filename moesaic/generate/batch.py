@@ -58,7 +58,13 @@ class Batch:
         self.live: list[Passage] = []
 
     def add(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> Passage:
-        """A sequence to be written from the next step that has room for it.
+        """A sequence to be written from the next step that has room for it. Raises as `passage` does."""
+        passage = self.passage(prompt, new_tokens, sampling)
+        self.waiting.append(passage)
+        return passage
+
+    def passage(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling) -> Passage:
+        """A sequence that this batch could write; it is not in it yet.
 
         Raises `InputError` for an empty prompt, an unknown token, or more tokens than the model or the cache hold.
         """
@@ -72,7 +78,6 @@ class Batch:
                 f"context is {context:,} and the cache here holds {self.cache_tokens:,}; shorten either"
             )
         self.decoder.check(prompt)
-        self.waiting.append(passage)
         return passage
 
     def drop(self, passage: Passage) -> None:

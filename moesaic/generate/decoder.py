@@ -37,7 +37,8 @@ class Decoder:
     """One checkpoint, as a model that goes on where its caches end. Owns the weights that it keeps in memory.
 
     memory_bytes   of weights between steps; what does not fit is read again, each time it is needed. Experts
-                   stay decoded: at real dimensions to decode one took 40 times as long as to multiply or to read it
+                   stay decoded: at real dimensions to decode one took ten times as long as to multiply it by a token
+                   and five times as long as to read it, so that stored ones, four times as many, saved less
     dropped        MoE layer -> experts that cannot be selected, as in `stream.State`
     changed        unit -> what becomes of its matrices, as in `stream.State`
     """

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class Sampling:
         ]
         if wrong:
             raise InputError(f"{'; '.join(wrong)}; correct the request")
+
+    def with_seed(self, seed: int) -> "Sampling":
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A server at the end of the path: vLLM, launched or written down, for machines that have it."""
+"""A server at the end of the path: vLLM, launched or written down, or a small one of our own."""

@@ -1,0 +1,72 @@
+"""A small server with OpenAI's endpoints over our own generation, for machines that have no vLLM.
+
+One model, one process, loopback by default. Leaves out images, forced tool calls, penalties and grammars:
+a request that asks for one is refused, never answered otherwise.
+"""
+
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ...checkpoint import Checkpoint
+from ...errors import InputError
+from ...generate import Decoder, default_memory_bytes
+from .app import application
+from .engine import Engine
+from .model import Limits, Served
+
+CACHE_SHARE = 8  # the caches may take an eighth of what weights may
+NEW_TOKENS = 4096  # of an answer, by default
+CONCURRENCY = 256
+SHUTDOWN_SECONDS = 5
+
+__all__ = ["local", "read_key", "run"]
+
+
+def local(
+    checkpoint: Checkpoint,
+    key: str | None = None,
+    memory_bytes: int | None = None,
+    context: int | None = None,
+    concurrency: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+) -> Starlette:
+    """The server of one checkpoint.
+
+    key           that every request but /health has to bring
+    memory_bytes  of weights; an eighth as much more for keys and values
+    context       tokens of a prompt and its answer; by itself what the model and the cache hold
+    concurrency   texts in the server's hands at a time; more are refused with 429
+    new_tokens    the most of an answer
+    """
+    memory_bytes = memory_bytes or default_memory_bytes()
+    decoder = Decoder(checkpoint, memory_bytes)
+    cache_tokens = memory_bytes // CACHE_SHARE // token_bytes(checkpoint)
+    most = min(checkpoint.architecture.context, cache_tokens)
+    if (context is not None and context > most) or most < 2:
+        raise InputError(
+            f"a context of {context or 2:,} tokens; the model has {checkpoint.architecture.context:,} and "
+            f"{memory_bytes:,} bytes of memory hold {cache_tokens:,} beside the weights; ask for less, or give --memory"
+        )
+    engine = Engine(decoder, cache_tokens, concurrency or CONCURRENCY)
+    return application(Served.of(checkpoint, Limits(context or most, new_tokens), engine), key)
+
+
+def token_bytes(checkpoint: Checkpoint) -> int:
+    """Keys and values of one token in F32, of every layer, and an indexer's keys."""
+    s = checkpoint.family.serving(checkpoint.config)
+    return 4 * (s.cached_layers * 2 * s.kv_heads * s.head_width + s.index_layers * s.index_width)
+
+
+def read_key(path: Path) -> str:
+    """A key from a file, where no list of processes shows it."""
+    key = path.read_text(encoding="utf-8").strip()
+    if not key or not key.isascii():
+        raise InputError(f"{path} holds no key; wanted one line of ASCII")
+    return key
+
+
+def run(app: Starlette, host: str, port: int) -> None:
+    """Serve until interrupted."""
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
