@@ -417,3 +417,32 @@ def test_wrong_settings(m2, tmp_path):
         read_key(tmp_path / "key")
     (tmp_path / "key").write_text("abc\n")
     assert read_key(tmp_path / "key") == "abc"
+
+
+@pytest.mark.long
+def test_log_likelihoods_of_lm_eval_are_the_direct_ones(server, m2, monkeypatch):
+    """Its own client of completion endpoints, which sends token ids, a batch at a time, and wants everything echoed."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not installed")
+    pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")
+    instances = pytest.importorskip("lm_eval.api.instance")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    lm = completions.LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model=m2.path.name, tokenizer=str(m2.path),
+        tokenizer_backend="huggingface", batch_size=2, max_length=512,
+    )  # fmt: skip
+    pairs = [
+        ("The cat sat", " on the mat"),
+        ("def f(x):", "\n    return x"),
+        ("1 + 1 =", " 2"),
+        ("a", greedy(m2, "a", 1)),
+    ]
+    asked = [instances.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    tokenizer, run = Tokenizer.open(m2.path), LayerRun(m2, device="cpu")
+    for (context, continuation), (logprob, is_greedy) in zip(pairs, lm.loglikelihood(asked)):
+        ids = tokenizer.encode(context + continuation).tolist()
+        start = len(tokenizer.encode(context))
+        *_, (_, last) = run.sweep([State(run.embed(torch.tensor([ids])))])
+        logprobs_TV = run.logits(last[0].hidden_BTD[0]).log_softmax(-1)
+        at = range(start, len(ids))
+        assert logprob == pytest.approx(sum(float(logprobs_TV[t - 1, ids[t]]) for t in at), abs=1e-3)
+        assert is_greedy == all(int(logprobs_TV[t - 1].argmax()) == ids[t] for t in at)

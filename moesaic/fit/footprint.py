@@ -84,6 +84,7 @@ class Footprint:
         """How each number comes about."""
         card, weights = self.machine.card, self.shapes.figures(self.layout)
         requested, reserved = self.machine.requested_bytes, self.reserve.typical
+        held = self.request_pages(context)
         cache, pages, fixed = self.cache_bytes(reserved), self.pages(reserved), reserved - self.activations.value
         lines = [
             self.shapes.disk,
@@ -95,10 +96,8 @@ class Footprint:
             Figure("KV cache memory", cache, f"{requested:,} - reserve {reserved:,} - weights {self.weight_bytes:,}"),
             self.token,
             Figure("a page", self.page_bytes, f"{self.page_tokens} tokens × {self.token.value:,}"),
-            Figure(
-                "a request", self.request_pages(context),
-                f"({context:,} + {self.page_tokens - 1}) // {self.page_tokens}", "pages",
-            ),
+            Figure("a request", held, f"({context:,} + {self.page_tokens - 1}) // {self.page_tokens}", "pages"),
+            Figure("cache of a request", held * self.page_bytes, f"{held:,} pages × {self.page_bytes:,}"),
         ]  # fmt: skip
         if pages:
             length = (pages - 1) // concurrency * self.page_tokens
