@@ -37,7 +37,7 @@ PROMPT = "def add(a, b):\n    "
 
 @pytest.fixture(scope="module")
 def server(m2):
-    with serving(local(m2, KEY, MEMORY, context=600, concurrency=120, new_tokens=200), KEY) as running:
+    with serving(local(m2, KEY, MEMORY, 4 << 20, context=600, concurrency=120, new_tokens=200), KEY) as running:
         yield running
 
 
@@ -411,7 +411,7 @@ def test_the_command_serves_until_interrupted(m2, tmp_path):
 
 def test_wrong_settings(m2, tmp_path):
     with pytest.raises(InputError, match="context of 5,000"):
-        local(m2, memory_bytes=MEMORY, context=5000)
+        local(m2, cache_bytes=4 << 20, context=5000)
     (tmp_path / "key").write_text(" \n")
     with pytest.raises(InputError, match="holds no key"):
         read_key(tmp_path / "key")

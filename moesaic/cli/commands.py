@@ -239,7 +239,7 @@ def run_local(a: Arguments) -> dict[str, Any]:
     local = room("serve.local")
     export = room("checkpoint").Checkpoint.open(a.export)
     key = local.read_key(a.key_file) if a.key_file else None
-    app = local.local(export, key, a.memory, a.context, a.concurrency, a.max_tokens)
+    app = local.local(export, key, a.memory, a.cache, a.context, a.concurrency, a.max_tokens)
     local.run(app, a.host, a.port)
     return {}
 

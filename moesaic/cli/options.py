@@ -243,6 +243,7 @@ def serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
     local = p.add_argument_group("with --engine local")
     local.add_argument("--memory", type=bytes_of, metavar="SIZE", help="for weights (default half of this machine's)")
+    local.add_argument("--cache", type=bytes_of, metavar="SIZE", help="for keys and values (default a 16th of it)")
     local.add_argument("--key-file", type=Path, metavar="FILE", help="holds the key that requests must bring")
     local.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer (default %(default)s)")
 

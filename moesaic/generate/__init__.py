@@ -5,7 +5,6 @@ a `Decoder`, which owns the weights in memory. Leaves out text (tokens only) and
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,12 @@ from ..checkpoint import Checkpoint, read_object
 from ..errors import CheckpointError
 from ..stream import Change
 from .batch import Batch, Passage
-from .decoder import Decoder, Feed
+from .decoder import Decoder, Feed, half_memory_bytes
 from .sampling import Sampling, Token
 
 __all__ = [
-    "Batch", "Completion", "Decoder", "Feed", "Passage", "Sampling", "Token", "default_memory_bytes", "end_tokens",
-    "generate",
+    "Batch", "Completion", "Decoder", "Feed", "Passage", "Sampling", "Token", "end_tokens",
+    "generate", "half_memory_bytes",
 ]  # fmt: skip
 
 
@@ -54,9 +53,7 @@ def generate(
     and `changed` make the model another, as in `stream.State`. Raises `InputError` for an unknown token or more
     tokens than the model's context, `CheckpointError` where the weights give no finite numbers.
     """
-    decoder = Decoder(
-        checkpoint, memory_bytes or default_memory_bytes(), device=device, dropped=dropped, changed=changed
-    )
+    decoder = Decoder(checkpoint, memory_bytes, device=device, dropped=dropped, changed=changed)
     batch = Batch(decoder, sum(len(prompt) + new_tokens for prompt in prompts))
     passages = [batch.add(prompt, new_tokens, sampling or Sampling()) for prompt in prompts]
     while batch.live or batch.waiting:
@@ -64,11 +61,6 @@ def generate(
             if passage.error is not None:
                 raise passage.error
     return [Completion(tuple(p.tokens), p.finish, tuple(p.echoed)) for p in passages]
-
-
-def default_memory_bytes() -> int:
-    """Half of this machine's memory, for weights."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def end_tokens(checkpoint: Checkpoint) -> tuple[tuple[int, ...], ...]:

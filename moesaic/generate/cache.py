@@ -35,7 +35,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        return sum(held.nbytes for held in self.held.values())
+        return sum(held.nbytes for held in tuple(self.held.values()))  # asked while another thread writes
 
 
 @dataclass(frozen=True)

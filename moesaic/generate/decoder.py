@@ -5,6 +5,7 @@ the stream's own, attention is transformers' module on our rows of keys. Leaves 
 outcome: choosing tokens is sampling.py, and which sequences go on is batch.py.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +37,9 @@ class Feed:
 class Decoder:
     """One checkpoint, as a model that goes on where its caches end. Owns the weights that it keeps in memory.
 
-    memory_bytes   of weights between steps; what does not fit is read again, each time it is needed. Experts
-                   stay decoded: at real dimensions to decode one took ten times as long as to multiply it by a token
-                   and five times as long as to read it, so that stored ones, four times as many, saved less
+    memory_bytes   of weights between steps, by itself half of the device's; what does not fit is read again, each
+                   time it is needed. Experts stay decoded: at real dimensions to decode one took ten times as long
+                   as to multiply it by a token, and five times as long as to read it
     dropped        MoE layer -> experts that cannot be selected, as in `stream.State`
     changed        unit -> what becomes of its matrices, as in `stream.State`
     """
@@ -46,7 +47,7 @@ class Decoder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        memory_bytes: int,
+        memory_bytes: int | None = None,
         *,
         device: torch.device | str | None = None,
         dropped: Mapping[int, Sequence[int]] | None = None,
@@ -55,7 +56,7 @@ class Decoder:
         self.run = LayerRun(checkpoint, device, attention=RAGGED)
         self.architecture = self.run.architecture
         self.dropped, self.changed = dropped or {}, changed or {}
-        self.resident = Resident(memory_bytes)
+        self.resident = Resident(half_memory_bytes(self.run.device) if memory_bytes is None else memory_bytes)
 
     def most_queries(self, length: int) -> int:
         """New tokens of a sequence whose attention over `length` keys fits the buffer; one at least."""
@@ -174,6 +175,13 @@ class Decoder:
             rows_vD = self.resident.pin(("head", span.start), make, total)
             logits_nV[:, span] = F.linear(x_nD, rows_vD)
         return logits_nV
+
+
+def half_memory_bytes(device: torch.device) -> int:
+    """Half of what the device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory // 2)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def total(*tensors: Tensor) -> int:

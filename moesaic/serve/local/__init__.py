@@ -11,12 +11,12 @@ from starlette.applications import Starlette
 
 from ...checkpoint import Checkpoint
 from ...errors import InputError
-from ...generate import Decoder, default_memory_bytes
+from ...generate import Decoder, half_memory_bytes
 from .app import application
 from .engine import Engine
 from .model import Limits, Served
 
-CACHE_SHARE = 8  # the caches may take an eighth of what weights may
+CACHE_SHARE = 8
 NEW_TOKENS = 4096  # of an answer, by default
 CONCURRENCY = 256
 SHUTDOWN_SECONDS = 5
@@ -28,6 +28,7 @@ def local(
     checkpoint: Checkpoint,
     key: str | None = None,
     memory_bytes: int | None = None,
+    cache_bytes: int | None = None,
     context: int | None = None,
     concurrency: int | None = None,
     new_tokens: int = NEW_TOKENS,
@@ -35,19 +36,20 @@ def local(
     """The server of one checkpoint.
 
     key           that every request but /health has to bring
-    memory_bytes  of weights; an eighth as much more for keys and values
+    memory_bytes  of weights, by itself half of the machine's; what does not fit is read again when needed
+    cache_bytes   of keys and values, by itself an eighth as much as that half
     context       tokens of a prompt and its answer; by itself what the model and the cache hold
     concurrency   texts in the server's hands at a time; more are refused with 429
     new_tokens    the most of an answer
     """
-    memory_bytes = memory_bytes or default_memory_bytes()
     decoder = Decoder(checkpoint, memory_bytes)
-    cache_tokens = memory_bytes // CACHE_SHARE // token_bytes(checkpoint)
+    cache_bytes = cache_bytes or half_memory_bytes(decoder.run.device) // CACHE_SHARE
+    cache_tokens = cache_bytes // token_bytes(checkpoint)
     most = min(checkpoint.architecture.context, cache_tokens)
     if (context is not None and context > most) or most < 2:
         raise InputError(
             f"a context of {context or 2:,} tokens; the model has {checkpoint.architecture.context:,} and "
-            f"{memory_bytes:,} bytes of memory hold {cache_tokens:,} beside the weights; ask for less, or give --memory"
+            f"{cache_bytes:,} bytes of cache hold {cache_tokens:,}; ask for less, or give more --cache"
         )
     engine = Engine(decoder, cache_tokens, concurrency or CONCURRENCY)
     return application(Served.of(checkpoint, Limits(context or most, new_tokens), engine), key)

@@ -78,6 +78,8 @@ async def events(first: Mapping[str, Any], chunks: AsyncIterator[dict[str, Any]]
     try:
         async for chunk in chunks:
             yield event(chunk)
+    except ClientDisconnect:
+        return
     except MoesaicError as error:
         yield event(described(status_of(error), str(error)))
     yield "data: [DONE]\n\n"

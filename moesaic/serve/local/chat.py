@@ -1,5 +1,6 @@
 """/v1/chat/completions: a conversation in, an answer out, with its reasoning and its tool calls told apart."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -103,8 +104,9 @@ async def chat(fields: Fields, request: Request, served: Served) -> AsyncIterato
     new = fields.count("max_completion_tokens", fields.count("max_tokens", None, 1, 2**31), 1, 2**31)
     wish = read_wish(fields, served, logprobs, new)
     tools, messages = read_tools(fields), read_messages(fields)
-    written = served.render(messages, tools, fields.inner("chat_template_kwargs").body)
-    prompt = served.encode(written, special=False)
+    options = fields.inner("chat_template_kwargs").body
+    written = await asyncio.to_thread(served.render, messages, tools, options)
+    prompt = await asyncio.to_thread(served.encode, written, special=False)
     asks, texts = wish.asks(served, [prompt]), list[Text]()
     inside = "reasoning" if served.thinks(written) else "content"
     replies = [Reply(Answer(served.checkpoint.family.talk, inside, bool(tools)), tools) for _ in asks]

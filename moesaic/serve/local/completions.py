@@ -1,5 +1,6 @@
 """/v1/completions: text or token ids in, text out, with the log-probabilities of either. One prompt or many."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -67,7 +68,7 @@ async def completions(fields: Fields, request: Request, served: Served) -> Async
     wish = read_wish(fields, served, logprobs, new, echo)
     if not new and not echo:
         raise InputError("max_tokens is 0 and echo is not asked for, which makes no text; wanted 1 or more")
-    prompts, given = read_prompts(fields, served)
+    prompts, given = await asyncio.to_thread(read_prompts, fields, served)
     asks, n = wish.asks(served, prompts), wish.choices
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",

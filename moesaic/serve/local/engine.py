@@ -25,7 +25,7 @@ class News:
     tokens: Sequence[Token] = ()
     finish: str = ""
     echoed: Sequence[Token] = ()  # all of them, with the first token or the end
-    error: MoesaicError | None = None
+    error: Exception | None = None
 
 
 @dataclass(eq=False)

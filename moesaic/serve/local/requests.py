@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from ...errors import EngineError, InputError
+from ...errors import InputError
 from ...generate import Sampling, Token
 from .engine import Ask, Job, News
 from .fields import Fields
@@ -126,8 +126,7 @@ async def leave(request: Request, served: Served, job: Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     served.engine.cancel(job)
-    job.open.add(0)
-    job.news.put_nowait(News(0, error=EngineError("the client has gone away")))
+    job.news.put_nowait(News(0, error=ClientDisconnect()))
 
 
 async def steps(
