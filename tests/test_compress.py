@@ -1,14 +1,17 @@
 """The whole path on small models, as a user gives it on the command line: what it leaves, what it says, and that it continues."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from children import child, contents, dying
 
 from moesaic.calibrate import calibrate
+from moesaic.candidates import stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
@@ -65,6 +68,47 @@ def test_compress_prunes_rounds_verifies_measures_and_reports(
     assert main(call) == 0, "the same call continues, and finds all done"
     assert said(capsys)["scores"] == facts["scores"]
     assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+@pytest.mark.long
+def test_a_size_is_kept_to_however_often_the_command_is_killed(model: Checkpoint, data: Path, tmp_path: Path) -> None:
+    """Killed and interrupted by turns, a few writes further each time, the same command comes to the same model."""
+    harm = {"minimax_m2": "anchored", "minimax_m3_vl": "measured"}[model.family.name]
+    whole = sum(t.bytes for t in model.inventory)
+
+    def call(run: Path) -> int:
+        words = [
+            "compress",
+            str(model.path),
+            str(run),
+            "--fit",
+            f"{int(0.7 * whole)}B",
+            "--harm",
+            harm,
+            "--data",
+            str(data),
+        ]
+        words += ["--formats", "source,mxfp4,int3_g64,int2_g64", "--tokens", "512", "--length", "64"]
+        return main([*words, "--evaluation-tokens", "384", "--quiet"])
+
+    def work() -> None:
+        if call(tmp_path / "cut"):
+            raise InputError("the command did not end well")
+
+    assert call(tmp_path / "whole") == 0
+    codes: set[int] = set()
+    for i in range(200):
+        code = child(dying(work, 20, (signal.SIGKILL, signal.SIGINT)[i % 2]))
+        codes.add(code)
+        if code == 0:
+            break
+    assert codes == {0, -9, 2}, "2: interrupted, which the command says by 130"
+    made = {name: bytes_ for name, bytes_ in contents(tmp_path / "cut" / "model").items()}
+    assert made == contents(tmp_path / "whole" / "model")
+    assert stored_bytes(tmp_path / "cut" / "model") <= int(0.7 * whole)
+    assert not list((tmp_path / "cut").rglob("*.partial"))
+    for file in ("costs.json", "rule.json", "frontier.json", "candidates.json", "plan.json"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_refused_in_the_first_second(model: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
