@@ -16,6 +16,7 @@ All are judged together on rows that nothing has seen; differences are paired ov
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from moesaic.candidates import Setting
 from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform
 from moesaic.candidates.sizes import folder_bytes
 from moesaic.errors import PlanError
-from moesaic.measure import Measured, Prices, Rule, trace
+from moesaic.measure import TRACE, Measured, Prices, Rule
+from moesaic.measure.trace import drops
 from moesaic.plan import SOURCE, Plan
 from moesaic.select import order_experts, scores
 from moesaic.target import Target
@@ -69,16 +71,15 @@ class Rivals:
     """Makes the other plans of a size."""
 
     def __init__(
-        self, setting: Setting, prices: Prices, tables: Mapping[str, Prices], menu: Menu, statistics: Statistics,
-        slopes: TokenSet,
-    ) -> None:  # fmt: skip
+        self, setting: Setting, prices: Prices, tables: Mapping[str, Prices], menu: Menu, statistics: Statistics
+    ) -> None:
         self.setting, self.prices, self.menu, self.frontier = setting, prices, menu, Frontier.of(menu)
-        source, a = setting.source, setting.source.architecture
-        offered = {unit: tuple(of) for unit, of in prices.rounded.items()}
-        counts = [n for n in reversed(menu.kept) if n < a.experts]
+        a, kept = setting.source.architecture, list(menu.kept)
         order_LE, saliency_LE = order_experts(statistics, "dropout"), scores(statistics, "dropout", "pooled")
-        theirs = trace(source, offered, counts, order_LE, saliency_LE, slopes, setting.run / "recipe")
-        kept = list(menu.kept)
+        gone = drops(a.moe_layers, [n for n in kept if n < a.experts], order_LE, saliency_LE)
+        as_made = tables[TRACE]
+        cuts = Prices.of(TRACE, {}, a.moe_layers, order_LE, as_made.tokens, gone)
+        theirs = replace(cuts, rounded=as_made.rounded)
         self.curves = {
             **{
                 name: (tables[name], self.curve(tables[name], kept, learned_weight(setting.run, tables[name])))

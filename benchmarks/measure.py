@@ -31,6 +31,7 @@ from moesaic.demo import MODEL
 from moesaic.measure import (
     ANCHORED,
     SURROGATE,
+    TRACE,
     Branch,
     Price,
     Prices,
@@ -211,7 +212,7 @@ def others(source: Checkpoint, prices: Prices, menu: Menu, run: Path, text: Toke
     )
     saliency_LE = scores(Statistics.load(run / "stats", source), "dropout", "pooled")
     theirs = trace(source, offered, counts, order_LE, saliency_LE, text, run / "theirs")
-    return {**found, "½ trace(H) MSE, 3 α S": theirs}
+    return {**found, TRACE: theirs}
 
 
 def by_token(sensed: Sensed) -> Price:
@@ -261,7 +262,7 @@ def main() -> None:
     slopes = some_rows(calibration, a.slope_tokens)
     tables = others(source, prices, menu, a.run, slopes)
     facts = {"predictions": predictions(source, prices, tables, menu, rule, a.run, text, first, a.plans)}
-    rivals = Rivals(setting, prices, tables, menu, statistics, slopes)
+    rivals = Rivals(setting, prices, tables, menu, statistics)
     facts["contests"] = contests(rivals, rule, first, second)
     (a.run / "benchmark.json").write_text(json.dumps(facts, indent=1))
     print(f"every figure: {a.run / 'benchmark.json'} ({identity(facts)})")

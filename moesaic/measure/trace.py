@@ -89,10 +89,18 @@ def trace(
     prices: dict[Key, Price] = {}
     for unit, of in offered.items():
         prices |= {(unit, f): Price(float(found.get(f"{unit}/{f}", 0.0)), 0.0) for f in of if f != SOURCE}
-    for layer, order_E, saliency_E in zip(a.moe_layers, order_LE, saliency_LE):
-        for kept in counts:
-            lost = PROJECTIONS * alpha * float(saliency_E[order_E[kept:]].sum())
-            prices[layer, kept] = Price(lost, 0.0)
+    prices |= drops(a.moe_layers, counts, order_LE, saliency_LE, alpha)
     table = Prices.of(TRACE, offered, a.moe_layers, order_LE, tokens.tokens, prices)
     table.save(run / "costs.json", inputs)
     return table
+
+
+def drops(
+    layers: Sequence[int], counts: Sequence[int], order_LE: np.ndarray, saliency_LE: np.ndarray, alpha: float = ALPHA
+) -> dict[Key, Price]:
+    """3 α S of the experts that go, by MoE layer and kept count."""
+    return {
+        (layer, kept): Price(PROJECTIONS * alpha * float(saliency_E[order_E[kept:]].sum()), 0.0)
+        for layer, order_E, saliency_E in zip(layers, order_LE, saliency_LE)
+        for kept in counts
+    }
