@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub import HfApi, ModelCard, ModelCardData, parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 from test_evaluate import text_rows
 
@@ -196,6 +196,12 @@ def test_an_export_that_does_not_verify_stays_here(source: Checkpoint, facts: Fa
     assert api.calls == []
     with pytest.raises(InputError, match="names no owner"):
         push(facts, "M2", [], False, api, quiet=True)
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(facts: Facts) -> None:
+    nobody = HfApi(endpoint="http://127.0.0.1:9", token="none")
+    with pytest.raises(InputError, match="the Hub did not take me/M2-MXFP4"):
+        push(facts, "me/M2-MXFP4", uploads(facts), False, nobody, quiet=True)
 
 
 def test_pushing_is_a_dry_run_unless_told(export: Path, capsys: pytest.CaptureFixture[str]) -> None:

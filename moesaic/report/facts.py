@@ -21,7 +21,19 @@ from ..plan import SOURCE, Plan
 
 DROPPED = "dropped"
 WORK = "moesaic"  # the folder in an export where stages without a run folder leave their files
-NOTES = ("source", "selection", "prune", "quantize", "verify", "preview", "frontier", "candidates", "rule", "loops")
+NOTES = (
+    "source",
+    "selection",
+    "prune",
+    "quantize",
+    "export",
+    "verify",
+    "preview",
+    "frontier",
+    "candidates",
+    "rule",
+    "loops",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ def gather(run: str | Path, devices: str = "", context: int | None = None) -> Fa
     recipe = source.get("recipe", {})
     devices, context = devices or recipe.get("devices") or "", context or recipe.get("context")
     export = opened(model)
-    done = notes["prune"] or notes["quantize"] or {}
+    done = notes["prune"] or notes["quantize"] or notes["export"] or {}
     verify = {"holds": True, "compared": done["verified"], "findings": []} if "verified" in done else notes["verify"]
     return Facts(
         run=str(run),
@@ -155,6 +167,8 @@ def places(run: Path) -> tuple[Path, Path]:
     """(where the run's files lie, where its export lies)."""
     if (run / "source.json").exists():
         return run, run / "model"
+    if run.name == "model" and (run.parent / "source.json").exists() and not (run / WORK / "scores.json").exists():
+        return run.parent, run
     if run.name == WORK and (run.parent / "config.json").exists():
         return run, run.parent
     if (run / WORK).is_dir():
@@ -169,7 +183,7 @@ def places(run: Path) -> tuple[Path, Path]:
 
 def source_of(notes: Mapping[str, dict[str, Any] | None], scores: Scores | None, work: Path) -> dict[str, Any]:
     """The facts of source.json, where no stage wrote one: from what the others noted, and the model if it is there."""
-    done = notes["prune"] or notes["quantize"] or notes["preview"] or {}
+    done = notes["prune"] or notes["quantize"] or notes["export"] or notes["preview"] or {}
     told = {"path": done["model"], "identity": done["inputs"]["source"]} if "model" in done else None
     told = told or (scores.facts.get("source") if scores else None)
     if told is None:

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckError, InputError
+from ..export import NOTE
 from ..verify import verify
 from .card import eval_results
 from .facts import WORK, Facts, places
 
-BESIDE = ("report.html", "scores.json", "scores.csv", "plan.json")  # of a run: what the card refers to
+BESIDE = ("report.html", "scores.json", "scores.csv")  # of a run: what the card refers to
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Upload:
     to: str
     path: Path | None = None
     text: str = ""
+    is_first: bool = False  # of the model itself: everything else is about it, and follows
 
     @property
     def bytes(self) -> int:
@@ -38,17 +42,17 @@ def uploads(facts: Facts) -> list[Upload]:
     """Every file that goes up: the export without the work of its making, then report and scores, then the card."""
     if facts.model is None:
         raise InputError(f"{facts.run} holds no export to upload; make one first")
-    inside = [f for f in sorted(facts.model.rglob("*")) if f.is_file()]
-    names = {f: f.relative_to(facts.model) for f in inside}
-    weights = [
-        Upload(str(name), file)
-        for file, name in names.items()
-        if name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts) and str(name) != "README.md"
+    model = [
+        Upload(str(name), facts.model / name, is_first=True)
+        for name in (f.relative_to(facts.model) for f in sorted(facts.model.rglob("*")) if f.is_file())
+        if name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts) and str(name) != CARD
     ]
     work = places(Path(facts.run))[0]
     beside = [Upload(f"{WORK}/{name}", work / name) for name in BESIDE if (work / name).exists()]
+    if (facts.model / NOTE).exists():
+        beside.append(Upload(NOTE, facts.model / NOTE))
     results = [Upload(name, text=text) for name, text in eval_results(facts).items()]
-    return [*weights, *beside, *results, Upload("README.md", facts.model / "README.md")]
+    return [*model, *beside, *results, Upload(CARD, facts.model / CARD)]
 
 
 def push(
@@ -68,17 +72,16 @@ def push(
             f"{facts.model} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); nothing was uploaded"
         )
     api = api or HfApi()
-    api.create_repo(repository, private=not public, exist_ok=True)
-    weights = [f.to for f in files if f.path is not None and f.path.is_relative_to(facts.model) and f.to != "README.md"]
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=facts.model,
-        allow_patterns=[f for f in weights if not f.startswith(f"{WORK}/")],
-        commit_message="Weights",
-    )
-    rest = [f for f in files if f.to not in weights or f.to.startswith(f"{WORK}/")]
-    operations = [CommitOperationAdd(f.to, f.path if f.path is not None else f.text.encode()) for f in rest]
-    api.create_commit(repository, operations, commit_message="Card, report and scores")
+    first = [f.to for f in files if f.is_first]
+    rest = [CommitOperationAdd(f.to, f.path or f.text.encode()) for f in files if not f.is_first]
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=facts.model, allow_patterns=first, commit_message="Model")
+        api.create_commit(repository, rest, commit_message="Card, report and scores")
+    except (HTTPError, OSError) as error:
+        raise InputError(
+            f"the Hub did not take {repository} ({error}); log in with `hf auth login`, and the same call goes on"
+        ) from error
     return f"https://huggingface.co/{repository}"
 
 
