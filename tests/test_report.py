@@ -26,6 +26,7 @@ from moesaic.prune import Ranking, preview_cuts, prune
 from moesaic.quantize import quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
 from moesaic.report.blocks import Section
+from moesaic.report.facts import places
 from moesaic.report.page import SECTIONS as PARTS
 from moesaic.report.page import environment
 from moesaic.report.sections import done, experts, frontier, limits, needle, provenance, samples, served, tasks
@@ -311,6 +312,17 @@ def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
         assert not [w for w in wanted if w not in text], where
     with pytest.raises(InputError, match="holds no run"):
         report(tmp_path)
+
+
+def test_devices_that_a_run_was_made_for_are_those_of_its_page(run: Path, facts: Facts, tmp_path: Path) -> None:
+    assert facts.memory is None and places(run / "model") == places(run) == (run, run / "model")
+    shutil.copytree(run, tmp_path / "run")
+    source = json.loads((run / "source.json").read_text()) | {"recipe": {"devices": "2xH200", "context": 1024}}
+    (tmp_path / "run" / "source.json").write_text(json.dumps(source))
+    found = gather(tmp_path / "run").memory
+    assert found is not None and (found["machine"]["name"], found["context"]) == ("2 × H200", 1024)
+    asked = gather(tmp_path / "run", "2x95GiB", 2048).memory
+    assert asked is not None and (asked["machine"]["name"], asked["context"]) == ("2 × 95 GiB", 2048)
 
 
 def test_a_bare_run_has_a_page_too(run: Path, tmp_path: Path) -> None:
