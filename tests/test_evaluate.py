@@ -315,6 +315,6 @@ def test_llama_labels_and_registry(m3: Checkpoint, tmp_path: Path) -> None:
     )
     unmeasured = replace(scores, scores=())
     assert "Mean    KLD: not measured" in llama_text(unmeasured)
-    assert list(EVALUATIONS) == ["kld", "perplexity", "router"] and all(
+    assert list(EVALUATIONS) == ["kld", "needle", "perplexity", "router"] and all(
         e.does and e.reference for e in EVALUATIONS.values()
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, MoesaicError
-from . import commands, options
+from . import commands, evaluating, options
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ COMMANDS = {
         commands.run_verify,
     ),
     "evaluate": Command(
-        "KL, perplexity and top-1 agreement against the source, with errors",
+        "KL, perplexity, routing, needle, tasks and samples against the source, or as served, with errors",
         "moesaic evaluate M3-64e --against MiniMax-M3-MXFP8 --data texts/",
-        options.evaluate_options,
-        commands.run_evaluate,
+        evaluating.options,
+        evaluating.run,
     ),
     "report": Command(
         "make a run's page again",

@@ -193,18 +193,6 @@ def run_demo(a: Arguments) -> dict[str, Any]:
     return told(room("demo").demo(a.run, a.quiet))
 
 
-def run_evaluate(a: Arguments) -> dict[str, Any]:
-    checkpoint, evaluate = room("checkpoint").Checkpoint, room("evaluate")
-    source, export = checkpoint.open(a.against), checkpoint.open(a.export)
-    out = a.out or a.export / "moesaic"
-    rows = corpus(a).evaluation(source, out / "evaluation.safetensors")
-    scores = evaluate.evaluate(source, export, [evaluate.Reading.of(rows)], out, quiet=a.quiet)
-    found = {s.name: vars(s) for s in scores.scores if not s.part}
-    tell_scores(found)
-    print(f"every figure: {out / 'scores.json'}")
-    return {"scores": found, "nonfinite": scores.facts["readings"][0]["nonfinite"]}
-
-
 def run_fit(a: Arguments) -> dict[str, Any]:
     fit = room("fit")
     facts = fit.fit(

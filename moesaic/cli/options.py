@@ -210,13 +210,6 @@ def demo_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", type=Path, nargs="?", default=Path("moesaic-demo"), help="run folder (default %(default)s)")
 
 
-def evaluate_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("export", type=Path)
-    p.add_argument("--against", type=Path, required=True, metavar="MODEL", help="the source")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where scores go (default EXPORT/moesaic)")
-    text_options(p)
-
-
 def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
     p.add_argument("--devices", required=required, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
     p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")

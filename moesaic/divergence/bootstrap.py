@@ -6,7 +6,8 @@ the nominal 95 % interval covers 91 to 95 % from 16 rows on, where percentile an
 Rows are drawn without regard to their domain: wider than need be, never narrower.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from .comparison import Divergence
 RESAMPLES = 2000
 ROWS_NEEDED = 5  # below this a bootstrap-t interval means nothing, and none is given
 BATCH = 1 << 23  # elements at once when quantiles are resampled
+Z = 1.96  # standard errors to either end of a normal 95 % interval
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,24 @@ class Estimate:
     error: float | None = None
     low: float | None = None
     high: float | None = None
+
+    @staticmethod
+    def of_share(hits: int, of: int) -> "Estimate":
+        """A share of independent trials, its interval by Wilson's formula: it holds for few, and for none or all."""
+        if not of:
+            return Estimate(math.nan)
+        p, z2 = hits / of, Z * Z / of
+        middle, half = (p + z2 / 2) / (1 + z2), Z / (1 + z2) * math.sqrt(p * (1 - p) / of + z2 / (4 * of))
+        return Estimate(p, math.sqrt(p * (1 - p) / of), max(0.0, middle - half), min(1.0, middle + half))
+
+    @staticmethod
+    def of_rows(x_N: np.ndarray | Sequence[float]) -> "Estimate":
+        """A mean over independent rows, documents or texts; its interval is the normal one."""
+        x_N = np.asarray(x_N, float)
+        if len(x_N) < 2:
+            return Estimate(float(x_N[0]) if len(x_N) else math.nan)
+        value, error = float(x_N.mean()), float(x_N.std(ddof=1) / math.sqrt(len(x_N)))
+        return Estimate(value, error, value - Z * error, value + Z * error)
 
     def map(self, f: Callable[[float], float], slope: float) -> "Estimate":
         """The same for a rising function of the figure; `slope` is its derivative at the value."""

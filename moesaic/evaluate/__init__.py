@@ -176,7 +176,7 @@ def write_tokens(
             name = reading.name if number == 0 else f"{reading.name}@{side}"
             tensors |= {f"{name}.{f}": x for f, x in divergence.values.items() if x.is_floating_point()}
             if number == 0:
-                tensors |= {f"{name}.part.{part}": rows_B for part, rows_B in reading.parts.items()}
+                tensors |= {f"{name}.part.{part}": rows_B.clone() for part, rows_B in reading.parts.items()}
     write_tensors(path, "token_scores", tensors, inputs)
 
 

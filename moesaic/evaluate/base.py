@@ -5,7 +5,7 @@ An evaluation is arithmetic on the per-token values of a reading, so another one
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,6 +139,14 @@ class Scores:
             table.writeheader()
             table.writerows(asdict(score) for score in self.scores)
         write_json(path, KIND, {**self.facts, "scores": [asdict(score) for score in self.scores]}, inputs)
+
+    def add(
+        self, scores: Sequence[Score], facts: Mapping[str, Any], path: Path, inputs: Mapping[str, str] | None = None
+    ) -> "Scores":
+        """These and more, written to `path` again; `inputs` where it is not there yet."""
+        more = Scores((*self.scores, *scores), {**self.facts, **facts})
+        more.write(path, inputs or read_json(path, KIND)["inputs"])
+        return more
 
     @staticmethod
     def read(path: Path, inputs: Mapping[str, str] | None = None) -> "Scores":
