@@ -290,7 +290,10 @@ def test_tokenised_text_is_not_called_wikitext_2(m3: Checkpoint, tmp_path: Path,
     with pytest.raises(InputError, match="tokenised split"):
         windows(text, tokenizer, vocab=vocab, window=16, stride=16)
     assert windows(text, tokenizer, vocab=vocab, window=16, stride=16, name="encyclopedia").name == "encyclopedia"
-    text.write_text("a raw text " * 100)
+    text.write_text("another text " * 100)
+    with pytest.raises(InputError, match="opens with 'another text"):
+        windows(text, tokenizer, vocab=vocab, window=16, stride=16)
+    text.write_text(" \n = Robert Boulter = \n \n Robert Boulter is an English film actor . " * 20)
     assert windows(text, tokenizer, vocab=vocab, window=16, stride=16).name == name
 
 

@@ -16,6 +16,7 @@ from ..tokens import Text, Tokenizer, sha256_of
 from .base import Evaluation, Reading, Score, Scoring
 
 TOKENISED = ("<unk>", " @-@ ")  # marks of the tokenised split; the raw one has neither
+OPENINGS = ("= Robert Boulter =", "= Homarus gammarus =", "= Valkyria Chronicles III =")  # test, validation, train
 
 
 def windows(path: str | Path, tokenizer: Tokenizer, *, vocab: int, window: int, stride: int, name: str = "") -> Reading:
@@ -70,11 +71,19 @@ def windows(path: str | Path, tokenizer: Tokenizer, *, vocab: int, window: int, 
 
 
 def check_name(name: str, text: str) -> None:
+    """Refuse to call a text WikiText-2 that is not a whole raw split of it."""
+    if not re.search(r"wiki(text)?[-_ ]*2", name.lower()):
+        return
     found = [mark for mark in TOKENISED if mark in text]
-    if found and re.search(r"wiki(text)?[-_ ]*2", name.lower()):
+    if found:
         raise InputError(
             f"text with {found[0].strip()!r} in it is the tokenised split, and {name!r} says WikiText-2, of which only the "
             "raw split compares with published figures; give the raw file, or another name"
+        )
+    if not text.lstrip().startswith(OPENINGS):
+        raise InputError(
+            f"{name!r} says WikiText-2, and the text opens with {text.lstrip()[:40]!r} instead of the first heading of a raw "
+            "split; give the whole raw file, or another name"
         )
 
 
