@@ -44,6 +44,30 @@ def test_rounding_is_compressed_tensors(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_nvfp4_under_a_known_divisor_is_compressed_tensors() -> None:
+    x_nI = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 40)[:, None]
+    args = QuantizationArgs(
+        num_bits=4, type="float", strategy="tensor_group", group_size=16, dynamic="local", symmetric=True,
+        scale_dtype="torch.float8_e4m3fn",
+    )  # fmt: skip
+    divisor = (448 * 6 / x_nI.abs().max()).reshape(1) * 1.3  # measured on other text: the largest here are clipped
+    scale, zero = compute_dynamic_scales_and_zp(x_nI[None], args, torch.nn.Linear(1, 1), divisor)
+    theirs = fake_quantize(x_nI[None], scale, zero, args, global_scale=divisor)[0]
+    differ = rounded("nvfp4_a4", x_nI, divisor) != theirs
+    assert differ.float().mean() < 0.01 and not torch.equal(theirs, rounded("nvfp4_a4", x_nI))
+
+
+def test_divisors_come_from_the_export(m2: Checkpoint, tmp_path: Path) -> None:
+    write_folder(m2, deal(m2, "nvfp4_a4"), "compressed_tensors", tmp_path / "a4")
+    a4 = Checkpoint.open(tmp_path / "a4")
+    assert declared(a4) == {"nvfp4_a4", "fp8_block"} and "experts to nvfp4_a4" in told(a4, "engine")
+    layer = m2.architecture.moe_layers[0]
+    gate = a4.parts(a4.architecture.experts_of[layer, 0]["gate"])["inputs"]
+    x_nI = torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
+    taken = intakes(a4, "engine")[f"layers.{layer}.experts"](x_nI, "gate")
+    assert torch.equal(taken, rounded("nvfp4_a4", x_nI, gate)) and not torch.equal(taken, rounded("nvfp4_a4", x_nI))
+
+
 @pytest.mark.parametrize(("name", "most"), [("mxfp8", 0.04), ("nvfp4", 0.13), ("mxfp4", 0.15), ("int8_channel", 0.01)])
 def test_each_token_is_rounded_by_itself(name: str, most: float) -> None:
     x_nI = torch.randn(6, 96, generator=torch.Generator().manual_seed(1)) * 10.0 ** torch.arange(-3, 3)[:, None]

@@ -5,10 +5,11 @@
     w4a4    besides, inputs of 4-bit floats rounded to that same 4-bit format, as engines with such kernels can
 
 Rounding is by the formats' own `fit`, `round` and `value`, the values of one token that share a scale
-being a block. Leaves out static scales: NVFP4's second level is found for each token here, where an
-engine keeps one that was measured in advance; and INT8's scale is a BF16, as for weights.
+being a block. NVFP4's second level is the one that the export carries (`nvfp4_a4`), or else found for each
+token. Leaves out other static scales; INT8's scale is a BF16 here, as for weights.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from ..checkpoint import Checkpoint
 from ..containers.base import table
 from ..containers.compressed_tensors import format_of
 from ..errors import InputError
+from ..families import Linear
 from ..formats import FORMATS
 from ..stream import Intake
 
@@ -49,8 +51,21 @@ def intakes(checkpoint: Checkpoint, way: str) -> dict[str, Intake]:
     for unit, members in checkpoint.architecture.units.items():
         name = checkpoint.formats[members[0].name]
         if name in formats:
-            found[unit] = partial(rounded, name)
+            found[unit] = partial(taken_in, name, divisors(checkpoint, members))
     return found
+
+
+def divisors(checkpoint: Checkpoint, members: Sequence[Linear]) -> dict[str, Tensor]:
+    """Projection -> the second level of its inputs, where the export carries one; the same for all experts of a layer."""
+    found = {}
+    for linear in members:
+        if linear.projection not in found and "inputs" in (where := checkpoint.located(linear)):
+            found[linear.projection] = checkpoint.read(where["inputs"].info.name).flatten()[:1]
+    return found
+
+
+def taken_in(name: str, divisors: Mapping[str, Tensor], x_nI: Tensor, projection: str) -> Tensor:
+    return rounded(name, x_nI, divisors.get(projection))
 
 
 def declared(checkpoint: Checkpoint) -> set[str]:
@@ -65,13 +80,19 @@ def declared(checkpoint: Checkpoint) -> set[str]:
     return {format_of(group, quantization) for group in of if group.get("input_activations")} & SHARING.keys()
 
 
-def rounded(name: str, x_nI: Tensor) -> Tensor:
-    """Each token of `x_nI` in the format of that name, in groups of its own; what is not finite stays as it is."""
+def rounded(name: str, x_nI: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Each token of `x_nI` in the format of that name, in groups of its own; what is not finite stays as it is.
+
+    shared  the second level for all tokens [1]; by itself each token has its own
+    """
     format, (tokens, width) = FORMATS[name], x_nI.shape
     group = SHARING[name] or width
     blocks = torch.nn.functional.pad(x_nI.float(), (0, -width % group)).reshape(tokens, -1, group)
-    shared_n1 = format.share(blocks.abs().amax((1, 2)))[:, None] if format.share else None
-    steps = [s.unsqueeze(-1) for s in format.steps(format.fit(blocks, shared_n1))]
+    if shared is not None:
+        shared = shared.to(x_nI.device)
+    elif format.share is not None:
+        shared = format.share(blocks.abs().amax((1, 2)))[:, None]
+    steps = [s.unsqueeze(-1) for s in format.steps(format.fit(blocks, shared))]
     near = format.value(format.round(blocks, *steps), *steps).reshape(tokens, -1)[:, :width]
     return near.to(x_nI.dtype).where(x_nI.isfinite(), x_nI)
 

@@ -125,10 +125,10 @@ def pass_expert(
         gates_n = gates[positions[span]]
         x_nD = share.x_TD[tokens_n]
         if share.rounded is not None:
-            x_nD = share.rounded(x_nD)
+            x_nD = share.rounded(x_nD, "gate")
         inner_nI = activate(F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up))
         if share.rounded is not None:
-            inner_nI = share.rounded(inner_nI)
+            inner_nI = share.rounded(inner_nI, "down")
         f_nD = F.linear(inner_nI, weights.down)
         share.routed_TD.index_add_(0, tokens_n, f_nD.float() * gates_n[:, None])
         if share.observer is not None:

@@ -25,6 +25,7 @@ from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
 from .memory import default_buffer_bytes, spans
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
+FIRST = {"up": "gate", "k": "q", "v": "q", "index_q": "q", "index_k": "q"}  # who multiply the same vectors
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
 
@@ -202,8 +203,9 @@ class LayerRun:
                 module = block.get_submodule(name.rsplit(".", 1)[0])
                 if not linears or next(module.parameters()).is_meta:
                     continue
-                if linears[0].unit in state.rounded:
-                    hooks.append(module.register_forward_pre_hook(partial(take_in, state.rounded[linears[0].unit])))
+                if (rounded := state.rounded.get(linears[0].unit)) is not None:
+                    projection = FIRST.get(linears[0].projection, linears[0].projection)
+                    hooks.append(module.register_forward_pre_hook(partial(take_in, rounded, projection)))
                 if watching and observer is not None:
                     hooks.append(module.register_forward_pre_hook(partial(see_inputs, linears, observer.linear)))
         try:
@@ -305,9 +307,9 @@ def text_config(where: str, config: Mapping[str, Any], attention: str) -> Any:
     return text
 
 
-def take_in(rounded: Intake, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def take_in(rounded: Intake, projection: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x_nI = inputs[0].flatten(0, -2)
-    return (rounded(x_nI).view_as(inputs[0]), *inputs[1:])
+    return (rounded(x_nI, projection).view_as(inputs[0]), *inputs[1:])
 
 
 def see_inputs(
