@@ -168,7 +168,8 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
 
 def run_measure(a: Arguments) -> dict[str, Any]:
     facts = room("compress").price_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
-    print(f"nats a token, each option alone, summed over layers; {facts['harm']} on {facts['tokens']:,} tokens")
+    print("nats a token, each option alone, summed over the layers that can have it;", end=" ")
+    print(f"{facts['harm']} on {facts['tokens']:,} tokens")
     for what, of in facts["totals"].items():
         print(f"{what:<10}" + "   ".join(f"{option} {nats:.4f}" for option, nats in of.items()))
     print(f"prices   {a.run / 'costs.json'}")
