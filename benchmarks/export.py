@@ -71,9 +71,10 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(dir=a.folder) as name:
         folder, source = Path(name), Checkpoint.open(a.layer)
-        int4 = export(source, plan_of(source, *CASES["int4"][:2]), folder / "int4", quiet=True).path
+        if any(CASES[case][2] for case in a.cases):
+            export(source, plan_of(source, *CASES["int4"][:2]), folder / "int4", quiet=True)
         for case in a.cases:
-            start = int4 if CASES[case][2] else a.layer
+            start = folder / "int4" if CASES[case][2] else a.layer
             warm(start)
             words = [sys.executable, __file__, str(start), "--folder", str(folder), "--run", case]
             found[case] = json.loads(subprocess.check_output(words).splitlines()[-1])

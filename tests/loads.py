@@ -93,7 +93,7 @@ def perplexities(figures: list[dict[str, Any]]) -> str:
         ["---"] * 6,
     ]
     lines += [
-        [f["format"], f"{f['tokens']:,}", f"{f['vllm_nll']:.4f}", f"{f['our_nll']:.4f}",
+        [f"{f['format']}, {f['way']}", f"{f['tokens']:,}", f"{f['vllm_nll']:.4f}", f"{f['our_nll']:.4f}",
          f"{f['difference']:+.4f} ± {f['error']:.4f}", f"{f['median']:.4f}"]
         for f in figures
     ]  # fmt: skip
