@@ -109,8 +109,10 @@ def test_no_card_without_a_licence_unless_told(facts: Facts, tmp_path: Path) -> 
     with pytest.raises(InputError, match="no licence file"):
         card(without, NAMING)
     assert "came without a licence file" in card(without, replace(NAMING, unlicensed=True))
-    (bare / "LICENSE-MODEL").write_text("x")
     (bare / "NOTICE").write_text("x")
+    with pytest.raises(InputError, match="no licence file"):
+        card(without, NAMING)  # a notice gives nobody a right
+    (bare / "LICENSE-MODEL").write_text("x")
     assert licence_files(bare) == ["LICENSE-MODEL", "NOTICE"]
 
 

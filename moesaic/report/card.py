@@ -40,7 +40,7 @@ SHOWN = (
 INDEXED = {"kl_mean": "kl_divergence", "ppl_export": "perplexity", "top1_agreement": "top1_agreement"}
 BENCHMARKS = {
     "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "gpqa_diamond")
-}  # harness's task -> (data set, task) on the Hub
+}  # harness's task -> data set, task on the Hub
 COUNTS, CARD = (1, 2, 4, 8, 16), "H200"  # tried in turn where no devices are named
 
 
@@ -74,7 +74,7 @@ def card(facts: Facts, naming: Naming) -> str:
     if facts.model is None or facts.after is None:
         raise InputError(f"{facts.run} holds no export to write a card for; make one first")
     base, licences = base_model(facts, naming), licence_files(facts.model)
-    if not licences and not naming.unlicensed:
+    if all(name.upper().startswith("NOTICE") for name in licences) and not naming.unlicensed:
         raise InputError(
             f"{facts.model} holds no licence file, since its source came without one; put the model's LICENSE there, or say "
             "--unlicensed if you may pass it on without"
