@@ -59,7 +59,7 @@ class Requantized:
 def prepare(quiet: bool = False) -> None:
     """Compile all loops, or load what an earlier run compiled, and say so where it takes long."""
     w_OI = torch.zeros(1, 32, dtype=torch.bfloat16)
-    with notice("kernels: compiling for this machine's CPU, once; some ten seconds", quiet):
+    with notice("kernels: on a machine's first run they are compiled for its CPU; some ten seconds", quiet, 2.0):
         amax("bf16", w_OI, None)
         requantize("bf16", w_OI, None, FORMATS["mxfp4"])
 
