@@ -8,7 +8,8 @@ quality  calibrates once and measures each criterion's cut, and five random ones
          text, in one sweep: KL and perplexity, ± one standard error over rows.
 speed    one sweep of statistics, against the transformers forward of the same tokens (loaded before, in
          F32), and against that forward with an observer that runs all experts on all tokens, as the
-         published implementation of REAP does. Neither side computes logits.
+         published implementation of REAP does. Neither side computes logits. Tokens a CPU second: it
+         counts the same on a busy machine.
 memory   peak of a sweep over one layer of the real dimensions, written by GENERATOR (`--family m3 --preset
          layer --experts N --vocab 32064 --out DIR`), on random tokens; and how much a process without work has.
 Each run of `speed` and `memory` is a process of its own.
@@ -83,7 +84,7 @@ def observed(block: Any, x_TD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(model: Path, tokens_BT: Tensor, observe: bool) -> float:
-    """Seconds of transformers' forward, loaded before."""
+    """CPU seconds of transformers' forward, loaded before."""
     nested = hasattr(AutoConfig.from_pretrained(model), "text_config")
     loader = AutoModelForImageTextToText if nested else AutoModelForCausalLM
     loaded = loader.from_pretrained(model).float().eval()
@@ -94,20 +95,20 @@ def whole(model: Path, tokens_BT: Tensor, observe: bool) -> float:
                 lambda block, inputs: observed(block, inputs[0].flatten(0, -2)) and None
             )
     language(input_ids=tokens_BT[:1, :64], use_cache=False)
-    started = time.perf_counter()
+    started = time.process_time()
     for rows in tokens_BT.split(BATCH):
         language(input_ids=rows, use_cache=False)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def swept(model: Path, tokens: TokenSet) -> float:
-    """Seconds of a sweep of statistics, reading and decoding included."""
+    """CPU seconds of a sweep of statistics, reading and decoding included."""
     source = Checkpoint.open(model)
     with tempfile.TemporaryDirectory() as folder:
         calibrate(source, rows_of(tokens.ids_BT[:1, :64]), Path(folder) / "short", quiet=True)
-        started = time.perf_counter()
+        started = time.process_time()
         calibrate(source, tokens, Path(folder) / "stats", quiet=True)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
 
 def rows_of(ids_BT: Tensor) -> TokenSet:
@@ -120,16 +121,16 @@ def speed(a: argparse.Namespace) -> None:
         torch.set_num_threads(a.threads)
         ids_BT = text_rows(a.model, a.rows, a.length)
         seconds = swept(a.model, rows_of(ids_BT)) if a.way == "statistics" else whole(a.model, ids_BT, a.way != WAYS[0])
-        print(json.dumps({"tokens_per_second": ids_BT.numel() / seconds}))
+        print(json.dumps({"tokens_per_cpu_second": ids_BT.numel() / seconds}))
         return
     runs: dict[str, list[float]] = {way: [] for way in WAYS}
     words = ["--rows", str(a.rows), "--length", str(a.length), "--threads", str(a.threads)]
     for way in WAYS * a.repeats:  # in turn, so that a busy spell of the machine meets all
         out = subprocess.check_output([sys.executable, __file__, "speed", str(a.model), "--way", way, *words])
-        runs[way].append(json.loads(out.splitlines()[-1])["tokens_per_second"])
+        runs[way].append(json.loads(out.splitlines()[-1])["tokens_per_cpu_second"])
     medians = {way: statistics.median(found) for way, found in runs.items()}
     for way, rate in medians.items():
-        print(f"{way:13} {rate:9,.0f} tokens a second")
+        print(f"{way:13} {rate:9,.0f} tokens a CPU second")
     ours = medians["statistics"]
     print(
         f"{a.model.name}: {a.rows} rows of {a.length}, {a.threads} threads, median of {a.repeats}: statistics over "

@@ -32,7 +32,7 @@ from moesaic.formats import FORMATS
 from moesaic.select import select_experts
 from moesaic.stream import Change, LayerRun, LinearPass, Observer, Routing, State
 
-RIDGES = (1e-3, 1e-1)
+RIDGES = (1e-2,)
 STEPS, PACE = 300, 0.3  # of matching loads
 
 Dropped = Mapping[int, Sequence[int]]

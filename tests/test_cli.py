@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.cli import COMMANDS, main, parser
 from moesaic.errors import MoesaicError
 from moesaic.inspect import size
+from moesaic.loops import probe
 from moesaic.plan import Plan
 from moesaic.target import Target
 from moesaic.verify import verify
@@ -103,6 +105,7 @@ def test_prune(tell, model, text, tmp_path):
 
 def test_preview_and_domains(tell, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.prune.PREVIEW_TOKENS", 480)
+    monkeypatch.setattr("moesaic.prune.probe", partial(probe, prompts=2, new_tokens=8))
     asked = ["prune", model, tmp_path / "out", "--experts", "5,3", "--preview", "--domains", "code=2,prose", *text]
     facts, said = tell(*asked, "--criterion", "ean", "--policy", "quota", "--loops")
     assert list(facts["loops"]) == ["source", "5 ean", "3 ean"] and said.count(" texts end so") == 3

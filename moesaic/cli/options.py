@@ -136,7 +136,11 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
 
 def calibrate_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder; other text later adds to what is there")
+    p.add_argument(
+        "run",
+        type=Path,
+        help="run folder; other text later adds to what is there; a line of .jsonl may name an `image`",
+    )
     p.add_argument("--criterion", default="reap", help="what --until-stable watches (default %(default)s)")
     p.add_argument(
         "--experts",
