@@ -69,7 +69,7 @@ def kernel_seconds(source: Checkpoint, format: str) -> float:
 
 def measure(way: str, model: Path, made: Path, out: Path, format: str) -> dict[str, float]:
     """One way, once, in this process. `made` is an export to copy."""
-    prepare()
+    prepare(quiet=True)
     source, files = Checkpoint.open(model), sorted(made.glob("*.safetensors"))
     who = resource.RUSAGE_CHILDREN if way == "cp" else resource.RUSAGE_SELF
     wall, cpu = time.perf_counter(), cpu_seconds(who)
