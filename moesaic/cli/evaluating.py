@@ -91,11 +91,12 @@ def by_server(a: argparse.Namespace, out: Path) -> dict[str, Any]:
         "activations": {"served": "as the server rounds them"},
     }
     facts["readings"] = [{"name": r.name, "kind": r.kind, "facts": dict(r.facts)} for r in readings]
-    if "spots" in wanted:
-        more, samples = spots.compare({"served": served.writer(server, bool(tokenizer.chat.chat_template))}, tokenizer)
-        found, facts["spots"] = found + more, samples
     scores = room("evaluate").Scores(tuple(found), facts)
     scores.write(out / "served.json", {"export": export.identity})
+    if "spots" in wanted:
+        writers = {"served": served.writer(server, bool(tokenizer.chat.chat_template))}
+        more, samples = spots.compare(writers, tokenizer)
+        scores = scores.add(more, {"spots": samples}, out / "served.json")
     return told(scores, out / "served.json")
 
 
@@ -147,7 +148,8 @@ def told(scores: Any, path: Path) -> dict[str, Any]:
         print(f"{name}: over {lines[0].tokens:,} tokens in {lines[0].rows} rows")
         for s in lines:
             way = "" if s.activations == "none" else f", activations {s.activations}"
-            print(f"  {s.name:<24} {commands.plus_minus(vars(s)):>24} {s.unit}{f', {s.part}' if s.part else ''}{way}")
+            value = commands.plus_minus(vars(s)) if s.error else "not finite" if s.value is None else f"{s.value:.4g}"
+            print(f"  {s.name:<24} {value:>24} {s.unit}{f', {s.part}' if s.part else ''}{way}")
     print(f"every figure: {path}")
     found: dict[str, Any] = {s.name: vars(s) for s in reversed(shown) if not s.part}
     nonfinite = {r["name"]: r["nonfinite"] for r in scores.facts.get("readings", []) if "nonfinite" in r}
