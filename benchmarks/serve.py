@@ -1,13 +1,13 @@
 """Latency and memory of the local server, with experts in memory and from disk, beside `transformers serve`.
 
     python benchmarks/serve.py ../shared/testbed/m3 [--prompt 256] [--new 32] [--memory 0 4GB] [--clients 1 8]
-                               [--peer PYTHON]
+                               [--peer PROGRAM]
 
 Each server is a process of its own, asked for a chat answer as a stream. Told of each: seconds to the first token,
 median seconds between tokens after it, tokens a second of all clients together, and the largest resident memory of
 the process. A first request, which is not counted, warms what can be warm. "From disk" (`--memory 0`) reads through
-the system's page cache, which on a machine with room to spare is memory too. PYTHON is one that has transformers'
-`serving` extra. Text is the standard library's source.
+the system's page cache, which on a machine with room to spare is memory too. PROGRAM is the
+`transformers` of an environment that has its `serving` extra. Text is the standard library's source.
 """
 
 import argparse
@@ -47,18 +47,17 @@ def free_port() -> int:
 
 def command(model: Path, way: str, port: int, peer: str | None) -> list[str]:
     if way == "transformers":
-        words = [str(peer), "-m", "transformers.cli.transformers", "serve", str(model), "--device", "cpu"]
-        return [*words, "--dtype", "float32", "--port", str(port)]
+        return [str(peer), "serve", str(model), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
     words = [sys.executable, "-m", "moesaic.cli", "serve", str(model), "--engine", "local", "--port", str(port)]
     return [*words, "--memory", way]
 
 
-async def ask(client: AsyncOpenAI, name: str, prompt: str, new: int) -> list[float]:
+async def ask(client: AsyncOpenAI, name: str, prompt: str, new: int, extra: dict[str, Any]) -> list[float]:
     """Seconds from the request to each piece of its answer that came with a token of its own."""
     started, times = time.perf_counter(), []
     stream = await client.chat.completions.create(
         model=name, messages=[{"role": "user", "content": prompt}], max_tokens=new, temperature=0, stream=True,
-        logprobs=True, extra_body={"ignore_eos": True},
+        extra_body=extra,
     )  # fmt: skip
     async for chunk in stream:
         delta: Any = chunk.choices[0].delta if chunk.choices else None
@@ -67,11 +66,11 @@ async def ask(client: AsyncOpenAI, name: str, prompt: str, new: int) -> list[flo
     return times
 
 
-async def measure(url: str, name: str, prompts: list[str], new: int) -> dict[str, float]:
+async def measure(url: str, name: str, prompts: list[str], new: int, extra: dict[str, Any]) -> dict[str, float]:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=1200, max_retries=0) as client:
-        await ask(client, name, prompts[0], 2)
+        await ask(client, name, prompts[0], 2, extra)
         started = time.perf_counter()
-        found = await asyncio.gather(*(ask(client, name, prompt, new) for prompt in prompts))
+        found = await asyncio.gather(*(ask(client, name, prompt, new, extra) for prompt in prompts))
     seconds = time.perf_counter() - started
     gaps = [b - a for times in found for a, b in itertools.pairwise(times)]
     return {
@@ -101,7 +100,9 @@ def serve(model: Path, way: str, peer: str | None, prompts: list[str], new: int)
                     raise SystemExit(f"{way}: the server did not start") from None
                 time.sleep(0.2)
         name = str(model) if way == "transformers" else model.resolve().name
-        figures = asyncio.run(measure(f"http://127.0.0.1:{port}", name, prompts, new))
+        # The peer refuses fields that it does not know; ours sends a piece with every token where logprobs are asked for.
+        extra = {} if way == "transformers" else {"ignore_eos": True, "logprobs": True}
+        figures = asyncio.run(measure(f"http://127.0.0.1:{port}", name, prompts, new, extra))
         return {"server": way, "clients": len(prompts), **figures, "peak_bytes": peak_bytes(process.pid)}
     finally:
         process.terminate()
@@ -115,7 +116,7 @@ def main() -> None:
     p.add_argument("--new", type=int, default=32, metavar="TOKENS")
     p.add_argument("--memory", nargs="*", default=["4GB", "0"], metavar="SIZE")
     p.add_argument("--clients", nargs="*", type=int, default=[1, 8])
-    p.add_argument("--peer", metavar="PYTHON")
+    p.add_argument("--peer", metavar="PROGRAM")
     a = p.parse_args()
     for way in [*a.memory, *(["transformers"] if a.peer else [])]:
         for clients in a.clients:

@@ -19,8 +19,9 @@ from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..stream import Change, LayerRun
 from ..stream.attention import ROW_COPIES, SCORE_COPIES
-from ..stream.experts import ExpertWeights, Share, route, run_experts
+from ..stream.experts import ExpertWeights, Share, pass_expert, route
 from ..stream.layer import StoredExpert
+from ..stream.memory import ahead
 from .attention import RAGGED
 from .cache import Cache, Rows
 from .resident import Resident
@@ -108,14 +109,15 @@ class Decoder:
         router_ED, bias_E = self.resident.pin(("router", layer), lambda: self.router(layer), lambda r: total(*r))
         routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, self.dropped.get(layer, ()))
         (unit,) = run.units(layer, ("experts",))
-        share = Share.of(x_TD, routing, None, self.changed.get(unit))
-        run_experts(
-            [share],
-            lambda expert: self.read_expert(layer, expert),
-            self.decode_expert,
-            lambda gate, up: run.family.activate(run.text, gate, up),
-            run.buffer_bytes,
-        )
+        change = self.changed.get(unit)
+        share = Share.of(x_TD, routing, None, change)
+        activate, read = partial(run.family.activate, run.text), partial(self.read_expert, layer)
+        selected = routing.experts_Tk.unique().tolist()
+        here = all(self.resident.get((layer, expert)) is not None for expert in selected)
+        for expert, found in (
+            ((e, read(e)) for e in selected) if here else ahead(read, selected)
+        ):  # no thread for nothing
+            pass_expert(share, expert, self.decode_expert(found, change), activate, run.buffer_bytes)
         out_TD = share.routed_TD.mul_(run.family.routed_scale(run.text))
         if run.family.shared:
             out_TD += block.get_submodule(run.family.shared)(x_TD)

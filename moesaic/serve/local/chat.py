@@ -46,9 +46,8 @@ class Reply:
         return delta
 
     def message(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"role": "assistant", "content": self.content.strip() or None, "refusal": None}
-        if not self.calls:
-            found["content"] = self.content
+        content = (self.content.strip() or None) if self.calls else self.content
+        found: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self.reasoning:
             found |= {"reasoning": self.reasoning, "reasoning_content": self.reasoning}
         if self.calls:
