@@ -153,14 +153,14 @@ def run_compress(a: Arguments) -> dict[str, Any]:
 
 def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     """What the options of a search say; a size that --devices leaves is asked of `fit`."""
-    size, bits, served = getattr(a, "fit", None), getattr(a, "bits", None), layout(a)
-    if getattr(a, "devices", None):
+    size, served = a.fit, layout(a)
+    if a.devices:
         fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
         machine = fit.Machine.parse(a.devices)
         size, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
         print(f"budget   {room('inspect').size(size)} on {a.devices}, served as {served.name}")
     return room("compress").Recipe(
-        a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, bits,
+        a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
         served, a.devices or "", a.context,
     )  # fmt: skip

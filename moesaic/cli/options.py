@@ -186,6 +186,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
 def measure_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     p.add_argument("run", type=Path, help="run folder: run/costs.json is the result")
+    p.set_defaults(fit=None, bits=None, devices=None, context=None)  # prices are the same whatever the size
     offer_options(p)
 
 
