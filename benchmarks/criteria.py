@@ -82,6 +82,10 @@ def observed(block: Any, x_TD: Tensor) -> Tensor:
     return torch.stack(norms)
 
 
+def watch(block: Any, inputs: tuple[Tensor, ...]) -> None:
+    observed(block, inputs[0].flatten(0, -2))
+
+
 @torch.no_grad()
 def whole(model: Path, tokens_BT: Tensor, observe: bool) -> float:
     """CPU seconds of transformers' forward, loaded before."""
@@ -91,9 +95,7 @@ def whole(model: Path, tokens_BT: Tensor, observe: bool) -> float:
     language = loaded.model.language_model if nested else loaded.model
     for layer in language.layers if observe else ():
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.register_forward_pre_hook(
-                lambda block, inputs: observed(block, inputs[0].flatten(0, -2)) and None
-            )
+            layer.mlp.register_forward_pre_hook(watch)
     language(input_ids=tokens_BT[:1, :64], use_cache=False)
     started = time.process_time()
     for rows in tokens_BT.split(BATCH):
