@@ -18,7 +18,7 @@ FLOORS = (
     ("measure", "allocate", "render"),
     ("fit", "export"),
     ("verify", "evaluate", "inspect"),
-    ("select", "serve", "tasks", "spots"),
+    ("select", "serve", "make", "tasks", "spots"),
     ("report", "served"),
     ("preview", "settle", "loops", "candidates"),
     ("compress", "prune", "quantize", "convert"),

@@ -1,6 +1,6 @@
 """The whole path, as a story: from a checkpoint to a smaller one, and to a page that says what it cost.
 
-    calibrate → select → plan → export → verify → evaluate → report
+    calibrate → select → plan → export (rendered first, where the rounding looks at data) → verify → evaluate → report
 
 or, where a size is asked for and not a plan, with prices, the frontier and measured candidates in select's place.
 
@@ -8,7 +8,7 @@ Every step leaves a file in the run folder and reads what the steps before it le
 continues wherever it was stopped.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,17 @@ from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
 from .errors import CheckError, InputError
 from .evaluate import Reading, Scores, evaluate
-from .export import export
 from .fit import Layout, check_layout
 from .formats import FORMATS
+from .make import expert_errors, make, rounding_on
 from .measure import Prices
 from .plan import SOURCE, Plan
 from .report import report
+from .rounding import ROUNDINGS
 from .select import Selection, check_names, select_experts
 from .target import Target
 from .tokens import TokenSet
-from .verify import Verdict, expert_errors, verify
+from .verify import Verdict, verify
 
 CURVE = 12  # points of the frontier that are told
 CHOICE_TOKENS = 16_384  # of unseen text, at most, to choose among candidates; as many judge, or more
@@ -96,6 +97,7 @@ def compress(
     before the first sweep for what cannot be, `CheckError` when the export does not verify.
     """
     source = Checkpoint.open(model)
+    recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
     check(source, run, recipe)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
@@ -107,17 +109,20 @@ def compress(
         selection = select(source, run, recipe, corpus, quiet)
         plan = as_told(source, recipe, selection)
         rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
+
+    def text() -> TokenSet:
+        return corpus.calibration(source, run / "tokens.safetensors")
+
     if Target.of(source, plan).uncalibrated:
-        tokens = corpus.calibration(source, run / "tokens.safetensors")
-        plan = calibrated(source, plan, tokens, run / "activations", quiet)
+        plan = calibrated(source, plan, text(), run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
 
-    result = export(source, plan, run / "model", quiet)
+    result, rendered = make(source, plan, run / "model", run / "rendered", text, quiet)
     if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
         raise CheckError(
             f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
         )
-    verdict = verify(run / "model", source, quiet)
+    verdict = verify(run / "model", source, quiet, run / "rendered")
     inputs = {"source": source.identity, "export": result.identity}
     write_json(run / "verify.json", "verify", findings(result, verdict), inputs)
     if not verdict.holds:
@@ -130,6 +135,7 @@ def compress(
         "report": str(page),
         "verified": dict(verdict.compared),
         "chosen": chosen.facts if chosen else None,
+        "rendered": rendered,
     }
 
 
@@ -144,6 +150,8 @@ def check(source: Checkpoint, run: Path, recipe: Recipe) -> None:
     for name in (recipe.format, recipe.rest):
         if name != SOURCE and name not in FORMATS:
             raise InputError(f"no format {name!r}; there are source, {', '.join(FORMATS)}")
+    if recipe.rounding not in ROUNDINGS:
+        raise InputError(f"no rounding {recipe.rounding!r}; there are {', '.join(ROUNDINGS)}")
     if recipe.container not in CONTAINERS:
         raise InputError(f"no container {recipe.container!r}; there are {', '.join(CONTAINERS)}")
     if recipe.has_budget and not keeps_formats(recipe):

@@ -1,4 +1,4 @@
-"""One format for one class of matrices, without a token of data: as fast as the disk.
+"""One format for one class of matrices: as fast as the disk, or, where the rounding looks at data, rendered on text.
 
 Router, embeddings, norms, head and vision stay as they are: no tool that rounded a router was right.
 """
@@ -9,14 +9,18 @@ from typing import Any
 from .artifact import write_json
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
+from .corpus import PYTHON_TEXT, Corpus
 from .errors import CheckError, InputError
-from .export import check_free, export
+from .export import check_free
 from .fit import Layout, check_layout
 from .formats import FORMATS
+from .make import expert_errors, make, rounding_on
 from .plan import SOURCE, Plan
+from .render import FOLDER
 from .rounding import ROUNDINGS
 from .target import Target
-from .verify import expert_errors, verify
+from .tokens import TokenSet
+from .verify import verify
 
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
 
@@ -24,13 +28,14 @@ SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qk
 def quantize(
     model: Path, out: Path, format: str, only: str = "experts", rest: str = SOURCE,
     to: str = "compressed_tensors", rounding: str = "rtn", layout: Layout | None = None, check: bool = True, quiet: bool = False,
-    command: str = "",
+    command: str = "", corpus: Corpus = PYTHON_TEXT,
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
 
-    only  "experts" (routed experts) or "linears" (attention, shared and dense too)
-    rest  "source": the others keep their bytes; "bf16" or another format: they are written in that
+    only    "experts" (routed experts) or "linears" (attention, shared and dense too)
+    rest    "source": the others keep their bytes; "bf16" or another format: they are written in that
     layout  how it will be served, if that is known: what an engine would not load so is refused
+    corpus  text for a rounding that looks at data; "search" does where the text is the user's
     Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
     """
     for what, name, there_are in (
@@ -41,10 +46,14 @@ def quantize(
             raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
     source = Checkpoint.open(model)
     check_free(out, source)
-    plan = Plan(container=to, formats=formats_of(source, format, only, rest), rounding=rounding)
+    plan = Plan(to, formats=formats_of(source, format, only, rest), rounding=rounding_on(rounding, corpus))
     if layout is not None:
         check_layout(Target.of(source, plan), layout)
-    result = export(source, plan, out, quiet)
+
+    def text() -> TokenSet:
+        return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")
+
+    result, rendered = make(source, plan, out, out / FOLDER, text, quiet)
     facts: dict[str, Any] = {
         "command": command,
         "model": str(model),
@@ -53,7 +62,8 @@ def quantize(
         "only": only,
         "rest": rest,
         "container": to,
-        "rounding": rounding,
+        "rounding": plan.rounding,
+        "rendered": rendered,
         "source_bytes": sum(t.bytes for t in source.inventory),
         "bytes": sum(t.bytes for t in result.inventory),
     }

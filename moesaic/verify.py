@@ -30,6 +30,7 @@ from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
 from .reader import Reader
+from .render import FOLDER, digest, digests
 from .rounding import round_siblings
 from .target import Target, keeps_bytes, keeps_values
 
@@ -39,12 +40,14 @@ THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
 CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
+Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
+
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong: which check, where, what."""
 
-    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "values", …
+    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "rendered", …
     where: str
     what: str
 
@@ -81,10 +84,11 @@ class Sides:
     source: Reader | None
     target: Target | None
     bad: Mapping[str, str]  # tensors whose header entry already has a finding
+    rendered: Mapping[str, str]  # groups whose rounding looked at data -> digest of what was to be written
 
 
-def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> Verdict:
-    """Check the model folder `out`, against its source if that is at hand.
+def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, rendered: Path | None = None) -> Verdict:
+    """Check the model folder `out`, against its source if that is at hand, and what was `rendered` for it.
 
     Reads every byte of the export (and of the source's matching tensors) once; memory is a few
     matrices. Raises only where there is nothing to check; all else is a `Finding`.
@@ -105,7 +109,8 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     target = target_of(export, source, bad, verdict) if source is not None else None
     if target is not None:
         prepare_kernels(target, quiet)
-    sides = Sides(Reader(export), Reader(source) if source is not None and target is not None else None, target, bad)
+    reader = Reader(source) if source is not None and target is not None else None
+    sides = Sides(Reader(export), reader, target, bad, digests(rendered or out / FOLDER))
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -255,6 +260,7 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
                 check_recoded(sides.source, target, group, stored, verdict)
             else:
                 check_rounded(sides.source, target, group, stored, by_reference, verdict)
+                check_rendered(sides, target, group, stored, verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
     return verdict
 
@@ -297,9 +303,7 @@ def bounded(linear: Linear, packing: Packing, stored: Mapping[str, Tensor]) -> b
     return largest < high and math.sqrt(energy / linear.elements) > low
 
 
-def check_recoded(
-    source: Reader, target: Target, group: tuple[Linear, ...], stored: Mapping[str, Mapping[str, Tensor]], verdict: Verdict
-) -> None:  # fmt: skip
+def check_recoded(source: Reader, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
     """The very values of the source under other codes: both sides decoded, and recoding done again."""
     made = iter(recoded(target, group))
     for linear in group:
@@ -315,9 +319,8 @@ def check_recoded(
 
 
 def check_rounded(
-    source: Reader, target: Target, group: tuple[Linear, ...], stored: Mapping[str, Mapping[str, Tensor]],
-    by_reference: bool, verdict: Verdict,
-) -> None:  # fmt: skip
+    source: Reader, target: Target, group: tuple[Linear, ...], stored: Tensors, by_reference: bool, verdict: Verdict
+) -> None:
     """Round the source again and compare codes and scales: exact for a rounding that needs no data."""
     weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
     again = rounded_again(target, group, weights, by_reference)
@@ -339,6 +342,15 @@ def check_rounded(
             verdict.add("codes", linear.name, what)
 
 
+def check_rendered(sides: Sides, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
+    """What was rounded on text cannot be had again from the source; that it is here unchanged can be told."""
+    if (wanted := sides.rendered.get(group[0].name)) is not None:
+        tensors = [stored[n.name][key] for n in group for key in target.packing(n).parts(n.shape)]
+        verdict.compared["rendered"] += len(tensors)
+        if digest(tensors) != wanted:
+            verdict.add("rendered", group[0].name, "and what is fused with it are not what was rounded on text")
+
+
 def rounded_again(
     target: Target, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
 ) -> list[dict[str, Tensor]] | None:
@@ -354,24 +366,13 @@ def rounded_again(
     return [{key: next(made) for key in packing.parts(n.shape)} for n, packing in zip(group, packings)]
 
 
-def expert_errors(export: Checkpoint, verdict: Verdict) -> dict[str, list[float]]:
-    """Relative weight error ‖value − w‖ / ‖w‖ of each rounded expert's matrices together: MoE layer -> one an expert."""
-    found: dict[str, list[float]] = {}
-    for (layer, _), matrices in sorted(export.architecture.experts_of.items()):
-        pairs = [verdict.errors[n.name] for n in matrices.values() if n.name in verdict.errors]
-        if pairs:
-            off, whole = (sum(p[i] for p in pairs) for i in (0, 1))
-            found.setdefault(str(layer), []).append((off / whole) ** 0.5 if whole else 0.0)
-    return found
-
-
 def check_coverage(sides: Sides, verdict: Verdict) -> None:
     """Where no header entry was condemned, every tensor was looked at, and compared with the source if there is one."""
     model, compared = sides.export.checkpoint, verdict.compared
     there = len(model.architecture.tensors) + sum(len(sides.export.names(n)) for n in model.architecture.linears)
     looked = {"looked at": compared["finite"]}
-    if sides.target is not None and not rounding_of(sides.target.plan).needs:
-        looked["compared with the source"] = compared["bytes"] + compared["rows"] + compared["codes"]
+    if sides.target is not None and (sides.rendered or not rounding_of(sides.target.plan).needs):
+        looked["compared with the source"] = sum(compared[check] for check in ("bytes", "rows", "codes", "rendered"))
     for what, count in looked.items() if not sides.bad else ():
         if count != there and not any(f.check == "structure" for f in verdict.findings):
             verdict.add(

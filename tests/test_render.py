@@ -193,12 +193,12 @@ def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> No
     next(run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))]))
     reached = set(routed[0].experts_Tk.flatten().tolist())
     facts = render(m2, a_plan(m2), tokens, tmp_path / "rounded", quiet=True)
-    first = {name for name in facts["unreached"] if ".layers.0." in name}
+    first = [name for name in facts["unreached"] if name.startswith("layer 0 ")]
     missing = [e for e in range(m2.architecture.experts) if e not in reached]
-    wanted = {m2.architecture.experts_of[0, e][p].name for e in missing for p in ("gate", "down")}
-    assert missing and first == wanted <= set(facts["mostly_pooled"])
-    by_name = {g["group"]: g for g in facts["by_group"]}
-    assert all(by_name[name]["pooled"] == 1.0 and by_name[name]["tokens"] == 0 for name in facts["unreached"])
+    assert missing and first == [f"layer 0 expert {e}" for e in missing]
+    assert set(facts["unreached"]) <= set(facts["mostly_pooled"])
+    pooled = {(g["layer"], g["expert"], g["tokens"]): g["pooled"] for g in facts["by_group"]}
+    assert {pooled[0, e, 0] for e in missing} == {1.0}
     assert read_json(tmp_path / "rounded" / "rendered.json", "rendered")["unreached"] == facts["unreached"]
 
 

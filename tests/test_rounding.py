@@ -37,7 +37,6 @@ def batch_of(w_EOI: Tensor, xs: list[Tensor], pool_mI: Tensor | None = None) -> 
     return Batch(
         w_EOI,
         torch.tensor([float(len(x)) for x in xs]),
-        hessian_EII.diagonal(dim1=1, dim2=2),
         hessian_EII,
         None if pool_mI is None else (pool_mI.T @ pool_mI / len(pool_mI))[None],
     )
@@ -157,7 +156,7 @@ def test_a_batch_is_its_matrices_one_by_one(way: str, name: str) -> None:
     together = ROUNDINGS[way].round(whole, format)
     for e in range(3):
         mine = slice(e, e + 1)
-        one = Batch(w[mine], whole.tokens_E[mine], whole.moments_EI[mine], whole.hessian_EII[mine], whole.pool_EII)
+        one = Batch(w[mine], whole.tokens_E[mine], whole.hessian_EII[mine], whole.pool_EII)
         alone = ROUNDINGS[way].round(one, format)
         assert (alone.codes_EOI[0] != together.codes_EOI[e]).float().mean() < 0.01
         for fact, values in alone.facts.items():

@@ -76,7 +76,7 @@ COMMANDS = {
         commands.run_prune,
     ),
     "quantize": Command(
-        "round to one format, without data",
+        "round to one format, without data or by it",
         "moesaic quantize MiniMax-M2.7 M2.7-MXFP4 --format mxfp4 --rest bf16",
         options.quantize_options,
         commands.run_quantize,

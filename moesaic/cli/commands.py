@@ -71,8 +71,9 @@ def run_prune(a: Arguments) -> dict[str, Any]:
 
 def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding or "rtn", layout(a), not a.no_verify, a.quiet, a.line
-    )
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet, a.line, corpus(a)
+    )  # fmt: skip
+    tell_rounding(facts)
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
         print(
@@ -162,7 +163,7 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     return room("compress").Recipe(
         a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
-        served, a.devices or "", a.context,
+        served, getattr(a, "devices", None) or "", getattr(a, "context", None),
     )  # fmt: skip
 
 
@@ -267,13 +268,19 @@ def told(facts: dict[str, Any]) -> dict[str, Any]:
         before = (
             f"predicted {chosen['predicted_nats']:.4f}, measured {chosen['measured_nats']:.4f} ± {chosen['error']:.4f}"
         )
-        print(f"plan     {chosen['name']}: KL {before} before it was written")
+        print(f"plan     {chosen['name']}: KL {before} before it was written, by {chosen['rounding']}")
+    tell_rounding(facts)
     tell_scores(facts["scores"])
     for warning in facts["warnings"]:
         print(f"note     {warning}")
     print(f"model    {Path(facts['run']) / 'model'}")
     print(f"report   {facts['report']}")
     return facts
+
+
+def tell_rounding(facts: dict[str, Any]) -> None:
+    if facts["rendered"]:
+        print(f"rounded  {room('make').sentence(facts['rendered'])}")
 
 
 def tell_scores(scores: dict[str, dict[str, Any]]) -> None:

@@ -92,6 +92,18 @@ def parallel_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--expert-parallel", action="store_true", help="with whole experts on each of them")
 
 
+def rounding_option(p: argparse.ArgumentParser) -> None:
+    rounding = p.add_mutually_exclusive_group()
+    rounding.add_argument(
+        "--rounding", default="rtn",
+        help="how codes are chosen: rtn; search for better scales, weighted by inputs where --data is given; gptq, descent "
+        "or autoround, which look at text (default %(default)s)",
+    )  # fmt: skip
+    rounding.add_argument(
+        "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
+    )
+
+
 def inspect_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
     p.add_argument("--base", type=Path, metavar="MODEL", help="find which experts of this model were kept")
@@ -125,13 +137,10 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
     p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
-    rounding = p.add_mutually_exclusive_group()
-    rounding.add_argument("--rounding", help="how codes are chosen: rtn or search (default rtn)")
-    rounding.add_argument(
-        "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
-    )
+    rounding_option(p)
     parallel_options(p)
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    text_options(p)
 
 
 def calibrate_options(p: argparse.ArgumentParser) -> None:
@@ -177,7 +186,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
     p.add_argument("--policy", default="pooled", help="how domains are weighed (default %(default)s)")
-    p.add_argument("--rounding", default="rtn", help="how codes are chosen (default %(default)s)")
+    rounding_option(p)
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
     parallel_options(p)
     text_options(p)

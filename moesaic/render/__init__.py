@@ -7,7 +7,7 @@ goes on where it was, and `export` takes the tensors from the files. Leaves out 
 `export` does those by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,12 @@ from ..rounding import ROUNDINGS
 from ..stream import LayerRun, State
 from ..target import Target
 from ..tokens import TokenSet
-from .group import Group, read_packed
+from .group import Group, digest, read_packed
 from .work import Work
 
+__all__ = ["DONE", "FOLDER", "digest", "digests", "drop", "from_files", "is_dropped", "render"]
+
+FOLDER = "moesaic/rendered"  # in an export's folder, if not elsewhere
 DONE = "rendered.json"
 
 
@@ -79,12 +82,35 @@ def summary(work: Work, tokens: TokenSet) -> dict[str, Any]:
         "rounding": work.rounding.name,
         "tokens": tokens.tokens,
         "groups": len(groups),
-        "unreached": [g["group"] for g in experts if g["tokens"] == 0],
-        "mostly_pooled": [g["group"] for g in experts if g.get("pooled", 0.0) > 0.5],
+        "unreached": named(g for g in experts if g["tokens"] == 0),
+        "mostly_pooled": named(g for g in experts if g.get("pooled", 0.0) > 0.5),
         "pooled_mean": sum(g.get("pooled", 0.0) for g in experts) / max(1, len(experts)),
         "damping_most": max((g.get("damping", 0.0) for g in groups), default=0.0),
         "by_group": groups,
     }
+
+
+def named(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The experts of groups, each once, in the order of the model."""
+    found = sorted({(g["layer"], g["expert"]) for g in groups})
+    return [f"layer {layer} expert {expert}" for layer, expert in found]
+
+
+def drop(folder: Path) -> None:
+    """Remove the matrices of a finished rendering, which an export has taken in; what it reports stays."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+
+
+def is_dropped(folder: Path) -> bool:
+    return (folder / DONE).exists() and not any(folder.glob("*.safetensors"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """First member of a group -> digest of the group's tensors as rendered; nothing where nothing was."""
+    path = folder / DONE
+    groups = read_json(path, "rendered")["by_group"] if path.exists() else []
+    return {group["group"]: group["sha256"] for group in groups}
 
 
 def from_files(folder: Path, target: Target) -> Callable[[Group], list[Tensor]]:

@@ -41,7 +41,6 @@ def batch_of(w_EOI: Tensor, inputs: Sequence[Inputs], pools: Sequence[Inputs] = 
     return Batch(
         w_EOI,
         torch.tensor([i.tokens for i in inputs]),
-        hessian_EII.diagonal(dim1=1, dim2=2),
         hessian_EII,
         torch.stack([p.hessian_II for p in pools]) if pools else None,
     )

@@ -1,6 +1,7 @@
 """Matrices of a target that a server fuses, as one: their weights stacked by rows, and their file when rounded."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,27 @@ def names_of(target: Target, linear: Linear) -> dict[str, str]:
     return {key: f"{linear.name}.{part.suffix}" for key, part in target.packing(linear).parts(linear.shape).items()}
 
 
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the bytes of packed tensors in their order: what an export of them must hold."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def write_group(
     folder: Path, target: Target, group: Group, members: Members, inputs: Mapping[str, str], facts: Mapping[str, Any]
-) -> None:
+) -> dict[str, Any]:
+    """Pack and write; returns `facts`, which are in the file too, with the digest."""
     tensors: dict[str, Tensor] = {}
     for linear, (codes_OI, scales) in zip(group, members, strict=True):
         packed = target.pack(linear, codes_OI.cpu(), on_cpu(scales))
         tensors |= {
             name: packed[key].clone() for key, name in names_of(target, linear).items()
         }  # siblings share a scale
-    write_tensors(path_of(folder, group), KIND, tensors, inputs, {"facts": dict(facts)})
+    whole = {**facts, "sha256": digest(tensors.values())}
+    write_tensors(path_of(folder, group), KIND, tensors, inputs, {"facts": whole})
+    return whole
 
 
 def read_packed(folder: Path, target: Target, group: Group, inputs: Mapping[str, str]) -> dict[str, Tensor]:

@@ -119,9 +119,9 @@ class Work:
         return True
 
     def write(self, group: Group, members: Members, facts: Mapping[str, Any]) -> None:
-        whole = {"group": group[0].name, "expert": group[0].expert, "weights": sum(n.elements for n in group), **facts}
-        write_group(self.folder, self.target, group, members, self.inputs, whole)
-        self.record(whole)
+        first, weights = group[0], sum(n.elements for n in group)
+        whole = {"group": first.name, "layer": first.layer, "expert": first.expert, "weights": weights, **facts}
+        self.record(write_group(self.folder, self.target, group, members, self.inputs, whole))
 
     def record(self, facts: dict[str, Any]) -> None:
         self.facts.append(facts)

@@ -54,11 +54,13 @@ TERMS = {
     "msan": "MSAN",
     "aimer": "AIMER",
     "rtn": "rounding to nearest",
+    "search": "scale search",
+    "weighted": "scale search weighted by inputs",
+    "gptq": "GPTQ",
+    "autoround": "AutoRound",
     "compressed_tensors": "compressed-tensors",
     "vllm": "vLLM",
     "mlx": "MLX",
-    "gptq": "GPTQ",
-    "autoround": "AutoRound",
 }
 CHECKS = {
     "structure": "tensors present, of the right shape and type",
@@ -70,6 +72,7 @@ CHECKS = {
     "bytes": "tensors byte-identical to the source",
     "rows": "router tensors equal to the kept rows of the source",
     "codes": "tensors that rounding the source again gives again",
+    "rendered": "tensors unchanged since they were rounded on text",
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..formats import NumberFormat, Scales
 from .base import Batch, Block, Rounded, Rounding
-from .gptq import blended
+from .gptq import blended, reported
 from .rtn import round as nearest
 
 STEPS = 200
@@ -116,8 +116,8 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
         lambda values: [(values[0] - w_EOI) @ hessian_EII],
         lambda values: (((values[0] - w_EOI) @ hessian_EII) * (values[0] - w_EOI)).sum((1, 2)),
     )
-    facts = {"damping": tuple(damping for _, damping, _ in blends), "pooled": tuple(pooled for _, _, pooled in blends)}
-    return replace(tuned.rounded(), facts=facts)
+    _, damping_E, pooled_E = zip(*blends)
+    return replace(tuned.rounded(), facts=reported(damping_E, pooled_E))
 
 
 def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:

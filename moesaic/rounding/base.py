@@ -20,7 +20,6 @@ class Batch:
     """E matrices of one shape, and what is known of the vectors that each multiplies. What is not known is None.
 
     tokens_E     how many vectors of one size would tell as much as those that the means below are taken over
-    moments_EI   E[x²]
     hessian_EII  E[x xᵀ], F32
     pool_EII     E[x xᵀ] over all tokens of the layer, as each matrix would see them if every token came to it;
                  [1, I, I] where that is one for all. What few tokens leave open is taken from there.
@@ -28,7 +27,6 @@ class Batch:
 
     w_EOI: Tensor
     tokens_E: Tensor | None = None
-    moments_EI: Tensor | None = None
     hessian_EII: Tensor | None = None
     pool_EII: Tensor | None = None
 
@@ -65,13 +63,16 @@ class Inputs:
         return self.outer_II / max(self.vectors, 1e-30)
 
 
+Facts = Mapping[str, tuple[float, ...]]  # name -> one figure for each of E
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Codes and scales of E matrices, and per matrix what the rounding has to report ("damping", "pooled")."""
 
     codes_EOI: Tensor
     scales: tuple[Scales, ...]
-    facts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
     def values(self, format: NumberFormat) -> Tensor:
         """F32 weights [E, O, I]: exactly what a server multiplies with."""
@@ -106,6 +107,7 @@ class Rounding:
     round        matrices by themselves
     round_block  matrices together, by the output that they make together; None: it makes no difference
     kernel       whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones
+    informed     the rounding that does the same with data, where there is some; "" for none, or for this one
     """
 
     name: str
@@ -114,6 +116,7 @@ class Rounding:
     reference: str
     round_block: RoundBlock | None = None
     kernel: str = ""
+    informed: str = ""
 
 
 def stacked(rows: Sequence[int], format: NumberFormat) -> bool:
@@ -143,7 +146,7 @@ def split(rounded: Rounded, rows: Sequence[int], format: NumberFormat) -> list[l
 
 def round_members(
     rounding: Rounding, batch: Batch, rows: Sequence[int], format: NumberFormat
-) -> tuple[list[list[tuple[Tensor, Scales]]], Mapping[str, tuple[float, ...]]]:
+) -> tuple[list[list[tuple[Tensor, Scales]]], Facts]:
     """A batch of stacked matrices, rounded and cut apart: for each of E its members; and what there is to report.
 
     Where a block would lie across two members, they are rounded one by one.

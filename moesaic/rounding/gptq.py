@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..formats import NumberFormat, Scales
-from .base import Batch, Rounded, Rounding
+from .base import Batch, Facts, Rounded, Rounding
 from .search import searched
 
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
@@ -62,8 +62,8 @@ class Ordered:
         """[E, O, I], columns back in their places."""
         return torch.stack([x_IO[order.argsort()].T for x_IO, order in zip(x_EIO, self.order_EI)])
 
-    def facts(self) -> dict[str, tuple[float, ...]]:
-        return {"damping": tuple(self.damping_E), "pooled": tuple(self.pooled_E)}
+    def facts(self) -> Facts:
+        return reported(self.damping_E, self.pooled_E)
 
 
 def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
@@ -88,6 +88,10 @@ def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
         )
     damping = DAMP + DAMP_FEW * width / max(tokens + prior, 1.0)
     return h_II + torch.diag(torch.full_like(diagonal_I, damping * typical(diagonal_I))), damping, pooled
+
+
+def reported(damping_E: Sequence[float], pooled_E: Sequence[float]) -> Facts:
+    return {"damping": tuple(damping_E), "pooled": tuple(pooled_E)}
 
 
 def typical(diagonal_I: Tensor) -> float:

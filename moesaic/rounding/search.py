@@ -1,7 +1,6 @@
-"""Search: of the scales that a format can store, those of least error; every weight to its nearest grid point.
+"""Search: of the scales that a format can store, those of least squared error; every weight to its nearest grid point.
 
-The error of a column counts by the mean square of its input, where that is known. Without data it is the
-plain squared error, and a kernel does the same from stored bytes.
+A kernel does the same from stored bytes. With data, errors count by their inputs: `weighted.py`.
 """
 
 import torch
@@ -27,9 +26,8 @@ def searched(w_OI: Tensor, format: NumberFormat, moments_I: Tensor | None = None
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:
-    moments = [None] * len(batch.w_EOI) if batch.moments_EI is None else list(batch.moments_EI)
-    scales = tuple(searched(w_OI, format, m_I) for w_OI, m_I in zip(batch.w_EOI, moments))
+    scales = tuple(searched(w_OI, format) for w_OI in batch.w_EOI)
     return Rounded(torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)]), scales)
 
 
-SEARCH = Rounding("search", (), round, "https://arxiv.org/abs/2606.07618", kernel="searched")
+SEARCH = Rounding("search", (), round, "https://arxiv.org/abs/2606.07618", kernel="searched", informed="weighted")
