@@ -144,7 +144,7 @@ def test_on_unseen_inputs_never_worse_than_nearest(way: str, format: NumberForma
     value = ROUNDINGS[way].round(batch_of(w[None], [x]), format).values(format)[0]
     reached, limit = output_error(w, value, unseen), output_error(w, plain, unseen)
     assert reached <= 1.0001 * limit
-    if ROUNDINGS[way].needs and format.scale_bits:
+    if way in ("gptq", "descent") and format.scale_bits:
         assert reached < 0.7 * limit
 
 
