@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import NumberFormat, Scales
-from .base import Batch, Block, Rounded, Rounding
+from .base import Batch, Block, Rounded, Rounding, of_rows
 from .gptq import blended, reported
 from .rtn import round as nearest
 
@@ -30,47 +30,65 @@ Losses = Callable[[Sequence[Tensor]], Tensor]  # [E]
 
 @dataclass
 class Tuned:
-    """E matrices while they are tuned: offsets in steps, ranges, and the best codes and scales so far."""
+    """E matrices while they are tuned, R = E · O rows one above the other: offsets in steps, ranges, and the best of both."""
 
-    w_EOI: Tensor
+    w_RI: Tensor
+    members: int
     format: NumberFormat
-    standard: list[Scales]
-    gap_EOI: Tensor  # from one grid point to the next, where the weight lies
-    offset_EOI: Tensor
-    range_EB: Tensor  # factor on the largest weight of each block [E, OB, IB]
-    best: list[tuple[Tensor, Scales]]
+    shared: Tensor | None  # each matrix's second level of scale, beside its rows of blocks
+    gap_RI: Tensor  # from one grid point to the next, where the weight lies
+    offset_RI: Tensor
+    range_RB: Tensor  # factor on the largest weight of each block
+    best: tuple[Tensor, Tensor]
 
     @staticmethod
     def of(w_EOI: Tensor, format: NumberFormat) -> "Tuned":
-        standard = [format.scales(w_OI) for w_OI in w_EOI]
-        gap_EOI = torch.stack([gaps(w_OI, format, s) for w_OI, s in zip(w_EOI, standard)])
-        ranges = torch.ones(len(w_EOI), *format.grid(w_EOI.shape[1:]), device=w_EOI.device)
-        best = [(format.encode(w_OI, s), s) for w_OI, s in zip(w_EOI, standard)]
-        return Tuned(w_EOI, format, standard, gap_EOI, torch.zeros_like(w_EOI), ranges, best)
+        w_RI, rows, shared = w_EOI.flatten(0, 1), format.grid(w_EOI.shape[1:])[0], None
+        if format.share is not None:
+            shared = torch.cat([format.share(w_OI.abs().max()).expand(rows, 1) for w_OI in w_EOI])
+        gap_RI, offset_RI = gaps(w_RI, format, format.scales(w_RI, shared)), torch.zeros_like(w_RI)
+        range_RB = torch.ones(format.grid(w_RI.shape), device=w_RI.device)
+        return Tuned(w_RI, len(w_EOI), format, shared, gap_RI, offset_RI, range_RB, (offset_RI, range_RB))
 
-    def state(self) -> list[tuple[Tensor, Scales]]:
+    def state(self) -> tuple[Tensor, Scales]:
         """Codes and scales as they would be stored now."""
-        moved_EOI = self.w_EOI + self.offset_EOI * self.gap_EOI
-        found = []
-        for w_OI, moved_OI, range_B, s in zip(self.w_EOI, moved_EOI, self.range_EB, self.standard):
-            scales = self.format.fit(self.format.blocks(w_OI) * range_B[..., None], s.shared)
-            found.append((self.format.encode(moved_OI, scales), scales))
-        return found
+        scales = self.format.fit(self.format.blocks(self.w_RI) * self.range_RB[..., None], self.shared)
+        return self.format.encode(self.w_RI + self.offset_RI * self.gap_RI, scales), scales
 
-    def values(self, state: Sequence[tuple[Tensor, Scales]]) -> Tensor:
-        return torch.stack([self.format.decode(codes, scales) for codes, scales in state])
+    def values(self) -> Tensor:
+        return self.by_member(self.format.decode(*self.state()))
+
+    def by_member(self, x_RI: Tensor) -> Tensor:
+        return x_RI.unflatten(0, (self.members, -1))
 
     def move(self, gradient_EOI: Tensor, value_EOI: Tensor, step: float) -> None:
         """One signed step. Values scale with the range: d value / d log range is value, less the weight if not clipped."""
-        moved_EOI = self.w_EOI + self.offset_EOI * self.gap_EOI
-        free_EOI = (value_EOI - moved_EOI).abs() < 0.51 * self.gap_EOI
-        self.offset_EOI = (self.offset_EOI - step * (gradient_EOI * free_EOI).sign()).clamp(-0.5, 0.5)
-        slope_EOI = gradient_EOI * (value_EOI - moved_EOI * free_EOI)
-        slope_EB = torch.stack([self.format.blocks(slope_OI).sum(-1) for slope_OI in slope_EOI])
-        self.range_EB = (self.range_EB - step * slope_EB.sign()).clamp(*RANGES)
+        gradient_RI, value_RI = gradient_EOI.flatten(0, 1), value_EOI.flatten(0, 1)
+        moved_RI = self.w_RI + self.offset_RI * self.gap_RI
+        free_RI = (value_RI - moved_RI).abs() < 0.51 * self.gap_RI
+        self.offset_RI = (self.offset_RI - step * (gradient_RI * free_RI).sign()).clamp(-0.5, 0.5)
+        slope_RI = gradient_RI * (value_RI - moved_RI * free_RI)
+        slope_RB = self.format.blocks(slope_RI).sum(-1)
+        self.range_RB = (self.range_RB - step * slope_RB.sign()).clamp(*RANGES)
+
+    def keep(self, better_E: Tensor) -> None:
+        """Take the state that matrices `better_E` are in for their best."""
+        now = (self.offset_RI, self.range_RB)
+        kept = (self.by_member(x).where(better_E[:, None, None], self.by_member(y)) for x, y in zip(now, self.best))
+        offset_EOI, range_EOB = kept
+        self.best = offset_EOI.flatten(0, 1), range_EOB.flatten(0, 1)
 
     def rounded(self) -> Rounded:
-        return Rounded(torch.stack([codes for codes, _ in self.best]), tuple(scales for _, scales in self.best))
+        self.offset_RI, self.range_RB = self.best
+        codes_RI, scales = self.state()
+        rows = len(self.w_RI) // self.members
+        parts = [of_rows(scales, e * rows, (e + 1) * rows, self.format) for e in range(self.members)]
+        if self.shared is not None:
+            parts = [
+                replace(part, shared=shared)
+                for part, shared in zip(parts, self.shared[:: len(self.shared) // self.members])
+            ]
+        return Rounded(self.by_member(codes_RI), tuple(parts))
 
 
 def gaps(w_OI: Tensor, format: NumberFormat, scales: Scales) -> Tensor:
@@ -88,16 +106,14 @@ def gaps(w_OI: Tensor, format: NumberFormat, scales: Scales) -> Tensor:
 
 
 def descend(tuned: Sequence[Tuned], gradients: Gradients, losses: Losses) -> None:
-    """Move all of `tuned` together, and leave in each the state of least loss, E by E."""
-    least_E = torch.full((len(tuned[0].w_EOI),), torch.inf)
+    """Move all of `tuned` together, and leave as best in each the state of least loss, E by E."""
+    least_E = torch.full((tuned[0].members,), torch.inf, device=tuned[0].w_RI.device)
     for i in range(STEPS + 1):
-        states = [t.state() for t in tuned]
-        values = [t.values(state) for t, state in zip(tuned, states)]
+        values = [t.values() for t in tuned]
         if i % (STEPS // LOOKS) == 0:
-            loss_E = losses(values).cpu()
-            for e in (loss_E < least_E).nonzero().flatten().tolist():
-                for t, state in zip(tuned, states):
-                    t.best[e] = state[e]
+            loss_E = losses(values)
+            for t in tuned:
+                t.keep(loss_E < least_E)
             least_E = torch.minimum(loss_E, least_E)
         for t, gradient, value in zip(tuned, gradients(values), values):
             t.move(gradient, value, (1 - i / STEPS) / STEPS)
