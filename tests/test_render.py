@@ -154,11 +154,11 @@ def test_interrupted_anywhere_the_same_call_ends_in_the_same_bytes(m3, tmp_path,
     whole = render(m3, plan, tokens, tmp_path / "whole", quiet=True)
     write, calls = work_module.write_group, []
 
-    def dying(*arguments) -> None:
+    def dying(*arguments) -> dict[str, object]:
         calls.append(arguments[2])
         if len(calls) == after + 1:
             raise KeyboardInterrupt
-        write(*arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(work_module, "write_group", dying)
     with pytest.raises(KeyboardInterrupt):
