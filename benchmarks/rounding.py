@@ -1,7 +1,7 @@
-"""Roundings on one matrix [3072, 6144]: held-out output error, CPU-seconds, peak memory; beside llm-compressor's GPTQ.
+"""Roundings on one matrix [3072, 6144]: held-out output error, CPU-seconds, peak memory; beside other people's GPTQ.
 
     python benchmarks/rounding.py [--formats int4_g128 nvfp4 mxfp4] [--ways rtn search gptq descent] [--rows 4096]
-                                  [--peer PYTHON]  (an interpreter that can import llmcompressor)
+                                  [--peer PYTHON]  (an interpreter that can import llmcompressor and gptqmodel)
 
 Activations are synthetic and strongly correlated (rank 512 with a power law, noise, 12 outlier channels), so
 gains over RTN are larger than on a model: compare ways, not absolutes. Every figure comes from a process of its
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["rtn", "search", "gptq", "descent"])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--shape", type=int, nargs=2, default=(3072, 6144))
-    parser.add_argument("--peer", type=Path, help="python of an environment with llm-compressor")
+    parser.add_argument("--peer", type=Path, help="python of an environment with llm-compressor and GPTQModel")
     parser.add_argument("--data", type=Path, help="(for this script's own processes)")
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -93,7 +93,8 @@ def main() -> None:
             }
             if a.peer:
                 peer = Path(__file__).with_name("rounding_peer.py")
-                commands["llm-compressor"] = [str(a.peer), "-P", str(peer), str(path), format]
+                for name in ("llm-compressor", "gptqmodel") if format.startswith("int") else ("llm-compressor",):
+                    commands[name] = [str(a.peer), "-P", str(peer), str(path), format, name]
             for way, command in commands.items():
                 run = json.loads(subprocess.check_output(command).splitlines()[-1])
                 print(f"{format:10} {way:15}", "  ".join(f"{k} {v:.4g}" for k, v in run.items()), flush=True)
