@@ -101,7 +101,7 @@ def test_compress_within_a_budget_is_rounded_on_text(model, data, tmp_path, caps
     assert main(call) == 0
     told = capsys.readouterr().out
     plan, facts = Plan.load(run / "plan.json"), read_json(run / "rendered" / "rendered.json", "rendered")
-    assert plan.rounding == facts["rounding"] == "gptq" and "before it was written, by search" in told
+    assert plan.rounding == facts["rounding"] == "gptq" and "before it was written, by rtn" in told
     assert f"rounded  {facts['groups']:,} groups of matrices by gptq on 256 tokens" in told
     assert read_json(run / "verify.json", "verify")["compared"]["rendered"] > 0
     assert "GPTQ" in (run / "report.html").read_text()
