@@ -71,7 +71,8 @@ def run_prune(a: Arguments) -> dict[str, Any]:
 
 def run_quantize(a: Arguments) -> dict[str, Any]:
     facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding, layout(a), not a.no_verify, a.quiet, a.line, corpus(a)
+        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding or "rtn", layout(a), not a.no_verify, a.quiet, a.line,
+        corpus(a),
     )  # fmt: skip
     tell_rounding(facts)
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
@@ -161,7 +162,7 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
         size, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
         print(f"budget   {room('inspect').size(size)} on {a.devices}, served as {served.name}")
     return room("compress").Recipe(
-        a.experts, format, rest, a.criterion, a.policy, a.rounding, a.to, size, a.bits,
+        a.experts, format, rest, a.criterion, a.policy, a.rounding or "rtn", a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
         served, getattr(a, "devices", None) or "", getattr(a, "context", None),
     )  # fmt: skip

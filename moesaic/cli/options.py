@@ -95,9 +95,9 @@ def parallel_options(p: argparse.ArgumentParser) -> None:
 def rounding_option(p: argparse.ArgumentParser) -> None:
     rounding = p.add_mutually_exclusive_group()
     rounding.add_argument(
-        "--rounding", default="rtn",
+        "--rounding",
         help="how codes are chosen: rtn; search for better scales, weighted by inputs where --data is given; gptq, descent "
-        "or autoround, which look at text (default %(default)s)",
+        "or autoround, which look at text (default rtn)",
     )  # fmt: skip
     rounding.add_argument(
         "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
