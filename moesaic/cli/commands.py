@@ -164,7 +164,7 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     return room("compress").Recipe(
         a.experts, format, rest, a.criterion, a.policy, a.rounding or "rtn", a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
-        served, getattr(a, "devices", None) or "", getattr(a, "context", None),
+        served, a.devices or "", a.context,
     )  # fmt: skip
 
 
