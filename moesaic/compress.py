@@ -106,9 +106,9 @@ def compress(
         chosen, selection, rows = within_budget(source, run, recipe, corpus, evaluation_tokens, quiet)
         plan = chosen.plan
     else:
+        rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)  # too little says so now
         selection = select(source, run, recipe, corpus, quiet)
         plan = as_told(source, recipe, selection)
-        rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)
 
     def text() -> TokenSet:
         return corpus.calibration(source, run / "tokens.safetensors")

@@ -71,7 +71,9 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         more, facts = spots.compare(writers, room("tokens").Tokenizer.open(source.path))
         inputs = {"source": source.identity, "export": export.identity}
         scores = (scores or evaluate.Scores((), NOTHING)).add(more, {"spots": facts}, out / "scores.json", inputs)
-    return told(scores, out / "scores.json")
+    if scores is None:
+        raise InputError("the tasks ask for nothing; give others")
+    return told(scores.add((), {"command": a.line}, out / "scores.json"), out / "scores.json")
 
 
 def by_server(a: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def by_server(a: argparse.Namespace, out: Path) -> dict[str, Any]:
         writers = {"served": served.writer(server, bool(tokenizer.chat.chat_template))}
         more, samples = spots.compare(writers, tokenizer)
         scores = scores.add(more, {"spots": samples}, out / "served.json")
-    return told(scores, out / "served.json")
+    return told(scores.add((), {"command": a.line}, out / "served.json"), out / "served.json")
 
 
 def read_what(a: argparse.Namespace, model: Any, out: Path, wanted: tuple[str, ...]) -> list[Any]:

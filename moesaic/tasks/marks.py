@@ -36,7 +36,8 @@ def mark(asked: Asked, folder: Path, ways: Sequence[str], seed: int = 0) -> tupl
             found, counts = compared(asked, task, source, export, way, seed)
             scores += found
             facts[f"{task} {way}"] = counts
-    return scores, {"harness": f"lm-eval {lm_eval.__version__}", "compared": facts}
+    own = None if asked.folder is None else str(asked.folder)
+    return scores, {"harness": f"lm-eval {lm_eval.__version__}", "folder": own, "compared": facts}
 
 
 def answers(asked: Asked, values: Mapping[str, Tensor], at: str, model: str, pairs: Sequence[Pair]) -> list[Answer]:
