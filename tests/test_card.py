@@ -201,6 +201,7 @@ def test_an_export_that_does_not_verify_stays_here(source: Checkpoint, facts: Fa
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(facts: Facts) -> None:
+    write_card(facts, NAMING)
     nobody = HfApi(endpoint="http://127.0.0.1:9", token="none")
     with pytest.raises(InputError, match="the Hub did not take me/M2-MXFP4"):
         push(facts, "me/M2-MXFP4", uploads(facts), False, nobody, quiet=True)
