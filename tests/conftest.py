@@ -1,6 +1,7 @@
 """Options and checkpoints that several test files share. Small models are made on the fly: a clone needs nothing beside it."""
 
 import os
+import signal
 from pathlib import Path
 
 import loads
@@ -12,6 +13,9 @@ from moesaic.checkpoint import Checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton, which looks once
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
