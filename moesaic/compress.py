@@ -125,8 +125,7 @@ def compress(
     verdict = verify(run / "model", source, quiet, run / "rendered")
     inputs = {"source": source.identity, "export": result.identity}
     write_json(run / "verify.json", "verify", findings(result, verdict), inputs)
-    if not verdict.holds:
-        raise CheckError(f"{run / 'model'} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings)")
+    verdict.require(run / "model", "remove it and run again")
 
     scores = evaluate(source, result, [Reading.of(rows)], run, activations=("none", "engine"), quiet=quiet)
     page = report(run)

@@ -11,7 +11,7 @@ from typing import Any
 from .artifact import read_json, write_json
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
-from .errors import CheckError, InputError
+from .errors import InputError
 from .export import check_free, export
 from .fit import Layout, check_layout
 from .plan import Plan
@@ -78,10 +78,7 @@ def written(
     if check:
         verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
-        if not verdict.holds:
-            raise CheckError(
-                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and export again"
-            )
+        verdict.require(out, "remove it and export again")
     write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})
     return facts
 

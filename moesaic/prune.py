@@ -13,7 +13,7 @@ from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from .checkpoint import Checkpoint
 from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
-from .errors import CheckError, InputError
+from .errors import InputError
 from .export import NOTE, check_free, export
 from .loops import Probe, probe
 from .plan import Plan
@@ -99,10 +99,7 @@ def prune(
     if check:
         verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
-        if not verdict.holds:
-            raise CheckError(
-                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and prune again"
-            )
+        verdict.require(out, "remove it and prune again")
     note = facts | {"scores": selection.score_LE.tolist()}
     write_json(work / "prune.json", "prune", note, known.inputs)
     return facts

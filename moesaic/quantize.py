@@ -10,7 +10,7 @@ from .artifact import write_json
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
-from .errors import CheckError, InputError
+from .errors import InputError
 from .export import check_free
 from .fit import Layout, check_layout
 from .formats import FORMATS
@@ -71,10 +71,7 @@ def quantize(
         verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
         facts["expert_errors"] = expert_errors(result, verdict)
-        if not verdict.holds:
-            raise CheckError(
-                f"{out} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); remove it and quantize again"
-            )
+        verdict.require(out, "remove it and quantize again")
     write_json(out / "moesaic" / "quantize.json", "quantize", facts, {"source": source.identity})
     return facts
 

@@ -8,7 +8,6 @@ out quality (evaluate) and engines (tests/engines).
 
 import filecmp
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from torch import Tensor
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
-from .errors import InputError, MoesaicError
+from .errors import CheckError, InputError, MoesaicError
 from .export import NOTE, carried, prepare_kernels, recoded, round_together, rounding_of
 from .families import Linear, expert_counts
 from .plan import Plan
@@ -35,9 +34,15 @@ from .rounding import round_siblings
 from .target import Target, keeps_bytes, keeps_values
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
-SAMPLE_ROWS = 32  # decoded of a matrix whose magnitude its codes and scales already bound
 THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
+AGAINST_SOURCE = (
+    "bytes",
+    "rows",
+    "codes",
+    "rendered",
+    "near",
+)  # near: rounded on text, of which the size alone is known
 CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
@@ -66,6 +71,11 @@ class Verdict:
     @property
     def holds(self) -> bool:
         return not self.findings
+
+    def require(self, out: Path, then: str) -> None:
+        """Raises `CheckError` unless every check holds; `then` says what becomes of `out`, or should."""
+        if not self.holds:
+            raise CheckError(f"{out} does not verify: {self.findings[0]} ({len(self.findings)} findings); {then}")
 
     def add(self, check: str, where: str, what: str) -> None:
         self.findings.append(Finding(check, where, what))
@@ -269,8 +279,6 @@ def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor],
     """Decoded weights are finite, and neither too small nor of an impossible size. False where nothing decodes."""
     verdict.compared["finite"] += len(stored)
     try:
-        if bounded(linear, packing, stored):
-            return True
         w_OI = packing.decode(stored, linear.shape)
     except MoesaicError as error:
         verdict.add("structure", linear.name, f"does not decode: {error}")
@@ -281,26 +289,6 @@ def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor],
     elif not low < rms < high and bool(w_OI.any()):
         verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
     return True
-
-
-def bounded(linear: Linear, packing: Packing, stored: Mapping[str, Tensor]) -> bool:
-    """Whether codes and scales alone prove a matrix finite and of a plausible size, in a fraction of decoding's time.
-
-    No weight exceeds the largest value of a code in use times the largest step, and the energy of a few
-    rows is part of the whole's. A matrix for which that proves nothing has to be decoded.
-    """
-    codes_OI, scales = packing.unpack(stored, linear.shape)
-    steps, format = packing.number_format.steps(scales), packing.number_format
-    if codes_OI.dtype != torch.uint8 or len(steps) != 1:
-        return False
-    used = codes_OI.flatten().bincount().nonzero().flatten().to(torch.uint8)
-    largest = float(format.value(used, torch.ones(1)).abs().max() * steps[0].abs().max())
-    (rows, columns), at_n = format.block, torch.arange(0, linear.shape[0], -(-linear.shape[0] // SAMPLE_ROWS))
-    steps_nI = steps[0][at_n // (rows or linear.shape[0])].repeat_interleave(columns or linear.shape[1], 1)
-    sampled_nI = format.value(codes_OI[at_n], steps_nI[:, : linear.shape[1]])
-    energy = float(torch.linalg.vector_norm(sampled_nI)) ** 2
-    low, high = PLAUSIBLE_RMS
-    return largest < high and math.sqrt(energy / linear.elements) > low
 
 
 def check_recoded(source: Reader, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
@@ -344,10 +332,11 @@ def check_rounded(
 
 def check_rendered(sides: Sides, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
     """What was rounded on text cannot be had again from the source; that it is here unchanged can be told."""
-    if (wanted := sides.rendered.get(group[0].name)) is not None:
+    if rounding_of(target.plan).needs:
         tensors = [stored[n.name][key] for n in group for key in target.packing(n).parts(n.shape)]
-        verdict.compared["rendered"] += len(tensors)
-        if digest(tensors) != wanted:
+        wanted = sides.rendered.get(group[0].name)
+        verdict.compared["near" if wanted is None else "rendered"] += len(tensors)
+        if wanted is not None and digest(tensors) != wanted:
             verdict.add("rendered", group[0].name, "and what is fused with it are not what was rounded on text")
 
 
@@ -371,8 +360,8 @@ def check_coverage(sides: Sides, verdict: Verdict) -> None:
     model, compared = sides.export.checkpoint, verdict.compared
     there = len(model.architecture.tensors) + sum(len(sides.export.names(n)) for n in model.architecture.linears)
     looked = {"looked at": compared["finite"]}
-    if sides.target is not None and (sides.rendered or not rounding_of(sides.target.plan).needs):
-        looked["compared with the source"] = sum(compared[check] for check in ("bytes", "rows", "codes", "rendered"))
+    if sides.target is not None:
+        looked["compared with the source"] = sum(compared[check] for check in AGAINST_SOURCE)
     for what, count in looked.items() if not sides.bad else ():
         if count != there and not any(f.check == "structure" for f in verdict.findings):
             verdict.add(

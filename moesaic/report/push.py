@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckError, InputError
+from ..errors import InputError
 from ..export import NOTE
 from ..verify import verify
 from .card import eval_results
@@ -67,10 +67,7 @@ def push(
     assert facts.model is not None
     source = Checkpoint.open(Path(facts.source["model"])) if facts.before is not None else None
     verdict = verify(facts.model, source, quiet)
-    if not verdict.holds:
-        raise CheckError(
-            f"{facts.model} does not verify: {verdict.findings[0]} ({len(verdict.findings)} findings); nothing was uploaded"
-        )
+    verdict.require(facts.model, "nothing was uploaded")
     api = api or HfApi()
     first = [f.to for f in files if f.is_first]
     rest = [CommitOperationAdd(f.to, f.path or f.text.encode()) for f in files if not f.is_first]
