@@ -40,6 +40,7 @@ from .formats import FORMATS
 from .make import expert_errors, make, rounding_on
 from .measure import Prices
 from .plan import SOURCE, Plan
+from .render import BESIDE
 from .report import report
 from .rounding import ROUNDINGS
 from .select import Selection, check_names, select_experts
@@ -98,7 +99,11 @@ def compress(
     """
     source = Checkpoint.open(model)
     recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
-    check(source, run, recipe)
+    check(source, recipe)
+    if recipe.has_budget:
+        check_budget(recipe.setting(source, run, True))
+    elif recipe.layout is not None:
+        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
     chosen = None
@@ -117,12 +122,12 @@ def compress(
         plan = calibrated(source, plan, text(), run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
 
-    result, rendered = make(source, plan, run / "model", run / "rendered", text, quiet)
+    result, rendered = make(source, plan, run / "model", run / BESIDE, text, quiet)
     if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
         raise CheckError(
             f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
         )
-    verdict = verify(run / "model", source, quiet, run / "rendered")
+    verdict = verify(run / "model", source, quiet)
     inputs = {"source": source.identity, "export": result.identity}
     write_json(run / "verify.json", "verify", findings(result, verdict), inputs)
     verdict.require(run / "model", "remove it and run again")
@@ -138,7 +143,7 @@ def compress(
     }
 
 
-def check(source: Checkpoint, run: Path, recipe: Recipe) -> None:
+def check(source: Checkpoint, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
     a = source.architecture
     check_names(recipe.policy, (recipe.criterion,))
@@ -157,10 +162,6 @@ def check(source: Checkpoint, run: Path, recipe: Recipe) -> None:
         raise InputError(
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
         )
-    if recipe.has_budget:
-        check_budget(recipe.setting(source, run, True))
-    elif recipe.layout is not None:
-        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
 
 
 def keeps_formats(recipe: Recipe) -> bool:
@@ -216,11 +217,13 @@ def allocate_run(
 def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> tuple[Setting, Prices, TokenSet]:
     """Calibrated and priced, with the text that it was priced on."""
     source = Checkpoint.open(model)
-    check(source, run, recipe)
+    recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
+    check(source, recipe)
     setting = recipe.setting(source, run, quiet)
     check_budget(setting)
     tokens = corpus.calibration(source, run / "tokens.safetensors")
-    return setting, *price_options(setting, calibrate(source, tokens, run / "stats", quiet), tokens)
+    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
+    return setting, *price_options(setting, statistics, tokens)
 
 
 def within_budget(

@@ -139,7 +139,8 @@ def pictured(checkpoint: Checkpoint, corpus: Corpus) -> Pictured | None:
         "images": len(seen),
     }
     domain_B = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows.values()]))
-    return Pictured(TokenSet(ids_BT, domain_B, (*rows, IMAGE), facts), seen)
+    domains = tuple(dict.fromkeys((*rows, IMAGE)))  # a file may be called that
+    return Pictured(TokenSet(ids_BT, domain_B, domains, facts), seen)
 
 
 def look(sight: Sight, path: Path, seen: Mapping[int, Tensor], vocab: int) -> tuple[int, Tensor]:

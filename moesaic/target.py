@@ -55,7 +55,8 @@ class Target:
         for unit, members in new.units.items():
             chosen = plan.formats.get(unit, SOURCE)
             if chosen == SOURCE:
-                formats |= {n.name: twin(container, unit, members, before[n.name]) for n in members}
+                held = {f: twin(container, unit, members, f) for f in dict.fromkeys(before[n.name] for n in members)}
+                formats |= {n.name: held[before[n.name]] for n in members}
             elif chosen in container.packings:
                 formats |= {n.name: chosen for n in members}
             else:

@@ -29,7 +29,7 @@ from .families import Linear, expert_counts
 from .plan import Plan
 from .progress import Meter, progress
 from .reader import Reader
-from .render import FOLDER, digest, digests
+from .render import BESIDE, DONE, FOLDER, digest, digests
 from .rounding import round_siblings
 from .target import Target, keeps_bytes, keeps_values
 
@@ -100,7 +100,8 @@ class Sides:
 def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, rendered: Path | None = None) -> Verdict:
     """Check the model folder `out`, against its source if that is at hand, and what was `rendered` for it.
 
-    Reads every byte of the export (and of the source's matching tensors) once; memory is a few
+    By itself it looks for that in the export and beside it, where quantize and compress leave it.
+    Reads every byte of the export once (the source's matching tensors twice, where they were rounded); memory is a few
     matrices. Raises only where there is nothing to check; all else is a `Finding`.
     """
     verdict = Verdict()
@@ -120,7 +121,7 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, ren
     if target is not None:
         prepare_kernels(target, quiet)
     reader = Reader(source) if source is not None and target is not None else None
-    sides = Sides(Reader(export), reader, target, bad, digests(rendered or out / FOLDER))
+    sides = Sides(Reader(export), reader, target, bad, digests(rendered or evidence(out)))
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -129,6 +130,11 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, ren
             return verdict
     check_coverage(sides, verdict)
     return verdict
+
+
+def evidence(out: Path) -> Path:
+    """Where what was rounded on text for the export `out` is told."""
+    return next((f for f in (out / FOLDER, out.resolve().parent / BESIDE) if (f / DONE).exists()), out / FOLDER)
 
 
 def check_folder(export: Checkpoint, verdict: Verdict) -> None:

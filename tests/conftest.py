@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if (file := config.getoption("--loads")) is not None:
         passed = {report.nodeid: report.user_properties for report in terminalreporter.getreports("passed")}
-        loads.keep(file, passed, [report.nodeid for report in terminalreporter.getreports("failed")])
+        fallen = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.getreports(kind)]
+        loads.keep(file, passed, fallen)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesaic.loops as loops_module
@@ -54,6 +54,7 @@ def plainest(ids: list[int]) -> set[int]:
     return found
 
 
+@settings(deadline=None)  # the plainest search is cubic
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=4), st.integers(1, 12)), max_size=4))
 def test_against_the_plainest_search(parts):
     ids = [i for phrase, turns in parts for i in phrase * turns]

@@ -69,6 +69,9 @@ def test_what_was_rounded_on_text_is_told_from_anything_else(model, data, tmp_pa
         f.write(bytes([byte ^ 1]))
     (finding,) = verify(out, model, quiet=True).findings
     assert finding.check == "rendered" and finding.where == result.architecture.experts_of[0, 2]["gate"].name
+    (out / "moesaic" / "rendered" / "rendered.json").unlink()  # then nothing tells, and that is said
+    verdict = verify(out, model, quiet=True)
+    assert verdict.holds and verdict.compared["near"] > 0 and not verdict.compared["rendered"]
 
 
 def test_after_any_death_the_same_call_finishes_the_same_folder(model, data, tmp_path) -> None:

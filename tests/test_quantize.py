@@ -111,7 +111,7 @@ def test_after_any_death_the_same_call_finishes_the_same_folder(m2, tmp_path, si
         deaths += child(dying(work, at, sign)) in (130, -signal.SIGKILL)
         work()
         assert contents(out) == whole, f"after death at call {at}"
-    assert deaths >= len(calls) - 1
+    assert deaths >= max(1, len(calls) - 1)
 
 
 def test_killed_at_random_moments_the_same_calls_end_in_the_same_bytes(m3, tmp_path):

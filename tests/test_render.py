@@ -5,10 +5,10 @@ uninterrupted rendering. Leaves out how well each rounding rounds (test_rounding
 """
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
+from children import contents
 from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,10 +37,6 @@ def some_tokens(source: Checkpoint, rows: int = 4, length: int = 48, seed: int =
 def a_plan(source: Checkpoint, experts: str = "int4_g32", rest: str = "source", rounding: str = "gptq") -> Plan:
     units = {u: experts if m[0].role == "experts" else rest for u, m in source.architecture.units.items()}
     return Plan("compressed_tensors", formats=units, rounding=rounding)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @torch.no_grad()

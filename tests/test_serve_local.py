@@ -398,15 +398,20 @@ def test_the_command_serves_until_interrupted(m2, tmp_path):
     words = [sys.executable, "-m", "moesaic.cli", "serve", str(m2.path), "--engine", "local", "--port", str(port)]
     words += ["--memory", "64MB", "--context", "500", "--key-file", str(tmp_path / "key")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    running = Running(port, None, KEY)
-    for _ in range(600):
-        with contextlib.suppress(ConnectionError):
-            status, answer = post(running, "/v1/completions", b'{"prompt": "x", "max_tokens": 3, "ignore_eos": true}')
-            break
-        time.sleep(0.2)
-    assert status == 200 and answer["usage"]["completion_tokens"] == 3
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (0, 130) and "Traceback" not in process.stderr.read()
+    running, status = Running(port, None, KEY), None
+    try:
+        for _ in range(600):
+            with contextlib.suppress(ConnectionError):
+                body = b'{"prompt": "x", "max_tokens": 3, "ignore_eos": true}'
+                status, answer = post(running, "/v1/completions", body)
+                break
+            time.sleep(0.2)
+        assert status == 200 and answer["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130) and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()  # does nothing to one that has ended
+        process.wait()
 
 
 def test_wrong_settings(m2, tmp_path):

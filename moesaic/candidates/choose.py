@@ -221,7 +221,7 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
     work, memory = reverse_work(source, offered), budget.memory_bytes
     if budget.harm == MEASURED:
-        counts = sorted(set(budget.experts) - {a.experts}, reverse=True) or list(default_counts(a.experts, a.top_k))
+        counts = every if budget.experts else list(default_counts(a.experts, a.top_k))
         options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
         text = price_text(setting, effort(source, options, 1, 1 << 60).work, calibration)
         return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text

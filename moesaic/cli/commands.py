@@ -40,6 +40,10 @@ def run_inspect(a: Arguments) -> dict[str, Any]:
 def run_prune(a: Arguments) -> dict[str, Any]:
     stage = room("prune")
     ranking = stage.Ranking(a.criterion, a.policy, a.domains, a.until_stable, a.run)
+    if a.loops and not a.preview:
+        raise InputError("--loops probes what --preview compares; give --preview too")
+    if a.run is not None and a.until_stable:
+        raise InputError("--until-stable reads text, and --run reads none; give one of them")
     if a.preview:
         outlooks, probes = stage.preview_cuts(a.model, a.out, a.experts, ranking, corpus(a), a.loops, a.quiet)
         show(room("preview").table(outlooks))
@@ -159,8 +163,9 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     if a.devices:
         fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
         machine = fit.Machine.parse(a.devices)
-        size, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
-        print(f"budget   {room('inspect').size(size)} on {a.devices}, served as {served.name}")
+        left, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
+        print(f"budget   {room('inspect').size(left)} on {a.devices}, served as {served.name}")
+        size = left if size is None else min(size, left)
     return room("compress").Recipe(
         a.experts, format, rest, a.criterion, a.policy, a.rounding or "rtn", a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,

@@ -62,8 +62,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
             source, export, readings, out, activations=a.activations, seed=a.seed, cache=a.cache, quiet=a.quiet
         )
     if asked and scores:
-        ways = list(dict.fromkeys(s.activations for s in scores.scores))
-        more, facts = room("tasks").mark(asked, out, ways, a.seed)
+        more, facts = room("tasks").mark(asked, out, list(evaluate.ways(export, a.activations)), a.seed)
         scores = scores.add(more, {"tasks": facts}, out / "scores.json")
     if "spots" in wanted:
         spots = room("spots")

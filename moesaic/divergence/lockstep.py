@@ -167,15 +167,15 @@ def disturbed(state: State, by: Contender, layer: int, block: int) -> State:
     return replace(state, hidden_BTD=hidden_BTD)
 
 
-def apart(source: Sequence[State], other: Sequence[State]) -> float:
-    """‖h_other − h_source‖ / ‖h_source‖ over all tokens at which both are finite."""
+def apart(source: Sequence[State], other: Sequence[State]) -> float | None:
+    """‖h_other − h_source‖ / ‖h_source‖ over all tokens at which both are finite; None where there is none."""
     off = size = 0.0
     for a, b in zip(source, other):
         for a_TD, b_TD in zip(a.hidden_BTD, b.hidden_BTD.to(a.hidden_BTD.device)):
             finite_T1 = (a_TD.isfinite() & b_TD.isfinite()).all(-1, keepdim=True)
             off += float((b_TD - a_TD).where(finite_T1, 0.0).square().sum(dtype=torch.float64))
             size += float(a_TD.where(finite_T1, 0.0).square().sum(dtype=torch.float64))
-    return (off / size) ** 0.5 if size else 0.0
+    return (off / size) ** 0.5 if size else None
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def evaluate(
         replace(outcome.known, floor=found.get(FLOOR, [])).save(path, of_source)
     facts = conditions(source, export, readings, outcome, found) | arithmetic
     facts |= {"device": str(runs[0].device), "seed": seed, "routing": why_not or "compared"}
-    facts["activations"] = {way: told(export, way) for way in dict.fromkeys(activations)}
+    first = next(iter(outcome.divergences))  # the name that its scores bear
+    facts["activations"] = {first: "not rounded"} | {way: told(export, way) for way in dict.fromkeys(activations)}
     scores = Scores(tuple(scored(readings, found, seed)), facts)
     write_tokens(folder / "scores.safetensors", readings, found, inputs)
     scores.write(folder / "scores.json", inputs)

@@ -24,6 +24,7 @@ from ..formats.integer import CLIPS
 from ..formats.nvfp4 import NEIGHBOURS
 from ..progress import notice
 from . import loops
+from .decode import decode
 
 SOURCES = {"bf16": loops.BF16, "fp8_block": loops.E4M3, "mxfp8": loops.E4M3}  # how its elements are stored
 TARGETS = {  # how an element is rounded, how a scale is stored
@@ -61,7 +62,8 @@ def prepare(quiet: bool = False) -> None:
     w_OI = torch.zeros(1, 32, dtype=torch.bfloat16)
     with notice("kernels: on a machine's first run they are compiled for its CPU; some ten seconds", quiet, 2.0):
         amax("bf16", w_OI, None)
-        requantize("bf16", w_OI, None, FORMATS["mxfp4"])
+        done = requantize("bf16", w_OI, None, FORMATS["mxfp4"])
+        decode(FORMATS["mxfp4"], done.packed, done.scales, 32)
 
 
 def requantize(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..artifact import identity
 from ..checkpoint import Checkpoint
+from ..errors import InputError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun
 from ..stream.backward import Listener, UnitPass
@@ -86,9 +87,10 @@ def trace(
         return Listener(traces.unit), partial(traces.found, counted)
 
     found = reverse(engine, tokens, run / TRACE, inputs, hearing, from_text=True, quiet=quiet)
-    prices: dict[Key, Price] = {}
-    for unit, of in offered.items():
-        prices |= {(unit, f): Price(float(found.get(f"{unit}/{f}", 0.0)), 0.0) for f in of if f != SOURCE}
+    asked = [(unit, f) for unit, of in offered.items() for f in of if f != SOURCE]
+    if missing := [f"{unit}/{f}" for unit, f in asked if f"{unit}/{f}" not in found]:
+        raise InputError(f"{len(missing)} options were not priced ({missing[0]}, …); report this as a bug")
+    prices: dict[Key, Price] = {(unit, f): Price(float(found[f"{unit}/{f}"]), 0.0) for unit, f in asked}
     prices |= drops(a.moe_layers, counts, order_LE, saliency_LE, alpha)
     table = Prices.of(TRACE, offered, a.moe_layers, order_LE, tokens.tokens, prices)
     table.save(run / "costs.json", inputs)

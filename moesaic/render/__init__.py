@@ -27,9 +27,12 @@ from ..tokens import TokenSet
 from .group import Group, digest, read_packed
 from .work import Work
 
-__all__ = ["DONE", "FOLDER", "digest", "digests", "drop", "from_files", "is_dropped", "render"]
+__all__ = ["BESIDE", "DONE", "FOLDER", "digest", "digests", "drop", "from_files", "is_dropped", "render"]
 
-FOLDER = "moesaic/rendered"  # in an export's folder, if not elsewhere
+FOLDER, BESIDE = (
+    "moesaic/rendered",
+    "rendered",
+)  # in an export's folder; or beside it in a run's, where a budget counts it not
 DONE = "rendered.json"
 
 

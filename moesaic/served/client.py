@@ -22,7 +22,7 @@ class Server:
 
     @staticmethod
     def open(url: str, key: str = "") -> "Server":
-        """Ask which model is served. Raises `InputError` for no server, none or several models, speculative decoding."""
+        """Ask which model is served. Of several, the first. Raises `InputError` for no server, no model, speculative decoding."""
         server = Server(url.rstrip("/"), "", key)
         models = [str(entry["id"]) for entry in server.call("/models").get("data", [])]
         if not models:

@@ -20,7 +20,7 @@ from .attention import ROW_COPIES, SCORE_COPIES
 from .experts import INNER_COPIES, ExpertWeights, route
 from .layer import LayerRun
 from .memory import ahead, spans
-from .state import Routing, ignore
+from .state import Routing, State, ignore
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -66,7 +66,8 @@ class Listener:
 
 def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
     """Slopes before `layer` [B, T, D], of the hidden states before it and the slopes behind it."""
-    middle_BTD = attended(run, layer, hidden_BTD)
+    with torch.no_grad():
+        (middle_BTD,) = run.attention(layer, [State(hidden_BTD)])
     h_TD, slope_TD = middle_BTD.flatten(0, 1), slope_BTD.flatten(0, 1)
     norm = run.block(layer, ("post_attention_layernorm",)).requires_grad_(False).post_attention_layernorm
     x_TD = run.in_spans(norm, h_TD, 4)
@@ -78,13 +79,6 @@ def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, li
         before_TD[span] = pulled(norm, h_TD[span], before_TD[span])[0]
     slope_TD = slope_TD + before_TD
     return attention(run, layer, hidden_BTD, slope_TD.view_as(slope_BTD), listener)
-
-
-def attended(run: LayerRun, layer: int, hidden_BTD: Tensor) -> Tensor:
-    """Hidden states between the halves of a layer."""
-    block = run.block(layer, ("input_layernorm", "self_attn")).requires_grad_(False)
-    forward = attention_of(run, block)
-    return torch.cat([h + forward(h) for h in hidden_BTD.split(1)])
 
 
 def attention_of(run: LayerRun, block: Any) -> Forward:

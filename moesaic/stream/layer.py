@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
+from ..containers.base import FUSED
 from ..errors import CheckpointError, FamilyError, InputError
 from ..families import Linear
 from .attention import attend
@@ -25,7 +26,7 @@ from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
 from .memory import default_buffer_bytes, spans
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
-FIRST = {"up": "gate", "k": "q", "v": "q", "index_q": "q", "index_k": "q"}  # who multiply the same vectors
+FIRST = {name: members[0] for members in FUSED.values() for name in members}  # who multiply the same vectors
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
 

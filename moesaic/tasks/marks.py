@@ -58,9 +58,11 @@ def compared(
 ) -> tuple[list[Score], dict[str, Any]]:
     """Every metric that has a number for each document, for both models, and their paired difference."""
     before, after = ({s["doc_id"]: s for s in of["samples"][task]} for of in (source, export))
-    scores, facts = [], {}
+    scores: list[Score] = []
+    facts: dict[str, Any] = {}
     for metric in before[next(iter(before))].get("metrics", ()):
         if not all(isinstance(s.get(metric), int | float) for s in before.values()):
+            facts[metric] = {"not_scored": "no number for each document"}
             continue
         a_N, b_N = (np.array([of[doc][metric] for doc in before], float) for of in (before, after))
 

@@ -18,6 +18,10 @@ from .text import Detokenizer, Stopper
 MOST_LOGPROBS = 20
 MOST_CHOICES = 128
 MOST_STOPS = 16
+NOT_FOLLOWED = (  # whatever their value: grammars, forced calls as they once were, and what vLLM's clients may ask
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "functions", "function_call", "length_penalty", "bad_words", "allowed_token_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ def read_wish(fields: Fields, served: Served, logprobs: int | None, new_tokens: 
         raise InputError(f"there is no model {str(asked)[:80]!r} here; ask for {served.name!r}")
     for name in ("presence_penalty", "frequency_penalty", "min_p"):
         fields.refuse(name, 0)
+    for name in NOT_FOLLOWED:
+        fields.refuse(name)
+    fields.refuse("min_tokens", 0)
+    fields.refuse("best_of", 1)
     fields.refuse("repetition_penalty", 1)
     fields.refuse("logit_bias", {})
     fields.refuse("response_format", {"type": "text"})
