@@ -9,7 +9,6 @@ Leaves out momentum and regularisation, as they do.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -145,14 +144,15 @@ def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
     counts_E1 = (block.weight_En > 0).sum(1, keepdim=True).cpu()
     with torch.no_grad():
         wanted_EnD = block.forward(block.weights, block.x_EnD)
+    members_E1 = torch.arange(len(wanted_EnD), device=wanted_EnD.device)[:, None]
 
     def gradients(values: Sequence[Tensor]) -> Sequence[Tensor]:
         pick_En = (torch.rand(len(counts_E1), TOKENS, generator=generator) * counts_E1).long().to(wanted_EnD.device)
-        part = partial(torch.take_along_dim, indices=pick_En[..., None], dim=1)
+        picked = (members_E1, pick_En)
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
-            off_EnD = block.forward(leaves, part(block.x_EnD)) - part(wanted_EnD)
-            loss = (off_EnD.square().sum(-1) * block.weight_En.gather(1, pick_En)).sum()
+            off_EnD = block.forward(leaves, block.x_EnD[picked]) - wanted_EnD[picked]
+            loss = (off_EnD.square().sum(-1) * block.weight_En[picked]).sum()
             return torch.autograd.grad(loss, leaves)
 
     def losses(values: Sequence[Tensor]) -> Tensor:

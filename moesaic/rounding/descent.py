@@ -18,9 +18,9 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
     """As GPTQ's, and as much time again for each sweep. Memory: beside the batch, E · (3 I² + 5 I O) F32 numbers."""
     ordered = Ordered.of(batch)
     codes_EIO, scales, error_EIO = compensated(ordered, batch.w_EOI, format)
-    pull_EII = ordered.hessian_EII / ordered.hessian_EII.diagonal(dim1=1, dim2=2)[:, None]
+    pull_EII = ordered.hessian_EII / ordered.hessian_EII.diagonal(dim1=1, dim2=2)[..., None]
     for _ in range(SWEEPS):
-        flow_EIO = torch.bmm(pull_EII.transpose(1, 2), error_EIO) - error_EIO
+        flow_EIO = torch.bmm(pull_EII, error_EIO) - error_EIO
         codes_EIO, _ = sweep(ordered, pull_EII, format, scales, flow_EIO, error_EIO)
         error_EIO += flow_EIO
     return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())

@@ -52,8 +52,8 @@ class Ordered:
         orders = [h_II.diagonal().argsort() for h_II, _, _ in blends]
         return Ordered(
             torch.stack(orders),
-            torch.stack([w_OI.float().T[order] for w_OI, order in zip(batch.w_EOI, orders)]),
-            torch.stack([h_II[order][:, order] for (h_II, _, _), order in zip(blends, orders)]),
+            torch.stack([w_OI.float().T.contiguous()[order] for w_OI, order in zip(batch.w_EOI, orders)]),
+            torch.stack([h_II[order].index_select(1, order) for (h_II, _, _), order in zip(blends, orders)]),
             [damping for _, damping, _ in blends],
             [pooled for _, _, pooled in blends],
         )
@@ -87,7 +87,9 @@ def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
             "calibrate on other text, or find the layer before that makes them"
         )
     damping = DAMP + DAMP_FEW * width / max(tokens + prior, 1.0)
-    return h_II + torch.diag(torch.full_like(diagonal_I, damping * typical(diagonal_I))), damping, pooled
+    h_II = h_II.clone() if batch.pool_EII is None else h_II
+    h_II.diagonal().add_(damping * typical(diagonal_I))
+    return h_II, damping, pooled
 
 
 def reported(damping_E: Sequence[float], pooled_E: Sequence[float]) -> Facts:
@@ -100,16 +102,19 @@ def typical(diagonal_I: Tensor) -> float:
 
 
 def compensation(ordered: Ordered) -> Tensor:
-    """L_jk / L_kk of each Hessian, [E, I, I], below the diagonal. One that cannot be factored is damped twice as much."""
+    """L_jk / L_kk of each Hessian at [k, j], right of the diagonal. One that cannot be factored is damped twice as much.
+
+    LAPACK has columns where torch has rows: so turned, symmetric Hessians and their factors need no transposing.
+    """
     pull_EII = torch.empty_like(ordered.hessian_EII)
     for e, h_II in enumerate(ordered.hessian_EII):
         unit = typical(h_II.diagonal()) / (1 + ordered.damping_E[e])
-        l_II, failed = torch.linalg.cholesky_ex(h_II)
+        l_II, failed = torch.linalg.cholesky_ex(h_II.mT)
         while failed:
             h_II.diagonal().add_(ordered.damping_E[e] * unit)
             ordered.damping_E[e] *= 2
-            l_II, failed = torch.linalg.cholesky_ex(h_II)
-        torch.div(l_II, l_II.diagonal(), out=pull_EII[e])
+            l_II, failed = torch.linalg.cholesky_ex(h_II.mT)
+        torch.div(l_II.mT, l_II.diagonal()[:, None], out=pull_EII[e])
     return pull_EII
 
 
@@ -132,14 +137,12 @@ def sweep(
         if stop - start > LEAF:
             middle = (start + stop) // 2
             span(middle, stop)
-            pull = pull_EII[:, middle:stop, start:middle].transpose(1, 2)
-            flow_EIO[:, start:middle].baddbmm_(pull, flow_EIO[:, middle:stop])
+            flow_EIO[:, start:middle].baddbmm_(pull_EII[:, start:middle, middle:stop], flow_EIO[:, middle:stop])
             span(start, middle)
             return
         for k in reversed(range(start, stop)):
             if k + 1 < stop:
-                pull = pull_EII[:, k + 1 : stop, k : k + 1].transpose(1, 2)
-                flow_EIO[:, k : k + 1].baddbmm_(pull, flow_EIO[:, k + 1 : stop])
+                flow_EIO[:, k : k + 1].baddbmm_(pull_EII[:, k : k + 1, k + 1 : stop], flow_EIO[:, k + 1 : stop])
             here = tuple(step_EGO[members, block_EI[:, k]] for step_EGO in steps)
             wanted_EO = torch.add(w_EIO[:, k], flow_EIO[:, k], out=wanted_EIO[:, k])
             found.append(format.round(wanted_EO, *here))
