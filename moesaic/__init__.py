@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 FLOORS = (
     ("errors",),
-    ("registry", "artifact", "progress"),
+    ("registry", "artifact", "progress", "verdict"),
     ("formats", "plan", "criteria"),
     ("kernels", "families", "recode"),
     ("containers",),

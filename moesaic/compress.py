@@ -46,7 +46,8 @@ from .rounding import ROUNDINGS
 from .select import Selection, check_names, select_experts
 from .target import Target
 from .tokens import TokenSet
-from .verify import Verdict, verify
+from .verdict import Verdict
+from .verify import verify
 
 CURVE = 12  # points of the frontier that are told
 CHOICE_TOKENS = 16_384  # of unseen text, at most, to choose among candidates; as many judge, or more

@@ -104,6 +104,7 @@ def sorted_pieces(target: Target, rendered: Path | None = None) -> list[Piece]:
 
 Placed = tuple[tuple[str, int], Piece]
 Make = Callable[[tuple[Linear, ...]], Iterable[Tensor]]  # of a group that a server fuses: its packed tensors
+Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its tensors by meaning
 
 
 def small_pieces(target: Target) -> Iterator[Placed]:
@@ -229,9 +230,17 @@ def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding
 
 def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
     """Stored bytes to stored bytes, to the bit what `through_values` gives, without the matrix in between."""
+    for packed, _ in requantized(target, group, search, target.source.parts):
+        yield from packed.values()
+
+
+def requantized(
+    target: Target, group: tuple[Linear, ...], search: bool, read: Read, measure: bool = False
+) -> Iterator[tuple[dict[str, Tensor], kernels.Requantized]]:
+    """What kernels make of what `read` gives of each matrix: tensors by meaning, and (with `measure`) sums of squares."""
     source, device = target.source, kernels.device()
     twin, origins = kernels.of(device), [target.origin[n.name] for n in group]
-    stored = [{key: part.to(device) for key, part in source.parts(origin).items()} for origin in origins]
+    stored = [{key: part.to(device) for key, part in read(origin).items()} for origin in origins]
     formats = [source.formats[origin.name] for origin in origins]
     number_format, shared = target.packing(group[0]).number_format, None
     if number_format.share:
@@ -241,7 +250,7 @@ def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> 
         rounded = partial(
             twin.requantize, format, parts["codes"], parts.get("blocks"), number_format, shared=shared, search=search
         )
-        made = rounded()
+        made = rounded(measure=measure)
         low, high = PLAUSIBLE_RMS
         if made.amax and not low * linear.elements**0.5 < made.amax < high:  # that bounds the root mean square too
             squared_weight = rounded(measure=True).squared_weight or 0.0
@@ -255,10 +264,12 @@ def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> 
             "shared": scales.shared,
             "shape": torch.tensor(linear.shape),
         } | target.inputs(linear)
+        found = {}
         for key in target.packing(linear).parts(linear.shape):
             if (tensor := packed[key]) is None:
                 raise PlanError(f"{linear.name} came out without its {key}; report this as a bug")
-            yield tensor.cpu()
+            found[key] = tensor.cpu()
+        yield found, made
 
 
 def carried(source: Path) -> list[Path]:

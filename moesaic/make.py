@@ -18,7 +18,7 @@ from .render import drop, is_dropped, render
 from .rounding import ROUNDINGS
 from .target import Target
 from .tokens import TokenSet
-from .verify import Verdict
+from .verdict import Verdict
 
 
 def make(

@@ -17,14 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import moesaic.verify as verify_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.containers import CONTAINERS
 from moesaic.errors import InputError
 from moesaic.export import export
 from moesaic.families import Linear
+from moesaic.kernels import cpu
 from moesaic.plan import Plan
-from moesaic.verify import Verdict, check_values, not_finite, verify
+from moesaic.quantize import formats_of
+from moesaic.rounding import round_siblings
+from moesaic.verdict import Verdict
+from moesaic.verify import check_values, not_finite, verify
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}
 MOE = "language_model.model.layers.1.block_sparse_moe"
@@ -383,6 +388,44 @@ def test_findings_come_in_the_models_order_whatever_the_threads(m3, copied):
     found = [str(f) for f in verify(copied, m3, quiet=True).findings]
     assert len(found) == 8 and found == [str(f) for f in verify(copied, m3, quiet=True).findings]
     assert found == sorted(found)
+
+
+# Kernels and the reference ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int2_g32", "int4_g32", "fp8_channel"])
+def test_kernels_find_what_the_reference_finds(m3, tmp_path, monkeypatch, format):
+    """Every group of matrices by the one, then by the other."""
+    out, verdicts, calls = tmp_path / "out", [], []
+    export(m3, Plan("compressed_tensors", formats=formats_of(m3, format, "experts", "source")), out, quiet=True)
+    monkeypatch.setattr(verify_module, "round_siblings", lambda *a: calls.append(a) or round_siblings(*a))
+    for every in (1, 1 << 60):
+        monkeypatch.setattr(verify_module, "REFERENCE_EVERY", every)
+        verdicts.append(verify(out, m3, quiet=True))
+        assert len(calls) == 2 * 8 * 2  # layers, experts, and gate with up beside down: all of them in the first turn
+    one, other = verdicts
+    assert one.holds and other.holds and one.compared == other.compared and one.errors.keys() == other.errors.keys()
+    for name, squares in one.errors.items():
+        assert other.errors[name] == pytest.approx(squares, rel=1e-4)
+
+
+def test_a_kernel_that_errs_the_same_twice_is_found_out(m3, tmp_path, monkeypatch):
+    right = cpu.requantize
+
+    def wrong(*args, **options):
+        made = right(*args, **options)
+        made.packed[0, 0] ^= 1
+        return made
+
+    monkeypatch.setattr(cpu, "requantize", wrong)
+    export(
+        m3,
+        Plan("compressed_tensors", formats=formats_of(m3, "mxfp4", "experts", "source")),
+        tmp_path / "out",
+        quiet=True,
+    )
+    found = verify(tmp_path / "out", m3, quiet=True).findings
+    assert found and {f.check for f in found} == {"codes"}
 
 
 # Finite and plausible -----------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""What a verification found, and how much it looked at. Leaves out the looking (verify)."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import CheckError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: which check, where, what."""
+
+    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "rendered", …
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where} {self.what}"
+
+
+@dataclass
+class Verdict:
+    """What was found, and how much was looked at: a check that looked at nothing proves nothing."""
+
+    findings: list[Finding] = field(default_factory=list)
+    compared: Counter[str] = field(default_factory=Counter)  # tensors by check
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # rounded linear -> Σ(value − w)², Σw²
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings
+
+    def require(self, out: Path, then: str) -> None:
+        """Raises `CheckError` unless every check holds; `then` says what becomes of `out`, or should."""
+        if not self.holds:
+            raise CheckError(f"{out} does not verify: {self.findings[0]} ({len(self.findings)} findings); {then}")
+
+    def add(self, check: str, where: str, what: str) -> None:
+        self.findings.append(Finding(check, where, what))
+
+    def take(self, other: "Verdict") -> None:
+        self.findings += other.findings
+        self.compared += other.compared
+        self.errors |= other.errors
