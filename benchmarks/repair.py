@@ -2,10 +2,7 @@
 
     python benchmarks/repair.py MODEL --data CALIBRATION --heldout HELDOUT [--tokens 65536] [--keep 24,16]
 
-shared  The shared expert's down projection takes over what the dropped experts gave on average: ΔW = R Hᵀ
-        (H Hᵀ + λ I)⁻¹ by least squares, layer after layer, H being what the projection multiplies in the model
-        repaired so far, and R what its block lacks: "block" of the full block on the same input, "stream" of the
-        source's own residual stream. λ is a share of the mean diagonal of H Hᵀ. Rounded to MXFP8 as stored.
+shared  What `prune --repair` does, and keeps where it helps: moesaic/repair.py.
 bias    Correction biases of kept experts are moved until each has its share of the tokens that it had among
         kept ones in the source (routing of the source's own stream).
 
@@ -26,66 +23,14 @@ from torch import Tensor
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
-from moesaic.divergence import Bootstrap, Divergence, against
-from moesaic.families import Linear
-from moesaic.formats import FORMATS
+from moesaic.divergence import Bootstrap, Estimate, against
+from moesaic.plan import Plan
+from moesaic.repair import repair
 from moesaic.select import select_experts
-from moesaic.stream import Change, LayerRun, LinearPass, Observer, Routing, State
+from moesaic.stream import LayerRun, Observer, Routing, State
+from moesaic.tokens import TokenSet
 
-RIDGES = (1e-2,)
 STEPS, PACE = 300, 0.3  # of matching loads
-
-Dropped = Mapping[int, Sequence[int]]
-
-
-# The shared expert ------------------------------------------------------------------------------------------------
-
-
-def adding(delta_DI: Tensor) -> Change:
-    """The down projection plus `delta_DI`, as MXFP8 stores it."""
-
-    def change(linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
-        found = []
-        for linear, w_OI in zip(linears, values):
-            if linear.projection == "down":
-                w_OI = w_OI + delta_DI
-                w_OI = FORMATS["mxfp8"].decode(FORMATS["mxfp8"].encode(w_OI, s := FORMATS["mxfp8"].scales(w_OI)), s)
-            found.append(w_OI)
-        return found
-
-    return change
-
-
-def repair(run: LayerRun, ids_BT: Tensor, dropped: Dropped, ridge: float, target: str) -> dict[str, Change]:
-    """Unit -> its repaired shared expert, for every MoE layer."""
-    found: dict[str, Change] = {}
-    source_BTD = run.embed(ids_BT)
-    cut_BTD = source_BTD.clone()
-    for layer in range(run.architecture.layers):
-        if layer not in run.architecture.moe_layers:
-            source_BTD, cut_BTD = (s.hidden_BTD for s in run.advance(layer, [State(source_BTD), State(cut_BTD)]))
-            continue
-        parts: list[Tensor] = []
-
-        def see(seen: LinearPass, parts: list[Tensor] = parts) -> None:
-            if seen.linears[0].projection == "down":
-                parts.append(seen.x_nI)
-
-        entering = source_BTD if target == "stream" else cut_BTD
-        states = [State(entering), State(cut_BTD, dropped, Observer(linear=see))]
-        full, after = (s.hidden_BTD.flatten(0, 1).double() for s in run.advance(layer, states))
-        h_TI = torch.cat(parts).double()
-        gram_II = h_TI.T @ h_TI
-        gram_II += ridge * gram_II.diagonal().mean() * torch.eye(len(gram_II))
-        delta_DI = torch.linalg.solve(gram_II, h_TI.T @ (full - after)).T.float()
-        (unit,) = run.units(layer, ("shared",))
-        found[unit] = adding(delta_DI)
-        branches = [State(cut_BTD, dropped, changed={unit: found[unit]})]
-        if target == "stream":
-            branches.append(State(source_BTD))
-        ahead = [s.hidden_BTD for s in run.advance(layer, branches)]
-        cut_BTD, source_BTD = ahead[0], ahead[-1]
-    return found
 
 
 # Biases -----------------------------------------------------------------------------------------------------------
@@ -141,10 +86,24 @@ def swept(run: LayerRun, states: list[State]) -> list[Tensor]:
     return [s.hidden_BTD for s in states]
 
 
-def tell(what: str, cut: Divergence, repaired: Divergence, seed: int) -> None:
-    kl = Bootstrap(repaired, seed).mean(repaired["kl_nats"])
-    change = Bootstrap(repaired, seed).mean(repaired["kl_nats"] - cut["kl_nats"])
-    print(f"{what:32} KL {kl.value:.4f} ± {kl.error:.4f}   change {change.value:+.4f} ± {change.error:.4f}", flush=True)
+def rebiased(
+    source: Checkpoint, plan: Plan, tokens: TokenSet, rows: TokenSet, folder: Path, seed: int
+) -> list[Estimate]:
+    """KL of the cut, of the cut with moved biases, and the difference."""
+    run = LayerRun(source)
+    moved = LayerRun(patched(source, moved_biases(run, tokens.ids_BT, plan.kept), folder))
+    experts = range(source.architecture.experts)
+    dropped = {layer: [e for e in experts if e not in ids] for layer, ids in plan.kept.items()}
+    base, cut = swept(run, [State(run.embed(rows.ids_BT)), State(run.embed(rows.ids_BT), dropped)])
+    (after,) = swept(moved, [State(moved.embed(rows.ids_BT), dropped)])
+    before, found = against(run, base, [cut, after], rows.ids_BT)
+    kl_cut, kl = before["kl_nats"], found["kl_nats"]
+    return [Bootstrap(found, seed).mean(x_BS) for x_BS in (kl_cut, kl, kl - kl_cut)]
+
+
+def tell(what: str, cut: Estimate, repaired: Estimate, change: Estimate) -> None:
+    figures = (f"{name} {e.value:.4f} ± {e.error:.4f}" for name, e in (("cut", cut), ("repaired", repaired)))
+    print(f"{what:20} KL {', '.join(figures)}, change {change.value:+.4f} ± {change.error:.4f}", flush=True)
 
 
 def main() -> None:
@@ -160,29 +119,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     source = Checkpoint.open(a.model)
-    corpus, run = Corpus(a.data, a.heldout, a.tokens, a.length, a.seed), LayerRun(source)
+    corpus = Corpus(a.data, a.heldout, a.tokens, a.length, a.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = corpus.calibration(source, folder / "tokens.safetensors")
         statistics = calibrate(source, tokens, folder / "stats", quiet=True)
-        rows = corpus.evaluation(source, folder / "heldout.safetensors", a.judged).ids_BT
-        fitted = tokens.ids_BT[:: max(1, a.tokens // a.fitted)]
+        rows = corpus.evaluation(source, folder / "heldout.safetensors", a.judged)
+        fitted = tokens.take(range(0, tokens.rows, max(1, a.tokens // a.fitted)))
         for keep in a.keep:
             kept = select_experts(statistics, "reap", keep).cut.kept
-            dropped = {n: [e for e in range(source.architecture.experts) if e not in ids] for n, ids in kept.items()}
-            names, states = ["cut"], [State(run.embed(rows)), State(run.embed(rows), dropped)]
-            for target in ("block", "stream") if source.family.shared else ():
-                for ridge in RIDGES:
-                    names.append(f"shared, {target}, λ = {ridge:g}")
-                    states.append(State(run.embed(rows), dropped, changed=repair(run, fitted, dropped, ridge, target)))
-            base, *hidden = swept(run, states)
-            biased = LayerRun(patched(source, moved_biases(run, fitted, kept), folder / f"biases-{keep}"))
-            names.append("bias")
-            hidden += swept(biased, [State(biased.embed(rows), dropped)])
-            found = against(run, base, hidden, rows)
-            for label, divergence in zip(names, found):
-                tell(f"{a.model.name} {keep} kept, {label}", found[0], divergence, a.seed)
-    print(f"fitted on {fitted.numel():,} tokens, measured on {rows.numel():,} in {len(rows)} rows, seed {a.seed}")
+            plan, what = Plan(source.container.name, kept), f"{a.model.name} {keep} kept"
+            if source.family.shared:
+                _, facts = repair(source, plan, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
+                figures = (Estimate(**facts[name]) for name in ("cut_nats", "repaired_nats", "change_nats"))
+                tell(f"{what}, shared", *figures)
+            tell(f"{what}, bias", *rebiased(source, plan, fitted, rows, folder / f"biases-{keep}", a.seed))
+    print(f"fitted on {fitted.tokens:,} tokens, measured on {rows.tokens:,} in {rows.rows} rows, seed {a.seed}")
 
 
 if __name__ == "__main__":

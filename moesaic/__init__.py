@@ -20,7 +20,7 @@ FLOORS = (
     ("verify", "evaluate", "inspect"),
     ("select", "serve", "make", "tasks", "spots"),
     ("report", "served"),
-    ("preview", "settle", "loops", "candidates"),
+    ("preview", "settle", "loops", "candidates", "repair"),
     ("compress", "prune", "quantize", "convert"),
     ("demo",),
     ("cli",),

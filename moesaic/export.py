@@ -37,7 +37,7 @@ WRITTEN_ANEW = ("config.json", INDEX, "README.md")
 def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rendered: Path | None = None) -> Checkpoint:
     """Write the model that `plan` makes of `source` to the folder `out`, and open it.
 
-    `rendered` is the folder of `render` where the plan's rounding needs data.
+    `rendered` is the folder of `render` where the plan's rounding needs data, or that of `repair`.
     Memory: a few decoded matrices for each of two threads. Raises `PlanError` before the first byte
     when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
     too small. Interrupted at any byte, the same call continues.
@@ -45,6 +45,8 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rende
     target, rounding = Target.of(source, plan), rounding_of(plan)
     if rounding.needs and rendered is None:
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
+    if plan.repaired and rendered is None:
+        raise PlanError("the plan has shared experts that were repaired on text, and they are not at hand; prune again")
     if unknown := target.uncalibrated:
         raise PlanError(
             f"the plan rounds activations as they come, and does not know how large {sample(unknown)} get; "
@@ -133,16 +135,24 @@ def linear_pieces(target: Target, rendered: Path | None) -> Iterator[Placed]:
     for linear in target.architecture.linears:
         if keeps_bytes(target, linear):
             yield from copies(target, linear)
-    rounding = rounding_of(target.plan)
-    rounded: Make = partial(round_together, target, rounding=rounding)
-    if rounding.needs and rendered is not None and not all(keeps_values(target, n) for n in changed):
-        rounded = from_files(rendered, target)
+    by_text = any(is_by_text(target, n) for n in changed)
+    taken = from_files(rendered, target) if rendered is not None and by_text else None
     for group in siblings(changed):
         place = target.container.place(target.architecture, group[0])
         tensors = tuple(info for n in group for info in tensors_of(target, n).values())
         first = next(iter(stored_parts(target, group[0]).values()))
-        make = partial(partial(recoded, target) if keeps_values(target, group[0]) else rounded, group)
-        yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
+        made: Make = partial(round_together, target, rounding=rounding_of(target.plan))
+        if taken is not None and is_by_text(target, group[0]):
+            made = taken
+        elif keeps_values(target, group[0]):
+            made = partial(recoded, target)
+        yield (first.file, first.offset), Piece(tensors, make=partial(made, group), row=place.row, rows=place.rows)
+
+
+def is_by_text(target: Target, linear: Linear) -> bool:
+    """Whether a matrix is what it is because of text, and cannot be had from the source alone."""
+    rounded_so = bool(rounding_of(target.plan).needs) and not keeps_values(target, linear)
+    return rounded_so or linear.name in target.plan.repaired
 
 
 def copies(target: Target, linear: Linear) -> Iterator[Placed]:
@@ -215,7 +225,7 @@ def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
 
 def prepare_kernels(target: Target, quiet: bool) -> None:
     """Compile before a meter runs what will be needed while it does."""
-    changed = (n for n in target.architecture.linears if not keeps_values(target, n))
+    changed = (n for n in target.architecture.linears if not keeps_values(target, n) and not is_by_text(target, n))
     if rounding_of(target.plan).kernel and any(in_kernels(target, (n,)) for n in changed):
         kernels.of(kernels.device()).prepare(quiet)
 

@@ -23,6 +23,7 @@ class Plan:
     container  the container to write
     rounding   the rounding that chooses codes, for units that change format
     activations  input (`containers.input_of`) -> its largest |x| on text, where a format rounds activations by that
+    repaired   linear -> SHA-256 of its packed tensors, where the shared expert was fitted to what is dropped (`repair`)
     """
 
     container: str
@@ -30,6 +31,7 @@ class Plan:
     formats: Mapping[str, str] = field(default_factory=dict)
     rounding: str = "rtn"
     activations: Mapping[str, float] = field(default_factory=dict)
+    repaired: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) for name in (self.container, self.rounding, *self.formats.values())):
@@ -48,7 +50,8 @@ class Plan:
     @property
     def body(self) -> dict[str, Any]:
         """JSON-able: what `save` writes."""
-        return asdict(self) | {"kept": {str(layer): list(ids) for layer, ids in self.kept.items()}}
+        found = asdict(self) | {"kept": {str(layer): list(ids) for layer, ids in self.kept.items()}}
+        return {name: value for name, value in found.items() if name != "repaired" or value}
 
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
         write_json(path, "plan", self.body, inputs)
@@ -59,8 +62,7 @@ class Plan:
         body = read_json(path, "plan", inputs)
         try:
             kept = {int(layer): tuple(ids) for layer, ids in body["kept"].items()}
-            return Plan(
-                body["container"], kept, dict(body["formats"]), body["rounding"], dict(body.get("activations", {}))
-            )
+            activations, repaired = dict(body.get("activations", {})), dict(body.get("repaired", {}))
+            return Plan(body["container"], kept, dict(body["formats"]), body["rounding"], activations, repaired)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error

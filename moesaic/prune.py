@@ -3,6 +3,7 @@
 Its working files stand in OUT/moesaic/, so a run can be looked into, and continued, later.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from .loops import Probe, probe
 from .plan import Plan
 from .preview import Candidate, Kept, Outlook, candidates, plot, preview
 from .progress import progress
+from .render import drop, is_dropped
+from .repair import FOLDER as REPAIRED
+from .repair import check_repairable, repair
 from .select import POOLED, check_names, select_experts
 from .settle import settle
 from .tokens import TokenSet
@@ -65,16 +69,18 @@ class Known:
 
 def prune(
     model: Path, out: Path, experts: int, ranking: Ranking = REAP, corpus: Corpus = PYTHON_TEXT,
-    check: bool = True, quiet: bool = False, command: str = "",
+    check: bool = True, quiet: bool = False, command: str = "", mend: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write to `out` the model that keeps `experts` experts in every layer; returns JSON-able facts.
 
-    Raises `InputError` before anything is read when the count cannot be, `CheckError` when the result
-    does not verify.
+    With `mend`, shared experts take over what dropped ones gave, where that helps (see `repair`). Raises `InputError`
+    before anything is read when the count cannot be, `CheckError` when the result does not verify.
     """
     source = Checkpoint.open(model)
     check_count(source, experts)
     check_names(ranking.policy, ranking.criteria)
+    if mend:
+        check_repairable(source)
     work = out / "moesaic"
     check_free(out, source)
     if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:
@@ -85,7 +91,11 @@ def prune(
         criterion = look_ahead(source, known.statistics, [experts], ranking, corpus, work, quiet)[0].candidate.criterion
     selection = select_experts(known.statistics, criterion, experts, ranking.policy, ranking.domains)
     plan = Plan(container=source.container.name, kept=selection.cut.kept)
-    result = export(source, plan, out, quiet)
+    mended: dict[str, Any] = {}
+    if mend:
+        plan, mended["repair"] = repaired(source, plan, corpus, work, quiet)
+    result = export(source, plan, out, quiet, work / REPAIRED if plan.repaired else None)
+    drop(work / REPAIRED)
     facts = selection.facts() | {
         "command": command,
         "model": str(model),
@@ -95,6 +105,7 @@ def prune(
         "source_bytes": sum(t.bytes for t in source.inventory),
         "bytes": sum(t.bytes for t in result.inventory),
         **known.facts,
+        **mended,
     }
     if check:
         verdict = verify(out, source, quiet)
@@ -103,6 +114,17 @@ def prune(
     note = facts | {"scores": selection.score_LE.tolist()}
     write_json(work / "prune.json", "prune", note, known.inputs)
     return facts
+
+
+def repaired(source: Checkpoint, plan: Plan, corpus: Corpus, work: Path, quiet: bool) -> tuple[Plan, dict[str, Any]]:
+    """The plan with shared experts fitted to its cut, if that helps on text not fitted on; and what it changed."""
+    folder = work / REPAIRED
+    if is_dropped(folder) and not (work.parent / "config.json").exists():
+        shutil.rmtree(folder)  # the export that had taken it in is gone
+    rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
+    tokens = corpus.calibration(source, work / "tokens.safetensors")
+    found, facts = repair(source, plan, tokens, rows, folder, corpus.seed, quiet)
+    return replace(plan, repaired=found), facts
 
 
 def know(source: Checkpoint, counts: Sequence[int], ranking: Ranking, corpus: Corpus, work: Path, quiet: bool) -> Known:

@@ -49,6 +49,8 @@ class Target:
         )
         new = source.family.read(config)
         origin = {linear.name: origin_of(linear, old, plan) for linear in new.linears}
+        if foreign := [name for name in plan.repaired if name not in origin or not is_repairable(origin[name])]:
+            raise PlanError(f"the plan repairs {sample(foreign)}; wanted down projections of shared experts")
         before = {name: source.formats[linear.name] for name, linear in origin.items()}
         formats: dict[str, str] = {}
         keeping = set()
@@ -149,9 +151,14 @@ def twin(container: Container, unit: str, members: Sequence[Linear], format: str
     )
 
 
+def is_repairable(linear: Linear) -> bool:
+    """Whether a matrix may stand in for dropped experts: every token passes it, and it adds to what they added to."""
+    return linear.role == "shared" and linear.projection == "down"
+
+
 def keeps_values(target: Target, linear: Linear) -> bool:
     """Whether the target's weights are the source's to the bit, whatever they are packed as."""
-    return linear.unit in target.keeping
+    return linear.unit in target.keeping and linear.name not in target.plan.repaired
 
 
 def keeps_bytes(target: Target, linear: Linear) -> bool:

@@ -37,7 +37,8 @@ RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a
 CLOSE = 0.7  # error over weight, root mean squares: two bits stay below it, scales twice too large do not
 THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
-AGAINST_SOURCE = ("bytes", "rows", "codes", "rendered", "near")  # near: of what text rounded, the size alone is known
+AGAINST_SOURCE = ("bytes", "rows", "codes", "rendered", "repaired", "near")
+# near: rounded on text, of which the size alone is known
 CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
@@ -232,6 +233,8 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
         if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
             if keeps_values(target, group[0]):
                 check_recoded(sides.source, target, group, stored, verdict)
+            elif group[0].name in target.plan.repaired:
+                check_repaired(target, group[0], stored[group[0].name], verdict)
             else:
                 check_rounded(sides.source, target, group, stored, by_reference, verdict)
                 check_rendered(sides, target, group, stored, verdict)
@@ -245,7 +248,7 @@ def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict
     if source is None or target is None or any(keeps_values(target, n) for n in group):
         return False
     rounding, (low, high) = rounding_of(target.plan), PLAUSIBLE_RMS
-    if not rounding.kernel or not in_kernels(target, group):
+    if not rounding.kernel or group[0].name in target.plan.repaired or not in_kernels(target, group):
         return False
     again = list(requantized(target, group, rounding.kernel == "searched", source.parts, measure=True))
     squares = {n.name: (made.squared_error or 0.0, made.squared_weight or 0.0) for n, (_, made) in zip(group, again)}
@@ -322,6 +325,14 @@ def check_rendered(sides: Sides, target: Target, group: tuple[Linear, ...], stor
         verdict.compared["near" if wanted is None else "rendered"] += len(tensors)
         if wanted is not None and digest(tensors) != wanted:
             verdict.add("rendered", group[0].name, "and what is fused with it are not what was rounded on text")
+
+
+def check_repaired(target: Target, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """A shared expert fitted on text to what was dropped: the plan has its digest."""
+    tensors = [stored[key] for key in target.packing(linear).parts(linear.shape)]
+    verdict.compared["repaired"] += len(tensors)
+    if digest(tensors) != target.plan.repaired[linear.name]:
+        verdict.add("repaired", linear.name, "is not what was fitted to stand in for dropped experts")
 
 
 def rounded_again(

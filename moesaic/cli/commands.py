@@ -44,6 +44,8 @@ def run_prune(a: Arguments) -> dict[str, Any]:
         raise InputError("--loops probes what --preview compares; give --preview too")
     if a.run is not None and a.until_stable:
         raise InputError("--until-stable reads text, and --run reads none; give one of them")
+    if a.repair and a.preview:
+        raise InputError("--repair changes the model that is written, and --preview writes none; give one of them")
     if a.preview:
         outlooks, probes = stage.preview_cuts(a.model, a.out, a.experts, ranking, corpus(a), a.loops, a.quiet)
         show(room("preview").table(outlooks))
@@ -56,7 +58,7 @@ def run_prune(a: Arguments) -> dict[str, Any]:
         return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
-    facts = stage.prune(a.model, a.out, a.experts[0], ranking, corpus(a), not a.no_verify, a.quiet, a.line)
+    facts = stage.prune(a.model, a.out, a.experts[0], ranking, corpus(a), not a.no_verify, a.quiet, a.line, a.repair)
     margins = sorted(facts["margins"].values())
     print(
         f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
@@ -67,6 +69,8 @@ def run_prune(a: Arguments) -> dict[str, Any]:
         print(f"  layer {layer:>3}  margin {margin:7.2%}  halves agree {facts['jaccard'][layer]:4.0%}")
     if settled := facts.get("settled"):
         print(settled["verdict"])
+    if "repair" in facts:
+        print(room("repair").sentence(facts["repair"]))
     for warning in facts["warnings"]:
         print(f"note: {warning}")
     sizes(facts)

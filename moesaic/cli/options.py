@@ -126,6 +126,10 @@ def prune_options(p: argparse.ArgumentParser) -> None:
         "--run", type=Path, metavar="RUN", help="rank by all that `calibrate RUN` has gathered there; no sweep"
     )
     ranking_options(p)
+    p.add_argument(
+        "--repair", action="store_true",
+        help="let shared experts take over what dropped ones gave, if that helps on other text (M3)",
+    )  # fmt: skip
     p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
     text_options(p)
 

@@ -8,7 +8,7 @@ goes on where it was, and `export` takes the tensors from the files. Leaves out 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..tokens import TokenSet
 from .group import Group, digest, read_packed
 from .work import Work
 
-__all__ = ["BESIDE", "DONE", "FOLDER", "digest", "digests", "drop", "from_files", "is_dropped", "render"]
+__all__ = ["BESIDE", "DONE", "FOLDER", "digest", "digests", "drop", "from_files", "inputs_of", "is_dropped", "render"]
 
 FOLDER, BESIDE = (
     "moesaic/rendered",
@@ -69,7 +69,8 @@ def render(
 
 
 def inputs_of(source: Checkpoint, plan: Plan) -> dict[str, str]:
-    return {"source": source.identity, "plan": identity(asdict(plan))}
+    """What matrices made on text are bound to; what became of them is in the plan and no part of it."""
+    return {"source": source.identity, "plan": identity(replace(plan, repaired={}).body)}
 
 
 def summary(work: Work, tokens: TokenSet) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""What dropped experts gave on average, taken over by the shared expert; without training, and kept only if it helps.
+
+Of each layer one matrix is fitted anew by least squares, on text, in the model that is repaired so far: the shared
+expert's down projection W becomes W + R Hᵀ (H Hᵀ + λ I)⁻¹, H being what it multiplies and R what the cut block lacks
+of the full block's output on the same input. Whether that helps is measured on other text, row by row. The matrices
+lie in a folder like a rendering's until `export` has taken them in. Leaves out families without a shared expert.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifact import read_json, read_tensors, write_json, write_tensors
+from .checkpoint import Checkpoint, sample
+from .divergence import Bootstrap, against
+from .errors import InputError
+from .families import Linear
+from .plan import Plan
+from .progress import progress
+from .render import DONE, digests, inputs_of
+from .render.group import format_of, read_values, weights_of, write_group
+from .rounding import ROUNDINGS, round_siblings
+from .stream import Change, LayerRun, LinearPass, Observer, State
+from .stream.memory import spans
+from .target import Target, is_repairable
+from .tokens import TokenSet
+
+FOLDER, VERDICT = "repaired", "repair.json"
+RIDGE = 1e-2  # λ, as a share of the mean diagonal of H Hᵀ
+FIT_TOKENS = 16_384  # five for each column of the largest shared expert that there is
+
+
+def repair(
+    source: Checkpoint, plan: Plan, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Fit the shared experts of what `plan` cuts from `source`; returns the plan's `repaired`, empty where it does not
+    help, and JSON-able facts of what it changed.
+
+    It helps where the 95 % interval of its change of KL(source ‖ cut), paired over the rows of `heldout`, lies below
+    zero. Interrupted, the same call goes on at the layer it had reached; done before, it only reads. Memory: that of
+    `LayerRun` for two branches on at most `FIT_TOKENS` of `tokens`, [T, I] of what one matrix multiplies, and two
+    matrices in F64. Raises `InputError` where there is nothing to repair.
+    """
+    check_repairable(source)
+    fitted = tokens.take(range(0, tokens.rows, -(-tokens.tokens // FIT_TOKENS)))
+    inputs = inputs_of(source, plan) | {"tokens": fitted.identity}
+    target, run = Target.of(source, plan), LayerRun(source)
+    if not (folder / DONE).exists():
+        fit(run, target, fitted, folder, inputs, quiet)
+    found = read_json(folder / DONE, "rendered", inputs)
+    inputs["heldout"] = heldout.identity
+    if not (folder / VERDICT).exists():
+        facts = measured(run, target, heldout, folder, seed, quiet)
+        counts = {"matrices": len(found["by_group"]), "fitted_tokens": fitted.tokens}
+        write_json(folder / VERDICT, "repair", counts | facts, inputs)
+    facts = read_json(folder / VERDICT, "repair", inputs)
+    told = {name: value for name, value in facts.items() if name not in ("kind", "schema", "maker", "inputs")}
+    return digests(folder) if facts["kept"] else {}, told
+
+
+def check_repairable(source: Checkpoint) -> None:
+    """Raises `InputError` for a model that has no shared expert, or one whose matrix carries more than its weights."""
+    matrices = [n for n in source.architecture.linears if is_repairable(n)]
+    if not matrices:
+        raise InputError(f"{source.path} has no shared expert that could stand in for dropped ones; leave out --repair")
+    packings = {n.name: source.container.packing(source.formats[n.name]).parts(n.shape) for n in matrices}
+    if bound := [name for name, parts in packings.items() if "inputs" in parts]:
+        raise InputError(
+            f"{source.path} rounds what {sample(bound)} multiply by a scale that was measured for them as they are; "
+            "leave out --repair"
+        )
+
+
+# Fitting ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit(
+    run: LayerRun, target: Target, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], quiet: bool
+) -> None:  # fmt: skip
+    """Every layer's matrix as a file in `folder`, each fitted on what those before it give."""
+    saved, groups, start = folder / "hidden.safetensors", list[dict[str, Any]](), 0
+    if saved.exists():
+        tensors, body = read_tensors(saved, "hidden", inputs)
+        groups, start, hidden_BTD = body["groups"], body["layer"] + 1, tensors["hidden_BTD"].to(run.device)
+    else:
+        hidden_BTD = run.embed(tokens.ids_BT)
+    with progress("repair", run.architecture.layers - start, "layers", quiet) as meter:
+        for layer in range(start, run.architecture.layers):
+            down = next((n for n in target.architecture.linears if n.layer == layer and is_repairable(n)), None)
+            if down is None:
+                (after,) = run.advance(layer, [State(hidden_BTD)])
+                hidden_BTD = after.hidden_BTD
+            else:
+                hidden_BTD, facts = fit_layer(run, target, down, hidden_BTD, folder, inputs)
+                groups.append(facts)
+            write_tensors(saved, "hidden", {"hidden_BTD": hidden_BTD.cpu()}, inputs, {"layer": layer, "groups": groups})
+            meter.advance(1)
+    write_json(folder / DONE, "rendered", {"by_group": groups}, inputs)
+    saved.unlink()
+
+
+def fit_layer(
+    run: LayerRun, target: Target, down: Linear, hidden_BTD: Tensor, folder: Path, inputs: Mapping[str, str]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Hidden states after the cut and repaired layer, and what its matrix's file notes."""
+    seen: list[Tensor] = []
+
+    def see(found: LinearPass) -> None:
+        if down in found.linears:
+            seen.append(found.x_nI)
+
+    cut = State(hidden_BTD, dropped(target), Observer(linear=see))
+    (middle_BTD,) = run.attention(down.layer, [State(hidden_BTD)])
+    full_BTD, cut_BTD = run.feed_forward(down.layer, [State(hidden_BTD), cut], [middle_BTD.clone(), middle_BTD])
+    h_TI, cut_TD = torch.cat(seen), cut_BTD.flatten(0, 1)
+    delta_OI = correction(h_TI, full_BTD.flatten(0, 1).sub_(cut_TD), run.buffer_bytes)
+    if not delta_OI.isfinite().all():
+        raise InputError(
+            f"layer {down.layer} gives values that are no numbers on this text, so that no shared expert can be "
+            "fitted to it; leave out --repair"
+        )
+    w_OI, format = weights_of(target, (down,), run.device), format_of(target, (down,))
+    ((codes_OI, scales),) = round_siblings(ROUNDINGS["rtn"], [w_OI + delta_OI], format)
+    step_OI = format.decode(codes_OI, scales) - w_OI
+    for span in spans(len(h_TI), 4 * sum(down.shape), run.buffer_bytes):
+        cut_TD[span] += h_TI[span] @ step_OI.mT
+    facts = {"group": down.name, "layer": down.layer, "tokens": len(h_TI)}
+    return cut_BTD, write_group(folder, target, (down,), [(codes_OI, scales)], inputs, facts)
+
+
+def correction(h_TI: Tensor, lacking_TO: Tensor, buffer_bytes: int) -> Tensor:
+    """ΔW [O, I] that minimizes ‖lacking − H ΔWᵀ‖² + λ‖ΔW‖², by the normal equations in F64; F32."""
+    inner, outer = h_TI.shape[1], lacking_TO.shape[1]
+    gram_II = torch.zeros(inner, inner, dtype=torch.float64, device=h_TI.device)
+    cross_IO = torch.zeros(inner, outer, dtype=torch.float64, device=h_TI.device)
+    for span in spans(len(h_TI), 8 * (inner + outer), buffer_bytes):
+        h_nI = h_TI[span].double()
+        gram_II += h_nI.mT @ h_nI
+        cross_IO += h_nI.mT @ lacking_TO[span].double()
+    gram_II.diagonal().add_(RIDGE * gram_II.diagonal().mean())
+    return torch.linalg.solve(gram_II, cross_IO).mT.float()
+
+
+def dropped(target: Target) -> dict[int, list[int]]:
+    experts = range(target.source.architecture.experts)
+    return {layer: [e for e in experts if e not in ids] for layer, ids in target.plan.kept.items()}
+
+
+# Judging ----------------------------------------------------------------------------------------------------------
+
+
+def repaired(target: Target, folder: Path) -> Change:
+    """The shared experts as their files in `folder` have them."""
+
+    def change(linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
+        found = {n.name: w_OI for n, w_OI in zip(linears, values)}
+        for linear in filter(is_repairable, linears):
+            found |= read_values(folder, target, (linear,), inputs_of(target.source, target.plan))
+        return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
+
+    return change
+
+
+def measured(
+    run: LayerRun, target: Target, rows: TokenSet, folder: Path, seed: int, quiet: bool
+) -> dict[str, Any]:  # fmt: skip
+    """KL of the cut and of the repaired model, their difference, and whether that is to be believed; one sweep for all."""
+    change, hidden_BTD = repaired(target, folder), run.embed(rows.ids_BT)
+    changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
+    states = [
+        State(hidden_BTD),
+        State(hidden_BTD, dropped(target)),
+        State(hidden_BTD, dropped(target), changed=changed),
+    ]
+    with progress("judge the repair", run.architecture.layers, "layers", quiet) as meter:
+        for layer in range(run.architecture.layers):
+            states = run.advance(layer, states)
+            meter.advance(1)
+    before, after = against(run, states[0].hidden_BTD, [s.hidden_BTD for s in states[1:]], rows.ids_BT)
+    kl_cut, kl_repaired = (Bootstrap(d, seed).mean(d["kl_nats"], within=(0.0, torch.inf)) for d in (before, after))
+    difference = Bootstrap(after, seed).mean(after["kl_nats"] - before["kl_nats"], where_BS=before.counted_BS)
+    sound = after.nonfinite["export"] <= before.nonfinite["export"]
+    return {
+        "kept": sound and difference.high is not None and difference.high < 0,
+        "cut_nats": vars(kl_cut),
+        "repaired_nats": vars(kl_repaired),
+        "change_nats": vars(difference),
+        "tokens": after.tokens,
+        "rows": rows.rows,
+    }
+
+
+def sentence(facts: Mapping[str, Any]) -> str:
+    """What the repair came to, for people."""
+    change, before, after = (facts[name] for name in ("change_nats", "cut_nats", "repaired_nats"))
+    error = "" if change["error"] is None else f" ± {change['error']:.4f}"
+    moved = f"KL {before['value']:.4f} -> {after['value']:.4f} ({change['value']:+.4f}{error})"
+    fitted = f"{facts['matrices']} shared experts fitted to the cut on {facts['fitted_tokens']:,} tokens"
+    told = f"repair: {fitted}: {moved} on {facts['tokens']:,} others"
+    return f"{told}; kept" if facts["kept"] else f"{told}; that is no gain beyond its error, so it was left out"
