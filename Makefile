@@ -14,9 +14,14 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -m "not engines"
 
-# Needs stock engines installed; see tests/engines/README.md.
-test-engines: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m engines tests/engines $(ENGINES)
+# Installs stock engines into environments of their own (some gigabytes), and opens in them what moesaic writes.
+test-engines: $(VENV)/test.stamp .venv-mlx/installed .venv-vllm/installed
+	$(BIN)/python -m pytest -m engines tests/engines --loads build/loads.json \
+		--mlx-python .venv-mlx/bin/python --vllm-python .venv-vllm/bin/python
+
+.venv-%/installed: tests/engines/install.py
+	$(PYTHON) tests/engines/install.py $* .venv-$*
+	touch $@
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -34,4 +39,4 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) moesaic-demo build *.egg-info
+	rm -rf $(VENV) .venv-mlx .venv-vllm moesaic-demo build *.egg-info

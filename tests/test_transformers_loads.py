@@ -1,4 +1,4 @@
-"""compressed-tensors exports in transformers 5.23's own loader: where it gives our values, and where it is known not to."""
+"""Exports in transformers 5.23's own loader: where it gives our values, and where it is known not to."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from folders import deal, write_folder
 from transformers import MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.export import export
+from moesaic.plan import Plan
 
 CLASSES = {"minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration}
 
@@ -46,6 +48,10 @@ def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.T
     )
 
 
+def name_of(source: Checkpoint) -> str:
+    return {"minimax_m2": "m2", "minimax_m3_vl": "m3"}[source.architecture.family]
+
+
 ENGINE = f"transformers {transformers.__version__.rsplit('.', 1)[0]}"
 F32, B16 = torch.float32, torch.bfloat16
 LOADS = [
@@ -80,24 +86,54 @@ def test_transformers_in_bf16_rounds_scales_that_are_f32(m2: Checkpoint, tmp_pat
     assert 0 < worst(load(tmp_path / "out", "minimax_m2", B16), m2, decoded, B16) < 2**-7
 
 
+def test_transformers_rounds_integers(m2: Checkpoint, tmp_path: Path, record_property) -> None:
+    """It multiplies them by their scales in BF16, whatever it is asked for."""
+    decoded = write_folder(m2, deal(m2, "int3_g64"), "compressed_tensors", tmp_path / "out")
+    assert 0 < worst(load(tmp_path / "out", "minimax_m2", F32), m2, decoded, F32) < 2**-8
+    said = "in float32 to BF16's rounding of integers"
+    loads.note(record_property, ENGINE, "m2", "compressed_tensors", "int3_g64", "source", said)
+
+
+@torch.no_grad()
+def test_transformers_loads_what_was_pruned(source: Checkpoint, tmp_path: Path, record_property) -> None:
+    a = source.architecture
+    kept = {layer: tuple(range(1, a.experts, 2)) for layer in a.moe_layers}
+    formats = {u: "mxfp4" if members[0].role == "experts" else "mxfp8" for u, members in a.units.items()}
+    out = export(source, Plan("compressed_tensors", kept, formats), tmp_path / "out", quiet=True)
+    decoded = {linear.name: out.decode(linear.name) for linear in out.architecture.linears}
+    assert worst(load(out.path, a.family, B16), out, decoded, B16) == 0.0
+    loads.note(record_property, ENGINE, name_of(source), "compressed_tensors", "mxfp4, half of them", "mxfp8")
+
+
+CT = "compressed_tensors"
 REFUSES = [
-    ("m3", "int4_g32", "int4_g32"),  # it concatenates weight_shape of gate and up
-    ("m3", "mxfp4", "bf16"), ("m2", "mxfp8", "mxfp8"), ("m3", "mxfp8", "mxfp8"), ("m2", "fp8_block", "fp8_block"),
-    ("m2", "int8_channel", "int8_channel"), ("m2", ["mxfp4", "int4_g32"], "source"), ("m3", ["mxfp4", "int4_g32"], "source"),
+    ("m3", CT, "int4_g32", "int4_g32"),  # it concatenates weight_shape of gate and up
+    ("m3", CT, "mxfp4", "bf16"), ("m2", CT, "mxfp8", "mxfp8"), ("m3", CT, "mxfp8", "mxfp8"), ("m2", CT, "fp8_block", "fp8_block"),
+    ("m2", CT, "int8_channel", "int8_channel"), ("m2", CT, ["mxfp4", "int4_g32"], "source"),
+    ("m3", CT, ["mxfp4", "int4_g32"], "source"), ("m2", CT, ["bf16", "int2_g32"], "int8_channel"),
+    ("m2", "auto_round", "int4_g32", "int4_g32"), ("m2", "gptq", "int4_g32", "int4_g32"), ("m3", "gptq", "int4_g32", "int4_g32"),
+    ("m2", "mlx", "affine4_g32", "affine8_g32"), ("m3", "mlx", "affine4_g32", "affine8_g32"),
 ]  # fmt: skip
+WHY = {
+    "conversion of the weights": "its own conversion fails",
+    "ignore_mismatched_sizes": "it expects other shapes",
+    "requires auto-round": "it wants the library auto-round",
+    "requires optimum": "it wants the library optimum",
+    "no `quant_method`": "the container is none of its own",
+}
 
 
-@pytest.mark.parametrize(("family", "experts", "rest"), REFUSES)
+@pytest.mark.parametrize(("family", "container", "experts", "rest"), REFUSES)
 def test_transformers_is_known_to_refuse(
-    family: str, experts: str | list[str], rest: str, request, tmp_path, record_property
+    family: str, container: str, experts: str | list[str], rest: str, request, tmp_path, record_property
 ) -> None:
-    """Which of vLLM's exports transformers 5.23 cannot open. A newer one that can will fail here: then tell the user."""
+    """Which exports transformers 5.23 cannot open. A newer one that can will fail here: then tell the user."""
     source = request.getfixturevalue(family)
-    write_folder(source, deal(source, experts, rest), "compressed_tensors", tmp_path / "out")
-    with pytest.raises(RuntimeError, match=r"conversion of the weights|ignore_mismatched_sizes") as refusal:
+    write_folder(source, deal(source, experts, rest), container, tmp_path / "out")
+    with pytest.raises((RuntimeError, ImportError, ValueError), match="|".join(WHY)) as refusal:
         load(tmp_path / "out", source.architecture.family, B16)
-    why = "its own conversion fails" if "conversion" in str(refusal.value) else "it expects other shapes"
-    loads.note(record_property, ENGINE, family, "compressed_tensors", experts, rest, f"refused: {why}")
+    why = next(why for said, why in WHY.items() if said in str(refusal.value))
+    loads.note(record_property, ENGINE, family, container, experts, rest, f"refused: {why}")
 
 
 def test_transformers_is_known_to_misread_nvfp4_experts(source: Checkpoint, tmp_path: Path, record_property) -> None:
@@ -105,6 +141,15 @@ def test_transformers_is_known_to_misread_nvfp4_experts(source: Checkpoint, tmp_
     decoded = write_folder(source, deal(source, "nvfp4"), "compressed_tensors", tmp_path / "out")
     times = worst(load(tmp_path / "out", source.architecture.family, B16), source, decoded, B16)
     assert times > 100
-    family = "m2" if source.architecture.family == "minimax_m2" else "m3"
     said = "**wrong values**: it leaves weight_global_scale out, without a word"
-    loads.note(record_property, ENGINE, family, "compressed_tensors", "nvfp4", "source", said)
+    loads.note(record_property, ENGINE, name_of(source), CT, "nvfp4", "source", said)
+
+
+def test_transformers_is_known_to_drop_divisors_of_activations(
+    source: Checkpoint, tmp_path: Path, record_property
+) -> None:
+    write_folder(source, deal(source, "nvfp4_a4"), "compressed_tensors", tmp_path / "out")
+    with pytest.raises(AssertionError, match=r"unexpected_keys.*input_global_scale"):
+        load(tmp_path / "out", source.architecture.family, B16)
+    said = "**wrong values**: it drops input_global_scale"
+    loads.note(record_property, ENGINE, name_of(source), CT, "nvfp4_a4", "source", said)
