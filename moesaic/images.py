@@ -2,7 +2,7 @@
 
 A line of `.jsonl` may name an `image`, a file beside it; its text follows the image. The vision tower and
 its projector are transformers' modules, in memory whole for as long as images are read. Leaves out video, and
-every other use of such samples: all other stages read their text alone.
+every use of such samples but calibration: all other stages skip them, text and all.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .errors import FamilyError, InputError
 from .families import Vision
-from .tokens import IMAGE, IMAGE_TOKENS, Tokenizer, TokenSet, read_entry, sha256_of
+from .tokens import IMAGE, IMAGE_TOKENS, Tokenizer, TokenSet, has_image, read_entry, sha256_of
 
 BUCKETS = (2**31 - 2**24) // IMAGE_TOKENS  # images that can be told apart, above any vocabulary
 
@@ -163,6 +163,6 @@ def read_samples(data: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Sample
     for file in (f for f in files if f.suffix == ".jsonl"):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             entry = json.loads(line) if '"image"' in line else None
-            if isinstance(entry, dict) and isinstance(entry.get("image"), str):
+            if entry is not None and has_image(entry):
                 text = read_entry(entry, f"{file} line {number}", tokenizer)
                 yield file.stem, Sample(file.parent / entry["image"], text)

@@ -29,6 +29,7 @@ MOVED = 0.02  # mean change of the cut margins, and change of the scores' error,
 class Step:
     """The choice after one more doubling, and how far it is from the one before; worst over all counts."""
 
+    before: int  # tokens
     tokens: int
     jaccard: float  # of kept sets, mean over layers
     jaccard_least: float  # in the layer that moved most
@@ -38,8 +39,13 @@ class Step:
     error_moved: float
 
     @property
+    def doubled(self) -> bool:
+        """Whether there was text enough for that: the last step may be a shorter one, which tells less."""
+        return self.tokens >= 2 * self.before
+
+    @property
     def still(self) -> bool:
-        return self.jaccard >= STILL and self.margin_moved <= MOVED and self.error_moved <= MOVED
+        return self.doubled and self.jaccard >= STILL and self.margin_moved <= MOVED and self.error_moved <= MOVED
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ class Settled:
             return (
                 f"{read // 2:,} tokens were enough: with twice as many, kept sets agree to {last.jaccard:.1%} (Jaccard)"
             )
-        moving = f"the choice still moves with {read:,} tokens, all that the text holds"
-        return f"{moving}; give more"
+        if self.steps and self.steps[-1].doubled:
+            return f"the choice still moves with {read:,} tokens, all that the text holds; give more"
+        return f"the text ends with {read:,} tokens, before a doubling could tell whether they are enough; give more"
 
     def facts(self) -> dict[str, Any]:
         steps = [vars(step) | {"still": step.still} for step in self.steps]
@@ -90,7 +97,7 @@ def settle(
     steps: list[Step] = []
     rows: list[int] = []
     before: list[Selection] = []
-    error_before = 0.0
+    error_before, tokens = 0.0, 0
     for more in rungs(pool, corpus.tokens):
         rows += more
         chunk = calibrate(checkpoint, pool.take(more), work / "stats", quiet)
@@ -99,10 +106,10 @@ def settle(
         now = [select_experts(statistics, criterion, k, policy, domains) for k in counts]
         error = score_error(statistics, criterion, policy, domains)
         if before:
-            steps.append(compared(before, now, statistics.tokens, error_before, error))
+            steps.append(compared(before, now, (tokens, statistics.tokens), error_before, error))
             if steps[-1].still:
                 break
-        before, error_before = now, error
+        before, error_before, tokens = now, error, statistics.tokens
     settled = Settled(statistics, pool.take(sorted(rows)), tuple(steps))
     inputs = {"source": checkpoint.identity, "tokens": settled.tokens.identity}
     write_json(work / "settled.json", "settled", settled.facts(), inputs)
@@ -139,13 +146,15 @@ def score_error(statistics: Statistics, criterion: str, policy: str, domains: Ma
     return float((rms_L / np.maximum((one_LE + other_LE).mean(1) / 2, 1e-300)).mean())
 
 
-def compared(before: list[Selection], now: list[Selection], tokens: int, error_before: float, error: float) -> Step:
+def compared(
+    before: list[Selection], now: list[Selection], tokens: tuple[int, int], error_before: float, error: float
+) -> Step:
     same_KL = np.array([
         [jaccard(a.cut.kept[layer], b.cut.kept[layer]) for layer in b.layers] for a, b in zip(before, now)
     ])  # fmt: skip
     margin_KL, old_KL = (np.array([list(s.cut.margins.values()) for s in found]) for found in (now, before))
     return Step(
-        tokens, float(same_KL.mean(1).min()), float(same_KL.min()), float(np.median(margin_KL, 1).min()),
+        *tokens, float(same_KL.mean(1).min()), float(same_KL.min()), float(np.median(margin_KL, 1).min()),
         float(abs(margin_KL - old_KL).mean(1).max()), error, abs(error - error_before),
     )  # fmt: skip
 

@@ -219,9 +219,13 @@ def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as UTF-8 text ({error})") from error
         documents = read_lines(file, whole, tokenizer) if file.suffix == ".jsonl" else (whole,)
+        if file.suffix == ".jsonl" and whole.strip() and not documents:
+            continue  # images alone
         if not any(d.strip() for d in documents):
             raise InputError(f"{file} holds no text; remove it or fill it")
         texts[file.stem] = Text(file.stem, documents)
+    if not texts:
+        raise InputError(f"{path} holds images alone; wanted some text beside them")
     return list(texts.values())
 
 
@@ -235,8 +239,14 @@ def read_lines(file: Path, whole: str, tokenizer: Tokenizer) -> tuple[str, ...]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where} is no JSON ({error})") from error
-        documents.append(read_entry(entry, where, tokenizer))
+        if not has_image(entry):
+            documents.append(read_entry(entry, where, tokenizer))
     return tuple(documents)
+
+
+def has_image(entry: Any) -> bool:
+    """Whether a sample's text belongs to an image: it is read with that (images.py), and nowhere else."""
+    return isinstance(entry, dict) and isinstance(entry.get("image"), str)
 
 
 def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:

@@ -150,6 +150,23 @@ def test_differences_are_paired_and_seeded() -> None:
     assert again == alone and other.value == alone.value and other.low != alone.low
 
 
+def test_a_correlation_is_numpys_and_its_error_that_of_drawing_rows_again() -> None:
+    rng = np.random.default_rng(0)
+    x_BS = rng.standard_normal((40, 16)) + 7
+    y_BS = x_BS + 0.5 * rng.standard_normal((40, 16)) + rng.standard_normal((40, 1))
+    divergence = rows_of(x_BS, y_BS)
+    divergence.scored_BS[3, 5:] = False
+    x, y = divergence["nll_source"], divergence["nll_export"]
+    found, counted = Bootstrap(divergence).correlation(x, y), divergence.counted_BS
+    assert found.value == pytest.approx(np.corrcoef(x[counted], y[counted])[0, 1], rel=1e-9)
+    drawn = []
+    for _ in range(400):
+        rows = rng.integers(0, 40, 40)
+        drawn.append(np.corrcoef(x[rows][counted[rows]], y[rows][counted[rows]])[0, 1])
+    assert found.error == pytest.approx(np.std(drawn), rel=0.2) and found.low < found.value < found.high
+    assert np.isnan(Bootstrap(rows_of(np.ones((6, 4)), np.ones((6, 4)))).correlation(np.ones((6, 4)), x[:6, :4]).value)
+
+
 def test_quantiles_are_those_of_the_sorted_tokens() -> None:
     kl_BS = np.random.default_rng(0).permutation(1000).reshape(20, 50) + 1.0
     divergence = rows_of(kl_BS)

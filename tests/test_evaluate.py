@@ -316,6 +316,9 @@ def test_llama_labels_and_registry(m3: Checkpoint, tmp_path: Path) -> None:
         label in text
         for label in ("99.9%   KLD", "Same top p", "RMS Δp", "Mean PPL(Q)", "Cor(ln(PPL(Q)), ln(PPL(base)))")
     )
+    ppl, ratio, apart = (scores.find(name) for name in ("ppl_source", "ppl_ratio", "ppl_difference"))
+    assert apart.value == pytest.approx(ppl.value * (ratio.value - 1)) and apart.low < apart.value < apart.high
+    assert apart.error == pytest.approx(ppl.value * ratio.error, rel=0.5)  # the ratio moves it most
     unmeasured = replace(scores, scores=())
     assert "Mean    KLD: not measured" in llama_text(unmeasured)
     assert list(EVALUATIONS) == ["kld", "needle", "perplexity", "router"] and all(

@@ -16,6 +16,7 @@ from moesaic.corpus import Corpus
 from moesaic.errors import FamilyError, InputError
 from moesaic.families import FAMILIES
 from moesaic.images import Sight, fitted, pictured
+from moesaic.tokens import Tokenizer, read_texts
 
 VISION = FAMILIES["minimax_m3_vl"].vision
 
@@ -123,6 +124,20 @@ def test_the_command_adds_them_as_a_domain(m3, data, tmp_path, capsys):
     assert loaded.totals({"image": 1.0})["tokens"].sum() > 0 and facts["tokens"] == loaded.tokens
 
 
+def test_what_is_said_of_an_image_is_read_with_it_and_nowhere_else(m3, data, tmp_path):
+    tokenizer = Tokenizer.open(m3.path)
+    (mixed,) = read_texts(data, tokenizer)
+    assert len(mixed.documents) == 20 and not any("sample" in d for d in mixed.documents)
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    lines = [{"image": name, "text": "of this picture there is a lot to be said " * 9} for name in ("0.png", "1.png")]
+    (tmp_path / "image.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "text.txt").write_text("words without a picture")
+    assert [t.domain for t in read_texts(tmp_path, tokenizer)] == ["text"]
+    found = pictured(m3, Corpus(tmp_path, tokens=64, length=32))
+    assert found.tokens.domains == ("image",) and found.tokens.facts["images"] == 1  # a file of that name adds none
+
+
 def test_samples_that_will_not_do(m2, m3, data, tmp_path):
     with pytest.raises(FamilyError, match="minimax_m2 sees no images; remove the samples that have one"):
         pictured(m2, Corpus(data, length=32))
@@ -135,5 +150,7 @@ def test_samples_that_will_not_do(m2, m3, data, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "gone.png", "text": "x" * 100}))
     with pytest.raises(InputError, match=r"gone\.png is no image that can be read"):
         pictured(m3, Corpus(tmp_path, length=32))
+    with pytest.raises(InputError, match="holds images alone; wanted some text beside them"):
+        read_texts(tmp_path, Tokenizer.open(m3.path))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100}))
     assert pictured(m3, Corpus(tmp_path, length=32)) is None

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from test_evaluate import text_rows
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.errors import InputError
+from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import Reading, evaluate
 from moesaic.evaluate.needle import haystacks
 from moesaic.served import Server, read, score, writer
+from moesaic.served import swept as swept_values
 from moesaic.spots import PROMPTS
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import Tokenizer
@@ -92,6 +94,14 @@ def test_what_a_server_tells_is_what_a_sweep_gives(m3: Checkpoint, tmp_path: Pat
     with serving(streaming(m3)) as url:
         server = Server.open(url)
         found = score(readings, read(server, readings, quiet=True), values)
+        left = swept_values(tmp_path / "scores.safetensors", m3, readings)
+        assert left.keys() == {name for name in values if "@" not in name} and len(left) > 10
+        other = replace(readings[0], ids_BT=readings[0].ids_BT.flip(0))
+        left = swept_values(tmp_path / "scores.safetensors", m3, [other, readings[1]])
+        assert left and all(name.startswith(readings[1].name) for name in left)
+        assert swept_values(tmp_path / "none.safetensors", m3, readings) == {}
+        with pytest.raises(StaleError, match="was made from export"):
+            swept_values(tmp_path / "scores.safetensors", replace(m3, config={}), readings)
     assert server.model == "it"
     served = {(s.name, s.part): s for s in found}
     ppl = swept.find("ppl_export")

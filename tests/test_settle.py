@@ -69,13 +69,13 @@ def test_every_rung_doubles_what_was_read():
 
 
 def steps_of(*still: bool) -> list[Step]:
-    return [Step(100, 1.0 if s else 0.5, 0.5, 0.1, 0.0, 0.1, 0.0) for s in still]
+    return [Step(50, 100, 1.0 if s else 0.5, 0.5, 0.1, 0.0, 0.1, 0.0) for s in still]
 
 
 def test_what_counts_as_still():
-    step = Step(100, 0.96, 0.8, 0.3, 0.01, 0.5, 0.01)
+    step = Step(50, 100, 0.96, 0.8, 0.3, 0.01, 0.5, 0.01)
     assert step.still
-    for change in ({"jaccard": 0.94}, {"margin_moved": 0.03}, {"error_moved": 0.03}):
+    for change in ({"jaccard": 0.94}, {"margin_moved": 0.03}, {"error_moved": 0.03}, {"before": 51}):
         assert not dataclasses.replace(step, **change).still
 
 
@@ -119,11 +119,16 @@ def test_the_steps_are_what_they_say(m2, corpus, tmp_path, monkeypatch):
 
 
 def test_a_text_that_ends_is_said(m2, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(settle_module, "compared", lambda *_: steps_of(False)[0])
+    real = settle_module.compared
+    monkeypatch.setattr(settle_module, "compared", lambda *a: dataclasses.replace(real(*a), jaccard=0.5))
+    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 16 * 16)
+    settled = settle(m2, corpus, tmp_path / "a", [4], quiet=True)
+    assert not settled.stable and settled.statistics.tokens == 256
+    assert settled.verdict == "the choice still moves with 256 tokens, all that the text holds; give more"
     monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 16 * 20)
-    settled = settle(m2, corpus, tmp_path, [4], quiet=True)
-    assert not settled.stable and settled.statistics.tokens == 320
-    assert settled.verdict == "the choice still moves with 320 tokens, all that the text holds; give more"
+    settled = settle(m2, corpus, tmp_path / "b", [4], quiet=True)
+    assert not settled.stable and [(s.before, s.tokens) for s in settled.steps] == [(64, 128), (128, 256), (256, 320)]
+    assert settled.verdict.startswith("the text ends with 320 tokens, before a doubling could tell")
 
 
 def test_a_longer_run_sweeps_only_what_is_new(m2, corpus, tmp_path, monkeypatch):

@@ -72,6 +72,9 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         scores = (scores or evaluate.Scores((), NOTHING)).add(more, {"spots": facts}, out / "scores.json", inputs)
     if scores is None:
         raise InputError("the tasks ask for nothing; give others")
+    if "kld" in wanted:
+        with room("artifact").atomic(out / "kld.txt") as partial:
+            partial.write_text(room("evaluate.kld").llama_text(scores) + "\n", encoding="utf-8")
     return told(scores.add((), {"command": a.line}, out / "scores.json"), out / "scores.json")
 
 
@@ -80,11 +83,10 @@ def by_server(a: argparse.Namespace, out: Path) -> dict[str, Any]:
     served, spots = room("served"), room("spots")
     wanted = chosen(a, SERVED, ("perplexity",))
     export, tokenizer = room("checkpoint").Checkpoint.open(a.export), room("tokens").Tokenizer.open(a.export)
-    key = a.key_file.read_text().strip() if a.key_file else ""
+    key = room("serve.local").read_key(a.key_file) if a.key_file else ""
     server = served.Server.open(a.server, key)
     readings = read_what(a, export, out, wanted)
-    swept = out / "scores.safetensors"
-    values = room("artifact").read_tensors(swept, "token_scores")[0] if swept.exists() else None
+    values = served.swept(out / "scores.safetensors", export, readings)
     found = served.score(readings, served.read(server, readings, a.quiet), values, a.seed)
     facts: dict[str, Any] = {
         "server": server.url,

@@ -91,6 +91,20 @@ class Bootstrap:
         low, high = np.clip(value - steps * error, *(within or (-np.inf, np.inf)))
         return Estimate(value, error, float(low), float(high))
 
+    def correlation(self, x_BS: np.ndarray, y_BS: np.ndarray) -> Estimate:
+        """Pearson's over counted tokens; its interval by the percentile method."""
+        counted_BS = self.divergence.counted_BS
+        if counted_BS.sum() < 2:
+            return Estimate(math.nan)
+        x_BS, y_BS = (np.where(counted_BS, z - z[counted_BS].mean(), 0.0) for z in (x_BS, y_BS))
+        sums_BF = np.stack([z.sum(-1) for z in (counted_BS, x_BS, y_BS, x_BS**2, y_BS**2, x_BS * y_BS)], -1)
+        value = float(pearson(sums_BF.sum(0)))
+        if counted_BS.any(-1).sum() < ROWS_NEEDED:
+            return Estimate(value)
+        drawn_R = pearson(self.weights_RB @ sums_BF)
+        low, high = np.quantile(drawn_R, [0.025, 0.975])
+        return Estimate(value, float(drawn_R.std()), float(low), float(high))
+
     def quantiles(self, x_BS: np.ndarray, shares: tuple[float, ...]) -> list[Estimate]:
         """Quantiles over counted tokens; intervals by the percentile method, which quantiles allow."""
         counted_BS = self.divergence.counted_BS
@@ -108,6 +122,13 @@ class Bootstrap:
             drawn += [[quantile(x_N, c_N, q) for q in shares] for c_N in cumulative_rN]
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         return [Estimate(v, float(e), float(a), float(b)) for v, e, a, b in zip(values, np.std(drawn, 0), low, high)]
+
+
+def pearson(sums_F: np.ndarray) -> np.ndarray:
+    """Of Σ1, Σx, Σy, Σx², Σy², Σxy in the last axis; NaN where nothing varies."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums_F, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
 
 
 def studentized(weights_RB: np.ndarray, left_B: np.ndarray, count_B: np.ndarray, rows: int) -> np.ndarray:

@@ -170,7 +170,10 @@ def of_layers(outcome: Lockstep, way: str) -> list[dict[str, Any]]:
 def write_tokens(
     path: Path, readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]], inputs: Mapping[str, str]
 ) -> None:
-    """`<reading>.<field>` [B, T−1] of the first way, `<reading>@<way>.<field>` of the others and of the floor."""
+    """`<reading>.<field>` [B, T−1] of the first way, `<reading>@<way>.<field>` of the others and of the floor.
+
+    Which rows those are is in the file too: reading -> identity.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for number, (side, divergences) in enumerate(found.items()):
         for reading, divergence in zip(readings, divergences):
@@ -178,7 +181,7 @@ def write_tokens(
             tensors |= {f"{name}.{f}": x for f, x in divergence.values.items() if x.is_floating_point()}
             if number == 0:
                 tensors |= {f"{name}.part.{part}": rows_B.clone() for part, rows_B in reading.parts.items()}
-    write_tensors(path, "token_scores", tensors, inputs)
+    write_tensors(path, "token_scores", tensors, inputs, {"readings": {r.name: r.identity for r in readings}})
 
 
 __all__ = ["EVALUATIONS", "Evaluation", "Reading", "Score", "Scores", "evaluate"]

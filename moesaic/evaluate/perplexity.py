@@ -101,10 +101,10 @@ def score(of: Scoring) -> list[Score]:
             found.append(of.score("ppl_ratio", exponential(paired), "ratio"))
     base, other = found[0], found[1]
     if base.value is not None and other.value is not None:
-        counted_BS = divergence.counted_BS
-        correlation = np.corrcoef(nll_p[counted_BS], nll_q[counted_BS])[0, 1] if counted_BS.sum() > 1 else np.nan
-        found.append(of.score("nll_correlation", Estimate(float(correlation)), "correlation"))
-        found.append(of.score("ppl_difference", Estimate(other.value - base.value), "perplexity"))
+        found.append(of.score("nll_correlation", bootstrap.correlation(nll_p, nll_q), "correlation"))
+        slope = bootstrap.mean(other.value * nll_q - base.value * nll_p)  # the difference to first order, row by row
+        shift = other.value - base.value - slope.value
+        found.append(of.score("ppl_difference", slope.map(lambda x: x + shift, 1.0), "perplexity"))
     return found
 
 

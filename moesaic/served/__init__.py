@@ -6,6 +6,6 @@ few tokens: so there is no KL here. Leaves out speed, and servers that do not te
 """
 
 from .client import Server
-from .scores import read, score, writer
+from .scores import read, score, swept, writer
 
-__all__ = ["Server", "read", "score", "writer"]
+__all__ = ["Server", "read", "score", "swept", "writer"]

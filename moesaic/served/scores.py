@@ -4,11 +4,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..artifact import read_tensors
+from ..checkpoint import Checkpoint
 from ..divergence import FIELDS, Bootstrap, Divergence
 from ..evaluate import EVALUATIONS, Reading, Score, Scoring
 from ..evaluate.perplexity import exponential
@@ -66,6 +69,19 @@ def score(
             delta_BS = divergence["nll_export"] - ours.nan_to_num().double().numpy()
             scores.append(of.score("served_delta_nll", of.bootstrap.mean(delta_BS, known_BS), "nats", "", known_BS))
     return scores
+
+
+def swept(file: Path, export: Checkpoint, readings: Sequence[Reading]) -> dict[str, Tensor]:
+    """Token values that a sweep of this export left in `file`, of those readings alone that are the same rows.
+
+    Raises `StaleError` where the sweep was of another export.
+    """
+    if not file.exists():
+        return {}
+    values, body = read_tensors(file, "token_scores", {"export": export.identity})
+    known = body.get("readings", {})
+    same = tuple(f"{r.name}." for r in readings if known.get(r.name) == r.identity)
+    return {name: x for name, x in values.items() if name.startswith(same)}
 
 
 def writer(server: Server, chat: bool) -> Writer:

@@ -74,7 +74,7 @@ def compared(
             scores.append(score(name, Estimate.of_rows(x_N)))
         if set(a_N) | set(b_N) <= {0.0, 1.0}:
             lost, gained = int(((a_N == 1) & (b_N == 0)).sum()), int(((a_N == 0) & (b_N == 1)).sum())
-            scores.append(score("flips", Estimate((lost + gained) / len(a_N))))
+            scores.append(score("flips", Estimate.of_share(lost + gained, len(a_N))))
             scores.append(score("mcnemar_p", Estimate(mcnemar(lost, gained)), "probability"))
             facts[metric] = {"documents": len(a_N), "lost": lost, "gained": gained}
     return scores, facts
