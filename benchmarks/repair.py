@@ -24,7 +24,7 @@ from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.divergence import Bootstrap, Estimate, against
-from moesaic.plan import Plan
+from moesaic.plan import Plan, dropped
 from moesaic.repair import repair
 from moesaic.select import select_experts
 from moesaic.stream import LayerRun, Observer, Routing, State
@@ -92,10 +92,9 @@ def rebiased(
     """KL of the cut, of the cut with moved biases, and the difference."""
     run = LayerRun(source)
     moved = LayerRun(patched(source, moved_biases(run, tokens.ids_BT, plan.kept), folder))
-    experts = range(source.architecture.experts)
-    dropped = {layer: [e for e in experts if e not in ids] for layer, ids in plan.kept.items()}
-    base, cut = swept(run, [State(run.embed(rows.ids_BT)), State(run.embed(rows.ids_BT), dropped)])
-    (after,) = swept(moved, [State(moved.embed(rows.ids_BT), dropped)])
+    left_out = dropped(plan.kept, source.architecture.experts)
+    base, cut = swept(run, [State(run.embed(rows.ids_BT)), State(run.embed(rows.ids_BT), left_out)])
+    (after,) = swept(moved, [State(moved.embed(rows.ids_BT), left_out)])
     before, found = against(run, base, [cut, after], rows.ids_BT)
     kl_cut, kl = before["kl_nats"], found["kl_nats"]
     return [Bootstrap(found, seed).mean(x_BS) for x_BS in (kl_cut, kl, kl - kl_cut)]

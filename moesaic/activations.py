@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .containers import input_of
 from .errors import InputError
 from .families import Architecture
-from .plan import Plan
+from .plan import Plan, dropped
 from .progress import progress
 from .stream import ExpertPass, LayerRun, LinearPass, Observer, State
 from .target import Target
@@ -80,7 +80,6 @@ def observe(
     if (folder / DONE).exists():
         return dict(read_json(folder / DONE, KIND, inputs)["largest"])
     run, a, hidden = LayerRun(source), source.architecture, folder / "hidden.safetensors"
-    dropped = {layer: [e for e in range(a.experts) if e not in ids] for layer, ids in kept.items()}
     start, largest = 0, Largest(a)
     if hidden.exists():
         tensors, body = read_tensors(hidden, KIND, inputs)
@@ -89,7 +88,7 @@ def observe(
         before = run.embed(tokens.ids_BT)
     saved = time.monotonic()
     with progress("activations", (a.layers - start) * tokens.tokens, "token-layers", quiet) as meter:
-        for layer, (state,) in run.sweep([State(before, dropped, largest.observer)], start):
+        for layer, (state,) in run.sweep([State(before, dropped(kept, a.experts), largest.observer)], start):
             meter.advance(tokens.tokens)
             if time.monotonic() - saved > SAVE_SECONDS:
                 body = {"layer": layer, "largest": largest.found}

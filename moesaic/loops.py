@@ -13,6 +13,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .divergence import Estimate, Looped, looped
 from .generate import Sampling, end_tokens, generate
+from .plan import dropped
 from .tokens import TokenSet
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 256
@@ -30,16 +31,12 @@ class Probe:
 
     @staticmethod
     def of(found: Sequence[Looped]) -> "Probe":
-        shares, endless = [one.share for one in found], [float(one.endless) for one in found]
-        return Probe(mean(shares), mean(endless), len(found), sum(one.tokens for one in found))
+        shares = Estimate.of_rows([one.share for one in found])
+        endless = Estimate.of_share(sum(one.endless for one in found), len(found))
+        return Probe(shares, endless, len(found), sum(one.tokens for one in found))
 
     def facts(self) -> dict[str, Any]:
         return vars(self) | {"share": vars(self.share), "endless": vars(self.endless)}
-
-
-def mean(values: Sequence[float]) -> Estimate:
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return Estimate(float(np.mean(values)), error)
 
 
 def probe(
@@ -47,12 +44,11 @@ def probe(
     prompts: int = PROMPTS, new_tokens: int = NEW_TOKENS,
 ) -> Probe:  # fmt: skip
     """Let the model, without the experts that are not in `kept` (layer -> ids), go on from rows of `tokens`."""
-    everyone = set(range(checkpoint.architecture.experts))
-    dropped = {layer: sorted(everyone - set(ids)) for layer, ids in (kept or {}).items()}
     chosen = np.linspace(0, tokens.rows, min(prompts, tokens.rows), endpoint=False).astype(int)
     begun = [tokens.ids_BT[row, :PROMPT_TOKENS].tolist() for row in chosen]
-    room = checkpoint.architecture.context - max(map(len, begun))
+    a = checkpoint.architecture
+    room = a.context - max(map(len, begun))
     ends = end_tokens(checkpoint)
     sampling = Sampling(SAMPLING.temperature, SAMPLING.top_p, seed=SAMPLING.seed, stop=ends)
-    texts = generate(checkpoint, begun, min(new_tokens, room), sampling, dropped=dropped)
+    texts = generate(checkpoint, begun, min(new_tokens, room), sampling, dropped=dropped(kept or {}, a.experts))
     return Probe.of([looped([id for id in text.ids if (id,) not in ends]) for text in texts])

@@ -3,7 +3,7 @@
 Leaves out how a plan is found (allocate, select) and what it costs to make it true (export).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,3 +66,8 @@ class Plan:
             return Plan(body["container"], kept, dict(body["formats"]), body["rounding"], activations, repaired)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error
+
+
+def dropped(kept: Mapping[int, Sequence[int]], experts: int) -> dict[int, list[int]]:
+    """MoE layer -> ids, of `experts`, that `kept` leaves out; empty where all stay."""
+    return {layer: sorted({*range(experts)} - {*ids}) for layer, ids in kept.items()}

@@ -18,6 +18,7 @@ from .calibrate import Statistics
 from .checkpoint import Checkpoint
 from .criteria import CRITERIA
 from .divergence import Bootstrap, Divergence, Estimate, against
+from .plan import dropped
 from .progress import progress
 from .report import mosaic
 from .report.plots import ACCENT, INK, MUTED, WIDE, svg
@@ -88,11 +89,9 @@ def preview(
     """
     run = LayerRun(checkpoint)
     hidden_BTD = run.embed(tokens.ids_BT)
-    everyone = range(checkpoint.architecture.experts)
     states = [State(hidden_BTD)]
     for candidate in found:
-        dropped = {layer: sorted(set(everyone) - set(ids)) for layer, ids in candidate.kept.items()}
-        states.append(State(hidden_BTD.clone(), dropped))
+        states.append(State(hidden_BTD.clone(), dropped(candidate.kept, checkpoint.architecture.experts)))
     with progress("preview", checkpoint.architecture.layers, "layers", quiet) as meter:
         for _, after in run.sweep(states):
             states = after

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, sample
 from .divergence import Bootstrap, against
 from .errors import InputError
 from .families import Linear
-from .plan import Plan
+from .plan import Plan, dropped
 from .progress import progress
 from .render import DONE, digests, inputs_of
 from .render.group import format_of, read_values, weights_of, write_group
@@ -113,7 +113,7 @@ def fit_layer(
         if down in found.linears:
             seen.append(found.x_nI)
 
-    cut = State(hidden_BTD, dropped(target), Observer(linear=see))
+    cut = State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts), Observer(linear=see))
     (middle_BTD,) = run.attention(down.layer, [State(hidden_BTD)])
     full_BTD, cut_BTD = run.feed_forward(down.layer, [State(hidden_BTD), cut], [middle_BTD.clone(), middle_BTD])
     h_TI, cut_TD = torch.cat(seen), cut_BTD.flatten(0, 1)
@@ -145,11 +145,6 @@ def correction(h_TI: Tensor, lacking_TO: Tensor, buffer_bytes: int) -> Tensor:
     return torch.linalg.solve(gram_II, cross_IO).mT.float()
 
 
-def dropped(target: Target) -> dict[int, list[int]]:
-    experts = range(target.source.architecture.experts)
-    return {layer: [e for e in experts if e not in ids] for layer, ids in target.plan.kept.items()}
-
-
 # Judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +168,8 @@ def measured(
     changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
     states = [
         State(hidden_BTD),
-        State(hidden_BTD, dropped(target)),
-        State(hidden_BTD, dropped(target), changed=changed),
+        State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts)),
+        State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts), changed=changed),
     ]
     with progress("judge the repair", run.architecture.layers, "layers", quiet) as meter:
         for layer in range(run.architecture.layers):

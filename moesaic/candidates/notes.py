@@ -7,7 +7,7 @@ frontier.json
     knee              the point where the curve bends most: experts, bytes, predicted_nats
     budget_bytes, budget_bits, bounds    where a size is asked for: kept count -> nats that no plan of that count within
                       it comes below, as predicted
-    harm              what prices are: "measured", "surrogate" or "trace"
+    harm              what prices are: "measured", "surrogate", "anchored" or "trace"
     rule              a, b, weight; error: of ln(predicted / measured), rms over plans each left out in turn; plans; range_nats
 
 rule.json             the rule's coefficients, and under "measured" the plans that it was fitted on: experts, rounding, dropping

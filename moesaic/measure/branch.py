@@ -24,7 +24,7 @@ from ..containers import siblings
 from ..errors import PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
-from ..plan import SOURCE, Plan
+from ..plan import SOURCE, Plan, dropped
 from ..progress import progress
 from ..rounding import ROUNDINGS, Rounding, round_siblings
 from ..stream import Change, LayerRun, State
@@ -279,9 +279,8 @@ def ride(
 
 
 def state_of(run: LayerRun, branch: Branch, hidden_BTD: Tensor, way: Mapping[str, Change]) -> State:
-    everyone = range(run.architecture.experts)
-    dropped = {layer: sorted(set(everyone) - set(ids)) for layer, ids in branch.kept.items()}
-    return State(hidden_BTD, dropped, changed={unit: way[format] for unit, format in branch.formats.items()})
+    left_out = dropped(branch.kept, run.architecture.experts)
+    return State(hidden_BTD, left_out, changed={unit: way[format] for unit, format in branch.formats.items()})
 
 
 def summary(kl_BS: Tensor) -> dict[str, Any]:

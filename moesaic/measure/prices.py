@@ -41,7 +41,7 @@ class Prices:
     rounded   unit -> format -> price; "source" costs nothing
     dropped   MoE layer -> kept count -> price, in the order `order_LE`, rows of which are `dropped`'s layers
     tokens    that were read
-    harm      how they were found: "measured", "surrogate" or "trace"
+    harm      how they were found: "measured", "surrogate", "anchored" or "trace"
     """
 
     rounded: Mapping[str, Mapping[str, Price]]

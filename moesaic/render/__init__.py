@@ -18,7 +18,7 @@ from torch import Tensor
 from ..artifact import identity, read_json, write_json, write_tensors
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
-from ..plan import Plan
+from ..plan import Plan, dropped
 from ..progress import progress
 from ..rounding import ROUNDINGS
 from ..stream import LayerRun, State
@@ -54,7 +54,8 @@ def render(
     run = LayerRun(source, device)
     work = Work(target, ROUNDINGS[plan.rounding], run, folder, inputs, memory_bytes or 4 * run.buffer_bytes)
     layer, hidden_BTD = work.resume()
-    state = State(run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device), work.dropped())
+    before = run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device)
+    state = State(before, dropped(plan.kept, source.architecture.experts))
     with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as work.meter:
         for facts in work.facts:
             work.meter.advance(facts["weights"])

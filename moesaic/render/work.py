@@ -39,10 +39,6 @@ class Work:
         self.groups = siblings(changed)
         self.by_origin = {self.target.origin[n.name].name: group for group in self.groups for n in group}
 
-    def dropped(self) -> dict[int, list[int]]:
-        experts = range(self.run.architecture.experts)
-        return {layer: [e for e in experts if e not in ids] for layer, ids in self.target.plan.kept.items()}
-
     def resume(self) -> tuple[int, Tensor | None]:
         """The first layer still to do, and the hidden states before it (None: from the embedding)."""
         path = self.folder / "hidden.safetensors"

@@ -103,7 +103,7 @@ RoundBlock = Callable[[Block, NumberFormat], tuple[Rounded, ...]]
 class Rounding:
     """One way to round.
 
-    needs        names of the fields of `Batch` that `round` cannot do without: "hessian"; empty: it needs no data
+    needs        names of the fields of `Batch` that `round` cannot do without ("hessian_EII"); empty: it needs no data
     round        matrices by themselves
     round_block  matrices together, by the output that they make together; None: it makes no difference
     kernel       whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones

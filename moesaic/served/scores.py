@@ -16,7 +16,7 @@ from ..divergence import FIELDS, Bootstrap, Divergence
 from ..evaluate import EVALUATIONS, Reading, Score, Scoring
 from ..evaluate.perplexity import exponential
 from ..progress import progress
-from ..spots import Prompt, Writer
+from ..spots import SEED, Prompt, Writer
 from .client import Server
 
 AT_ONCE = 4  # requests; the server batches them
@@ -88,7 +88,7 @@ def writer(server: Server, chat: bool) -> Writer:
     """The server as the writer of spot checks: by chat, or for a model without a template by plain completion."""
 
     def one(prompt: Prompt, new_tokens: int, temperature: float) -> str:
-        more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": temperature, "seed": 0}
+        more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": temperature, "seed": SEED}
         if not chat:
             return server.complete(prompt.text, **more)
         tools = {"tools": list(prompt.tools)} if prompt.tools else {}

@@ -5,7 +5,7 @@ generated greedily, held against what a right one has to contain, and shown whol
 longer ones, drawn at two temperatures, are looked through for loops. Leaves out judging style.
 """
 
-from .probe import Writer, compare, judge, local
+from .probe import SEED, Writer, compare, judge, local
 from .prompts import PROBES, PROMPTS, Prompt
 
-__all__ = ["PROBES", "PROMPTS", "Prompt", "Writer", "compare", "judge", "local"]
+__all__ = ["PROBES", "PROMPTS", "SEED", "Prompt", "Writer", "compare", "judge", "local"]
