@@ -15,6 +15,14 @@ from ..stream import BlockPass, ExpertPass, Observer, Routing
 SUMS = ("tokens", "gate", "gate2", "norm", "norm2", "gated", "gated2", "gnorm2", "turned")  # see criteria/base.py
 
 
+def only(seen: ExpertPass, mask_n: Tensor) -> ExpertPass:
+    """The same of fewer tokens."""
+    return ExpertPass(
+        seen.layer, seen.expert, seen.tokens_n[mask_n], seen.gates_n[mask_n], seen.x_nD[mask_n],
+        seen.inner_nI[mask_n], seen.f_nD[mask_n],
+    )  # fmt: skip
+
+
 @dataclass
 class LayerSums:
     """What one MoE layer's observer adds up, in F64; G groups are domain × half, E experts."""
@@ -47,30 +55,31 @@ class LayerSums:
         group_n, gate_n = self.group_T[seen.tokens_n], seen.gates_n.double()
         finite = norm_n.isfinite() & gate_n.isfinite()
         self.add("nonfinite", seen.expert, group_n[~finite], torch.ones_like(norm_n[~finite]))
-        group_n, gate_n, norm_n, f_nD = group_n[finite], gate_n[finite], norm_n[finite], seen.f_nD[finite]
+        if not finite.all():
+            group_n, gate_n, norm_n, seen = group_n[finite], gate_n[finite], norm_n[finite], only(seen, finite)
         for name, values in (
             ("tokens", torch.ones_like(norm_n)), ("gate", gate_n), ("gate2", gate_n**2), ("norm", norm_n), ("norm2", norm_n**2),
             ("gated", gate_n * norm_n), ("gated2", (gate_n * norm_n) ** 2), ("gnorm2", gate_n * norm_n**2),
         ):  # fmt: skip
             self.add(name, seen.expert, group_n, values)
         if len(norm_n):
-            peak_n = f_nD.abs().amax(1).double().cpu()
+            peak_n = seen.f_nD.abs().amax(1).double().cpu()
             peak_G = self.sums["peak"][:, seen.expert]
             self.sums["peak"][:, seen.expert] = peak_G.scatter_reduce(0, group_n.cpu(), peak_n, "amax")
-        self.weighted.append((seen.expert, seen.tokens_n[finite], gate_n * norm_n))
-        self.moments(seen, finite)
+        self.weighted.append((seen.expert, seen.tokens_n, gate_n * norm_n))
+        self.moments(seen)
 
     def add(self, name: str, expert: int, group_n: Tensor, values_n: Tensor) -> None:
         self.sums[name][:, expert] += group_n.bincount(values_n, minlength=self.groups).double().cpu()
 
-    def moments(self, seen: ExpertPass, finite: Tensor) -> None:
+    def moments(self, seen: ExpertPass) -> None:
         if self.mean_ED is None or self.inputs_ED is None or self.inner_EI is None:
             width, inner = seen.x_nD.shape[1], seen.inner_nI.shape[1]
             self.mean_ED, self.inputs_ED = torch.zeros(self.experts, width), torch.zeros(self.experts, width)
             self.inner_EI = torch.zeros(self.experts, inner)
-        self.mean_ED[seen.expert] += seen.f_nD[finite].float().sum(0).cpu()
-        self.inputs_ED[seen.expert] += seen.x_nD[finite].float().square().sum(0).cpu()
-        self.inner_EI[seen.expert] += seen.inner_nI[finite].float().square().sum(0).cpu()
+        self.mean_ED[seen.expert] += seen.f_nD.float().sum(0).cpu()
+        self.inputs_ED[seen.expert] += seen.x_nD.float().square().sum(0).cpu()
+        self.inner_EI[seen.expert] += seen.inner_nI.float().square().sum(0).cpu()
 
     def block(self, seen: BlockPass) -> None:
         """EASY-EP's term: how far the routed experts turned each token's residual stream."""
