@@ -172,6 +172,32 @@ def test_evaluate(tell, model, smaller, text, tmp_path):
     assert same["scores"]["kl_mean"]["value"] == pytest.approx(0, abs=1e-7)
 
 
+def test_evaluate_as_the_engine_rounds_and_no_other_way(tell, model, smaller, text, tmp_path):
+    facts, said = tell("evaluate", smaller, "--against", model, "--out", tmp_path, "--activations", "engine", *text)
+    assert facts["scores"]["kl_mean"]["value"] > 0 and "activations engine" in said
+    assert list(read_json(tmp_path / "scores.json", "scores")["activations"])[0] == "engine"
+    assert (
+        "Mean    KLD:" in (tmp_path / "kld.txt").read_text()
+        and "not measured" not in (tmp_path / "kld.txt").read_text()
+    )
+
+
+def test_evaluate_tasks_alone(tell, model, smaller, tmp_path):
+    questions = [{"q": f"{i} and {i} is", "choices": [" one", " two"], "answer": i % 2} for i in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    words = ["--scores", "tasks", "--tasks", "sums", "--task-files", tmp_path, "--out", tmp_path / "out"]
+    facts, said = tell("evaluate", smaller, "--against", model, *words)
+    assert facts["scores"]["task_acc_delta"]["rows"] == 8 and "sums: over" in said
+    compared = read_json(tmp_path / "out" / "scores.json", "scores")["tasks"]["compared"]
+    assert set(compared) == {"sums none", "sums engine"}
+
+
 def test_compress_and_report(tell, model, text, tmp_path):
     run = tmp_path / "run"
     words = ["--experts", 4, "--format", "mxfp4", "--evaluation-tokens", 192, *text]
@@ -204,6 +230,12 @@ def test_measure_and_allocate_are_compress_stopped_early(tell, model, text, tmp_
     facts, said = tell("compress", *words, "--fit", str(int(0.8 * whole)), "--evaluation-tokens", 192)
     assert (tmp_path / "costs.json").stat().st_mtime_ns == written
     assert facts["chosen"]["bytes"] == stored_bytes(tmp_path / "model") <= int(0.8 * whole)
+
+
+def test_measure_by_what_the_weights_say(tell, model, text, tmp_path):
+    words = ["--criterion", "aimer", "--harm", "surrogate", "--formats", "source,mxfp4", *text]
+    facts, _ = tell("measure", model, tmp_path, *words)
+    assert facts["totals"]["experts"]["mxfp4"] > 0
 
 
 def test_fit_and_serve(tell, model, smaller):
@@ -253,6 +285,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no such domain": (["prune", "MODEL", "OUT", "--experts", "4", "--tokens", "512", "--domains", "a"], "no domain 'a'"),
     "no statistics": (["prune", "MODEL", "OUT", "--experts", "4", "--run", "/nowhere"], "holds no statistics"),
     "no such text": (["prune", "MODEL", "OUT", "--experts", "4", "--data", "/nowhere"], "/nowhere is no folder"),
+    "loops of nothing": (["prune", "MODEL", "OUT", "--experts", "4", "--loops"], "give --preview too"),
+    "text for a run": (["prune", "MODEL", "OUT", "--experts", "4", "--run", "R", "--until-stable"], "give one of them"),
     "a folder that is taken": (["prune", "MODEL", "OTHER", "--experts", "4"], "exists and is no export of moesaic's"),
     "a file for a folder": (["prune", "MODEL", __file__, "--experts", "4"], "exists and is no export of moesaic's"),
     "into the source": (["quantize", "MODEL", "MODEL", "--format", "mxfp4"], "lies in the source's own folder"),

@@ -108,5 +108,7 @@ def test_compress_within_a_budget_is_rounded_on_text(model, data, tmp_path, caps
     assert f"rounded  {facts['groups']:,} groups of matrices by gptq on 256 tokens" in told
     assert read_json(run / "verify.json", "verify")["compared"]["rendered"] > 0
     assert "GPTQ" in (run / "report.html").read_text()
+    assert main(["verify", str(run / "model"), "--source", str(model.path), "--quiet"]) == 0
+    assert "rendered" in capsys.readouterr().out
     before = contents(run / "model")
     assert main(call) == 0 and contents(run / "model") == before

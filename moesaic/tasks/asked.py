@@ -1,5 +1,7 @@
 """What the harness asks of a model, as rows of tokens. Leaves out the answers' meaning (marks.py)."""
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -128,9 +130,10 @@ def harness(names: Sequence[str], folder: Path | None, limit: int | None, model:
         there_are = ", ".join(sorted(manager.all_tasks)[:8])
         raise InputError(f"no task {unknown[0]!r} in {folder or 'the harness'}; there are {there_are}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = simple_evaluate(
-        model=model, tasks=list(names), task_manager=manager, limit=limit, log_samples=True, bootstrap_iters=0
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its bars: the work that takes time is not the harness's
+        found = simple_evaluate(
+            model=model, tasks=list(names), task_manager=manager, limit=limit, log_samples=True, bootstrap_iters=0
+        )
     return dict(found)
 
 
