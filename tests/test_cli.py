@@ -175,7 +175,7 @@ def test_evaluate(tell, model, smaller, text, tmp_path):
 def test_evaluate_as_the_engine_rounds_and_no_other_way(tell, model, smaller, text, tmp_path):
     facts, said = tell("evaluate", smaller, "--against", model, "--out", tmp_path, "--activations", "engine", *text)
     assert facts["scores"]["kl_mean"]["value"] > 0 and "activations engine" in said
-    assert list(read_json(tmp_path / "scores.json", "scores")["activations"])[0] == "engine"
+    assert next(iter(read_json(tmp_path / "scores.json", "scores")["activations"])) == "engine"
     assert (
         "Mean    KLD:" in (tmp_path / "kld.txt").read_text()
         and "not measured" not in (tmp_path / "kld.txt").read_text()
