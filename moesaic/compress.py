@@ -8,6 +8,7 @@ Every step leaves a file in the run folder and reads what the steps before it le
 continues wherever it was stopped.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from .activations import calibrated
-from .artifact import write_json
-from .calibrate import Statistics, calibrate
+from .artifact import read_json, write_json
+from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from .candidates import (
     FORMATS_OFFERED,
     HARMS,
@@ -44,6 +45,7 @@ from .render import BESIDE
 from .report import report
 from .rounding import ROUNDINGS
 from .select import Selection, check_names, select_experts
+from .settle import settle
 from .target import Target
 from .tokens import TokenSet
 from .verdict import Verdict
@@ -76,6 +78,8 @@ class Recipe:
     layout: Layout | None = None  # how it will be served: what an engine would not load so is refused, or not offered
     devices: str = ""  # that `fit` was found for, with `context`: the report shows how they hold the result
     context: int | None = None
+    domains: Mapping[str, float] | None = None  # name -> share, of those that rank experts; None: all alike
+    until_stable: bool = False  # read more and more text until the choice of experts stops moving (see `settle`)
 
     @property
     def has_budget(self) -> bool:
@@ -86,7 +90,7 @@ class Recipe:
         experts = () if self.experts is None else (self.experts,)
         budget = Budget(self.fit, self.bits, experts, self.formats, self.harm, seconds=self.seconds, layout=self.layout)
         container = CONTAINERS[self.container]
-        return Setting(source, container, run, budget, self.criterion, self.policy, self.rounding, quiet)
+        return Setting(source, container, run, budget, self.criterion, self.policy, self.rounding, quiet, self.domains)
 
 
 def compress(
@@ -141,6 +145,7 @@ def compress(
         "verified": dict(verdict.compared),
         "chosen": chosen.facts if chosen else None,
         "rendered": rendered,
+        "settled": settled_by(run) if recipe.until_stable else None,
     }
 
 
@@ -222,8 +227,7 @@ def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) 
     check(source, recipe)
     setting = recipe.setting(source, run, quiet)
     check_budget(setting)
-    tokens = corpus.calibration(source, run / "tokens.safetensors")
-    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
+    statistics, tokens = learn(source, run, recipe, corpus, quiet)
     return setting, *price_options(setting, statistics, tokens)
 
 
@@ -237,19 +241,40 @@ def within_budget(
     mine = set(np.linspace(0, unseen.rows - 1, count).round().astype(int).tolist())
     choice, rows = (unseen.take([i for i in range(unseen.rows) if (i in mine) == its]) for its in (True, False))
     rows.save(run / "evaluation.safetensors")
-    tokens = corpus.calibration(source, run / "tokens.safetensors")
-    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
+    statistics, tokens = learn(source, run, recipe, corpus, quiet)
     chosen = choose(recipe.setting(source, run, quiet), statistics, tokens, choice)
     kept = chosen.plan.experts(source.architecture.experts)
     return chosen, noted(source, run, recipe, kept, statistics, tokens), rows
+
+
+def learn(
+    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool
+) -> tuple[Statistics, TokenSet]:  # fmt: skip
+    """What is known of every expert, and the text that it was learnt from."""
+    weighs = CRITERIA[recipe.criterion].reads_weights
+    if recipe.until_stable:
+        experts = source.architecture.experts
+        counts = [experts // 2, experts * 3 // 4] if recipe.experts in (None, experts) else [recipe.experts]
+        settled = settle(source, corpus, run, counts, recipe.criterion, recipe.policy, recipe.domains, quiet)
+        weights = weigh(source, run / WEIGHTS, quiet) if weighs else {}
+        return replace(settled.statistics, weights=weights), settled.tokens
+    tokens = corpus.calibration(source, run / "tokens.safetensors")
+    if recipe.domains is not None:
+        check_domains(recipe.domains, tokens.domains)
+    return calibrate(source, tokens, run / "stats", quiet, weighs), tokens
+
+
+def settled_by(run: Path) -> str | None:
+    """How much text was enough, in a sentence; None where no experts were chosen."""
+    file = run / "settled.json"
+    return read_json(file, "settled")["verdict"] if file.exists() else None
 
 
 def select(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:
     """Which experts stay; None when all do, and then no text is read."""
     if recipe.experts is None or recipe.experts == source.architecture.experts:
         return None
-    tokens = corpus.calibration(source, run / "tokens.safetensors")
-    statistics = calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights)
+    statistics, tokens = learn(source, run, recipe, corpus, quiet)
     return noted(source, run, recipe, recipe.experts, statistics, tokens)
 
 
@@ -259,7 +284,7 @@ def noted(
     """The selection of so many experts, and run/selection.json; None for all of them."""
     if experts == source.architecture.experts:
         return None
-    selection = select_experts(statistics, recipe.criterion, experts, recipe.policy)
+    selection = select_experts(statistics, recipe.criterion, experts, recipe.policy, recipe.domains)
     facts = selection.facts() | {"scores": selection.score_LE.tolist(), "tokens": dict(tokens.facts)}
     write_json(run / "selection.json", "selection", facts, {"source": source.identity, "tokens": tokens.identity})
     return selection

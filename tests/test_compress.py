@@ -14,6 +14,7 @@ from moesaic.calibrate import calibrate
 from moesaic.candidates import stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
+from moesaic.compress import Recipe, select, settled_by
 from moesaic.corpus import Corpus
 from moesaic.divergence import Bootstrap, against
 from moesaic.errors import InputError
@@ -21,6 +22,8 @@ from moesaic.evaluate import Reading, Scores, evaluate
 from moesaic.export import export
 from moesaic.plan import Plan
 from moesaic.preview import candidates, preview
+from moesaic.select import select_experts
+from moesaic.settle import settle
 from moesaic.stream import LayerRun, State
 from moesaic.verify import verify
 
@@ -68,6 +71,22 @@ def test_compress_prunes_rounds_verifies_measures_and_reports(
     assert main(call) == 0, "the same call continues, and finds all done"
     assert said(capsys)["scores"] == facts["scores"]
     assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_experts_are_ranked_by_the_domains_named_and_by_as_much_text_as_it_takes(m2, data, tmp_path) -> None:
+    (tmp_path / "text").mkdir()
+    for file in data.iterdir():
+        (tmp_path / "text" / file.name).write_text("\n".join(file.read_text().splitlines()[:30]))
+    corpus, shares = Corpus(tmp_path / "text", tokens=96, length=48), {"words": 1.0}
+    recipe = Recipe(experts=5, domains=shares, until_stable=True)
+    found = select(m2, tmp_path / "run", recipe, corpus, True)
+    settled = settle(m2, corpus, tmp_path / "other", [5], domains=shares, quiet=True)
+    assert found is not None and found.cut == select_experts(settled.statistics, "reap", 5, domains=shares).cut
+    assert found.domains == {"sums": 0.0, "words": 1.0} and found.tokens == settled.statistics.tokens > 96
+    assert settled_by(tmp_path / "run") == settled.verdict and settled_by(tmp_path) is None
+    assert recipe.setting(m2, tmp_path, True).domains == shares
+    with pytest.raises(InputError, match="no domain 'law'"):
+        select(m2, tmp_path / "run", Recipe(experts=5, domains={"law": 1.0}), corpus, True)
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ calibration, and making the plan true (compress, export).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class Setting:
     policy: str = "pooled"
     rounding: str = "rtn"
     quiet: bool = False
+    domains: Mapping[str, float] | None = None  # name -> share, of those that rank experts; None: all alike
 
     @property
     def kept(self) -> list[int]:
@@ -216,7 +217,7 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     """Every option's price, and the rows of `calibration` that they were found on. Leaves costs.json."""
     source, budget, a = setting.source, setting.budget, setting.source.architecture
     offered = budget.offered(source, setting.container)
-    order_LE = order_experts(statistics, setting.criterion, setting.policy)
+    order_LE = order_experts(statistics, setting.criterion, setting.policy, setting.domains)
     every = [n for n in reversed(setting.kept) if n < a.experts]
     how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
     work, memory = reverse_work(source, offered), budget.memory_bytes

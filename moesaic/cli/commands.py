@@ -173,7 +173,7 @@ def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
     return room("compress").Recipe(
         a.experts, format, rest, a.criterion, a.policy, a.rounding or "rtn", a.to, size, a.bits,
         a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
-        served, a.devices or "", a.context,
+        served, a.devices or "", a.context, a.domains, a.until_stable,
     )  # fmt: skip
 
 
@@ -279,6 +279,8 @@ def told(facts: dict[str, Any]) -> dict[str, Any]:
             f"predicted {chosen['predicted_nats']:.4f}, measured {chosen['measured_nats']:.4f} ± {chosen['error']:.4f}"
         )
         print(f"plan     {chosen['name']}: KL {before} before it was written, by {chosen['rounding']}")
+    if facts["settled"]:
+        print(f"text     {facts['settled']}")
     tell_rounding(facts)
     tell_scores(facts["scores"])
     for warning in facts["warnings"]:

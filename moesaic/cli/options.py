@@ -189,7 +189,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
         "--experts", type=int, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
     )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
-    p.add_argument("--policy", default="pooled", help="how domains are weighed (default %(default)s)")
+    ranking_options(p)
     rounding_option(p)
     p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
     parallel_options(p)
