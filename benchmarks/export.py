@@ -20,6 +20,7 @@ from pathlib import Path
 from prune import warm
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.containers import CONTAINERS
 from moesaic.export import export
 from moesaic.plan import SOURCE, Plan
 from moesaic.target import Target
@@ -29,7 +30,10 @@ CASES = {  # name -> (container, format of experts, whether from the INT4 export
     "nvfp4": ("compressed_tensors", "nvfp4", False),
     "int4": ("compressed_tensors", "int4_g64", False),
     "int3": ("compressed_tensors", "int3_g64", False),
+    "auto_round int4": ("auto_round", "int4_g64", False),
+    "gptq int4": ("gptq", "int4_g64", False),
     "mlx mxfp4": ("mlx", "mxfp4", False),
+    "mlx nvfp4": ("mlx", "nvfp4", False),
     "mlx affine4": ("mlx", "affine4_g64", False),
     "mlx copied": ("mlx", SOURCE, False),
     "int4 to mlx": ("mlx", SOURCE, True),
@@ -37,8 +41,11 @@ CASES = {  # name -> (container, format of experts, whether from the INT4 export
 
 
 def plan_of(source: Checkpoint, container: str, format: str) -> Plan:
-    experts = [unit for unit, members in source.architecture.units.items() if members[0].role == "experts"]
-    return Plan(container, formats=dict.fromkeys(experts, format))
+    """Experts in `format`, the rest as it is, or in BF16 where the container cannot hold it."""
+    held = set(source.formats.values()) <= set(CONTAINERS[container].packings)
+    units = source.architecture.units.items()
+    rest = SOURCE if held else "bf16"
+    return Plan(container, formats={unit: format if n[0].role == "experts" else rest for unit, n in units})
 
 
 def measure(name: str, source: Checkpoint, out: Path) -> dict[str, float]:
@@ -82,7 +89,7 @@ def main() -> None:
             f = found[case]
             sizes = f"{f['read_bytes'] / 1e9:5.2f} -> {f['written_bytes'] / 1e9:5.2f} GB"
             costs = f"{f['source_gb_per_second']:5.2f} GB/s  {f['cpu_seconds']:6.2f} CPU s"
-            print(f"{case:12} {sizes}  {costs}  {f['peak_mb']:6,.0f} MB peak ({f['peak_before_mb']:,.0f} before)")
+            print(f"{case:15} {sizes}  {costs}  {f['peak_mb']:6,.0f} MB peak ({f['peak_before_mb']:,.0f} before)")
     print(json.dumps(found))
 
 

@@ -8,7 +8,7 @@ export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import kernels
 from .artifact import atomic, writing
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, sample
-from .containers import siblings
+from .containers import Packing, siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
 from .plan import Plan
@@ -216,11 +216,9 @@ def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding
 
 
 def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
-    """Whether kernels read and write these matrices as they are stored."""
-    source = target.source
-    formats = [source.formats[target.origin[n.name].name] for n in group]
-    packings = [target.packing(n) for n in group] + [source.container.packing(format) for format in formats]
-    return all(format in kernels.SOURCES for format in formats) and all(packing.in_kernels for packing in packings)
+    """Whether kernels know these matrices' formats, as read and as written."""
+    read = (target.source.formats[target.origin[n.name].name] for n in group)
+    return all(f in kernels.SOURCES for f in read) and all(target.packing(n).format in kernels.TARGETS for n in group)
 
 
 def prepare_kernels(target: Target, quiet: bool) -> None:
@@ -250,16 +248,14 @@ def requantized(
     """What kernels make of what `read` gives of each matrix: tensors by meaning, and (with `measure`) sums of squares."""
     source, device = target.source, kernels.device()
     twin, origins = kernels.of(device), [target.origin[n.name] for n in group]
-    stored = [{key: part.to(device) for key, part in read(origin).items()} for origin in origins]
     formats = [source.formats[origin.name] for origin in origins]
+    stored = [kernel_input(source.container.packing(f), read(n), n.shape, device) for f, n in zip(formats, origins)]
     number_format, shared = target.packing(group[0]).number_format, None
     if number_format.share:
-        amax = [twin.amax(f, p["codes"], p.get("blocks")) for f, p in zip(formats, stored)]
+        amax = [twin.amax(f, *parts) for f, parts in zip(formats, stored)]
         shared = number_format.share(torch.stack(amax).max())
     for linear, format, parts in zip(group, formats, stored):
-        rounded = partial(
-            twin.requantize, format, parts["codes"], parts.get("blocks"), number_format, shared=shared, search=search
-        )
+        rounded = partial(twin.requantize, format, *parts, number_format, shared=shared, search=search)
         made = rounded(measure=measure)
         low, high = PLAUSIBLE_RMS
         if made.amax and not low * linear.elements**0.5 < made.amax < high:  # that bounds the root mean square too
@@ -267,19 +263,17 @@ def requantized(
             check_magnitude(
                 f"{source.path}: {target.origin[linear.name].name}", (squared_weight / linear.elements) ** 0.5
             )
-        scales = made.scales
-        packed = {
-            "codes": made.packed,
-            "blocks": scales.blocks,
-            "shared": scales.shared,
-            "shape": torch.tensor(linear.shape),
-        } | target.inputs(linear)
-        found = {}
-        for key in target.packing(linear).parts(linear.shape):
-            if (tensor := packed[key]) is None:
-                raise PlanError(f"{linear.name} came out without its {key}; report this as a bug")
-            found[key] = tensor.cpu()
-        yield found, made
+        packing = target.packing(linear)
+        packed = packing.write(made.stream_OS, made.scales, linear.shape) | target.inputs(linear)
+        yield {key: packed[key].cpu() for key in packing.parts(linear.shape)}, made
+
+
+def kernel_input(
+    packing: Packing, parts: Mapping[str, Tensor], shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """A matrix as kernels read it, E4M3 or BF16 [O, I], and its scales, whatever container it lies in."""
+    stream_OS, scales = packing.read({key: part.to(device) for key, part in parts.items()}, shape)
+    return stream_OS.view(torch.bfloat16 if packing.format == "bf16" else torch.float8_e4m3fn), scales.blocks
 
 
 def carried(source: Path) -> list[Path]:

@@ -202,6 +202,6 @@ def test_a_damaged_config_is_one_sentence(
 def test_a_planted_fault_is_seen() -> None:
     """The round trip would not notice a packing that stores nothing; this one drops a bit."""
     packing = CONTAINERS["compressed_tensors"].packing("mxfp4")
-    faulty = replace(packing, pack=lambda codes_OI, scales: packing.pack(codes_OI & 7, scales))
+    faulty = replace(packing, write=lambda stream_OS, *rest: packing.write(stream_OS & 0x77, *rest))
     with pytest.raises(AssertionError):
         test_unpack_undoes_pack(faulty, (64, 64))

@@ -21,17 +21,20 @@ import pytest
 import tiny
 import torch
 from children import child, contents, dying, mend_threads
+from requantized import same_bits
 from safetensors.torch import load_file
 from torch import Tensor
 
 import moesaic.export as export_module
 import moesaic.shards as shards_module
+from moesaic import kernels
 from moesaic.checkpoint import Checkpoint, Stored, read_header
-from moesaic.containers import CONTAINERS
+from moesaic.containers import CONTAINERS, Container, siblings
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.plan import Plan
 from moesaic.progress import Meter
+from moesaic.rounding import ROUNDINGS
 from moesaic.shards import Piece, Shard, plan_shards, write_shards
 from moesaic.target import Target
 
@@ -569,3 +572,43 @@ def test_containers_of_the_sources_write_only_their_own(m2):
         Target.of(m2, Plan("unquantized", formats=dict.fromkeys(m2.architecture.units, "bf16"))).container
         is CONTAINERS["unquantized"]
     )
+
+
+# Kernels -----------------------------------------------------------------------------------------------------------
+
+WRITTEN = [
+    (container, format)
+    for container in CONTAINERS.values()
+    for format, packing in container.packings.items()
+    if packing.format in kernels.TARGETS and container.name in ("compressed_tensors", "auto_round", "gptq", "mlx")
+]
+
+
+@pytest.mark.parametrize(("container", "format"), WRITTEN, ids=lambda value: getattr(value, "name", value))
+def test_kernels_write_the_bytes_of_the_reference(source: Checkpoint, container: Container, format: str) -> None:
+    """Every format that they know, in every container, gate and up of an expert, and its down: tensors and their order."""
+    units = source.architecture.units.items()
+    formats = {u: format if members[0].role == "experts" else "bf16" for u, members in units}
+    plan = Plan(
+        container.name, formats=formats, activations={f"layers.1.experts.{p}": 3.0 for p in ("gate_up", "down")}
+    )
+    target, rtn = Target.of(source, plan), ROUNDINGS["rtn"]
+    for group in siblings([n for n in target.architecture.linears if n.layer == 1 and n.expert == 3]):
+        assert export_module.in_kernels(target, group)
+        ours = list(export_module.through_kernels(target, group, False))
+        slow = list(export_module.through_values(target, group, rtn))
+        assert len(ours) == len(slow)
+        assert all(same_bits(a, b) for a, b in zip(ours, slow))
+
+
+def test_kernels_read_what_lies_in_other_containers(m3: Checkpoint, tmp_path: Path) -> None:
+    """MXFP8 in MLX's stacks of uint32 words, and in compressed-tensors: the same bytes come out as of the source."""
+    first, *_ = siblings([n for n in m3.architecture.linears if n.expert == 3])
+    moe = [unit for unit, members in m3.architecture.units.items() if members[0].role == "experts"]
+    made = []
+    for name in ("mxfp8", "mlx", "compressed_tensors"):
+        here = m3 if name == "mxfp8" else export(m3, Plan(name), tmp_path / name, quiet=True)
+        target = Target.of(here, Plan("compressed_tensors", formats=dict.fromkeys(moe, "nvfp4")))
+        assert export_module.in_kernels(target, first)
+        made.append(list(export_module.through_kernels(target, first, False)))
+    assert all(same_bits(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True))

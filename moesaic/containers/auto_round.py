@@ -52,13 +52,12 @@ def zeros(shape: Sequence[int], format: str) -> Tensor:
     return pack_bits(torch.full((groups, shape[0]), 2 ** (bits - 1) - 1, dtype=torch.uint8), bits, 4).view(torch.int32)
 
 
-def pack(codes_OI: Tensor, scales: Scales, *, format: str) -> dict[str, Tensor]:
+def write(stream_OS: Tensor, scales: Scales, shape: Sequence[int], *, format: str) -> dict[str, Tensor]:
     assert scales.blocks is not None
-    stream = pack_bits(codes_OI, FORMATS[format].element_bits, 4).view(torch.int32)
     return {
-        "codes": stream.T.contiguous(),
+        "codes": stream_OS.view(torch.int32).T.contiguous(),
         "blocks": scales.blocks.T.contiguous(),
-        "zeros": zeros(codes_OI.shape, format),
+        "zeros": zeros(shape, format),
     }
 
 
@@ -76,8 +75,9 @@ def packing(format: str) -> Packing:
         format,
         f"{format} gptq",
         partial(parts, format=format),
-        partial(pack, format=format),
+        partial(write, format=format),
         partial(read, format=format),
+        word=4,
     )
 
 

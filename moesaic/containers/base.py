@@ -40,7 +40,7 @@ class Part:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-Pack = Callable[[Tensor, Scales], dict[str, Tensor]]
+Write = Callable[[Tensor, Scales, Sequence[int]], dict[str, Tensor]]
 Read = Callable[[Mapping[str, Tensor], Sequence[int]], tuple[Tensor, Scales]]
 Recognise = Callable[[Architecture, Mapping[str, Any], frozenset[str] | None], dict[str, str]]
 Config = Callable[[Architecture, Mapping[str, str], Mapping[str, Any]], dict[str, Any] | None]
@@ -51,19 +51,20 @@ class Packing:
     """How one format lies in one container.
 
     parts   (shape [O, I]) -> its tensors, by meaning: "codes", "blocks", "shared", "offsets", or what else there is
-    pack    (codes [O, I], Scales) -> those tensors, by the same keys, but for "inputs": the second level of scale
-            of the vectors that it multiplies, which its weights do not tell
-    read    (those tensors, shape) -> codes as one dense little-endian bit stream a row, uint8 [O, ·], and Scales
+    write   (codes as one dense little-endian bit stream a row, uint8 [O, ·], Scales, shape) -> those tensors, by the
+            same keys, but for "inputs": the second level of scale of the vectors that it multiplies, which its weights
+            do not tell
+    read    (those tensors, shape) -> that stream, and Scales
     layout  two packings of one format with one layout differ in names, dtypes and shapes alone: bytes may be copied
-    in_kernels  whether `kernels` write (and, for a source, read) codes as they lie here
+    word    the bytes of which each row of the stream has a whole number
     """
 
     format: str
     layout: str
     parts: Callable[[Sequence[int]], dict[str, Part]]
-    pack: Pack
+    write: Write
     read: Read
-    in_kernels: bool = False
+    word: int = 1
 
     @property
     def number_format(self) -> NumberFormat:
@@ -75,6 +76,11 @@ class Packing:
 
     def bytes(self, shape: Sequence[int]) -> int:
         return sum(part.bytes for part in self.parts(shape).values())
+
+    def pack(self, codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+        """The tensors on disk, but for "inputs", of codes [O, I] and scales."""
+        stream_OS = pack_bits(codes_OI, self.number_format.element_bits, self.word)
+        return self.write(stream_OS, scales, codes_OI.shape)
 
     def unpack(self, stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
         """Codes [O, I] and scales from the tensors on disk: the inverse of `pack`."""
@@ -312,6 +318,8 @@ def pack_bits(codes_OI: Tensor, bits: int, word: int = 1) -> Tensor:
     bytes and words. With 4 bits the even column is the low nibble. Spare bits at the end of a row are zero.
     """
     rows, columns = codes_OI.shape
+    if bits >= 8 and columns * bits % (8 * word) == 0:
+        return codes_OI.contiguous().view(torch.uint8)
     lanes, span = lanes_and_span(bits)
     padded = torch.nn.functional.pad(codes_OI, (0, -columns % lanes))
     joined = padded[:, ::lanes].to(torch.uint8 if span == 1 else torch.int64)

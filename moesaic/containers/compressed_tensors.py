@@ -25,22 +25,21 @@ from ..families import FAMILIES, Architecture, Linear
 from ..formats import FORMATS, Scales
 from .base import (
     Container,
-    Pack,
     Packing,
     Part,
     Read,
+    Write,
     compare,
     entries,
     expression,
     firsts,
     modules,
-    pack_bits,
     siblings,
     small_modules,
     stream_bytes,
     table,
 )
-from .fp8 import FP8_BLOCK, pack_e4m3, read_e4m3
+from .fp8 import FP8_BLOCK, read_e4m3, write_e4m3
 from .mxfp8 import MXFP8_PACKING
 from .unquantized import BF16
 
@@ -58,9 +57,9 @@ def nibble_parts(shape: Sequence[int], *, format: str, scale_dtype: str) -> Part
     return parts | ({"shared": Part("weight_global_scale", "F32", (1,))} if FORMATS[format].share else {})
 
 
-def pack_nibbles(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+def write_nibbles(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
     assert scales.blocks is not None
-    stored = {"codes": pack_bits(codes_OI, 4), "blocks": scales.blocks}
+    stored = {"codes": stream_OS, "blocks": scales.blocks}
     return stored | ({} if scales.shared is None else {"shared": scales.shared})
 
 
@@ -76,10 +75,9 @@ def integer_parts(shape: Sequence[int], *, format: str, bits: int) -> Parts:
     }
 
 
-def pack_integers(codes_OI: Tensor, scales: Scales, *, bits: int) -> dict[str, Tensor]:
+def write_integers(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
     assert scales.blocks is not None
-    stream = pack_bits(codes_OI, bits, 4).view(torch.int32)
-    return {"codes": stream, "blocks": scales.blocks, "shape": torch.tensor(codes_OI.shape)}
+    return {"codes": stream_OS.view(torch.int32), "blocks": scales.blocks, "shape": torch.tensor(shape)}
 
 
 def read_integers(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
@@ -96,10 +94,10 @@ def channel_parts(shape: Sequence[int], *, code_dtype: str, scale_dtype: str) ->
     }
 
 
-def pack_int8(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+def write_int8(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
     """int8_channel: q itself, where a code is q + 128."""
     assert scales.blocks is not None
-    return {"codes": (codes_OI ^ 0x80).view(torch.int8), "blocks": scales.blocks}
+    return {"codes": (stream_OS ^ 0x80).view(torch.int8), "blocks": scales.blocks}
 
 
 def read_int8(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
@@ -116,9 +114,9 @@ def renamed(packing: Packing) -> Packing:
     return replace(packing, parts=parts)
 
 
-def channel(format: str, codes: str, scales: str, pack: Pack, read: Read) -> Packing:
+def channel(format: str, codes: str, scales: str, write: Write, read: Read) -> Packing:
     parts = partial(channel_parts, code_dtype=codes, scale_dtype=scales)
-    return Packing(format, f"{codes} + {scales} of a row", parts, pack, read)
+    return Packing(format, f"{codes} + {scales} of a row", parts, write, read)
 
 
 def rounded_inputs(packing: Packing) -> Packing:
@@ -138,7 +136,7 @@ def rounded_inputs(packing: Packing) -> Packing:
 
 def nibbles(format: str, scale_dtype: str, layout: str) -> Packing:
     parts = partial(nibble_parts, format=format, scale_dtype=scale_dtype)
-    return Packing(format, layout, parts, pack_nibbles, read_nibbles)
+    return Packing(format, layout, parts, write_nibbles, read_nibbles)
 
 
 def integers(format: str, bits: int) -> Packing:
@@ -146,24 +144,24 @@ def integers(format: str, bits: int) -> Packing:
         format,
         f"int{bits} i32 stream + bf16 + shape",
         partial(integer_parts, format=format, bits=bits),
-        partial(pack_integers, bits=bits),
+        write_integers,
         read_integers,
+        word=4,
     )
 
 
 GROUPED = tuple(f"int{bits}_g{group}" for bits in (2, 3, 4, 8) for group in (32, 64, 128))
-CARRIED = {
+PACKINGS = {
     "mxfp4": nibbles("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
     "nvfp4": nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor"),
     "nvfp4_a4": rounded_inputs(nibbles("nvfp4", "F8_E4M3", "e2m1 nibbles + e4m3 1x16 + f32 divisor")),
     "mxfp8": renamed(MXFP8_PACKING),
     "fp8_block": renamed(FP8_BLOCK),
-    "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", pack_e4m3, read_e4m3),
-    "int8_channel": channel("int8_channel", "I8", "BF16", pack_int8, read_int8),
+    "fp8_channel": channel("fp8_channel", "F8_E4M3", "F32", write_e4m3, read_e4m3),
+    "int8_channel": channel("int8_channel", "I8", "BF16", write_int8, read_int8),
     **{name: integers(name, FORMATS[name].element_bits) for name in GROUPED},
     "bf16": BF16,
 }
-PACKINGS = {name: replace(packing, in_kernels=True) for name, packing in CARRIED.items()}
 
 
 # What config.json says -------------------------------------------------------------------------------------------

@@ -24,16 +24,16 @@ def parts(shape: Sequence[int]) -> dict[str, Part]:
     }
 
 
-def pack_e4m3(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+def write_e4m3(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
     assert scales.blocks is not None
-    return {"codes": codes_OI.view(torch.float8_e4m3fn), "blocks": scales.blocks}
+    return {"codes": stream_OS.view(torch.float8_e4m3fn), "blocks": scales.blocks}
 
 
 def read_e4m3(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
     return stored["codes"].view(torch.uint8), Scales(stored["blocks"])
 
 
-FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, pack_e4m3, read_e4m3, in_kernels=True)
+FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, write_e4m3, read_e4m3)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:

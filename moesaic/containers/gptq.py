@@ -7,6 +7,7 @@ widths (auto_round).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def packing(format: str) -> Packing:
     def parts(shape: Sequence[int]) -> dict[str, Part]:
         return plain.parts(shape) | {"order": Part("g_idx", "I32", (shape[1],))}
 
-    def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return plain.pack(codes_OI, scales) | {"order": order(codes_OI.shape[1])}
+    def write(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
+        return plain.write(stream_OS, scales, shape) | {"order": order(shape[1])}
 
     def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
         """Raises `CheckpointError` for columns in another order."""
@@ -41,7 +42,7 @@ def packing(format: str) -> Packing:
             raise CheckpointError("g_idx is not in the natural order; moesaic reads GPTQ models made without desc_act")
         return plain.read(stored, shape)
 
-    return Packing(format, f"{plain.layout} + g_idx", parts, pack, read)
+    return replace(plain, layout=f"{plain.layout} + g_idx", parts=parts, write=write, read=read)
 
 
 PACKINGS = {**{format: packing(format) for format in WIDTHS}, "bf16": BF16}

@@ -9,7 +9,6 @@ and routers their F32; the vision tower goes along, and mlx-lm leaves it unread.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, Scales
-from .base import Container, Packing, Part, Place, compare, pack_bits, stream_bytes, table
+from .base import Container, Packing, Part, Place, compare, stream_bytes, table
 from .unquantized import BF16
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -40,9 +39,9 @@ def parts(shape: Sequence[int], *, format: str, scale_dtype: str) -> dict[str, P
     return found
 
 
-def pack(codes_OI: Tensor, scales: Scales, *, format: str) -> dict[str, Tensor]:
+def write(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
     assert scales.blocks is not None
-    stored = {"codes": pack_bits(codes_OI, FORMATS[format].element_bits, 4).view(torch.uint32), "blocks": scales.blocks}
+    stored = {"codes": stream_OS.view(torch.uint32), "blocks": scales.blocks}
     if scales.offsets is not None:
         stored["offsets"] = scales.offsets
     if scales.shared is not None:
@@ -71,8 +70,9 @@ def packing(format: str, scale_dtype: str, layout: str) -> Packing:
         format,
         layout,
         partial(parts, format=format, scale_dtype=scale_dtype),
-        partial(pack, format=format),
+        write,
         read,
+        word=4,
     )
 
 
@@ -83,7 +83,7 @@ MODES = {  # format -> (mode, bits, group size)
     **{f"affine{bits}_g{group}": ("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)},
 }
 PACKINGS = {
-    "mxfp4": replace(packing("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"), in_kernels=True),  # rows are whole words
+    "mxfp4": packing("mxfp4", "U8", "e2m1 nibbles + e8m0 1x32"),
     "mxfp8": packing("mxfp8", "U8", "e4m3 + e8m0 1x32"),
     "nvfp4": packing("nvfp4", "U8", "e2m1 nibbles + e4m3 1x16 + f32 largest"),
     **{format: packing(format, "BF16", f"{format} u32 stream") for format in MODES if format.startswith("affine")},

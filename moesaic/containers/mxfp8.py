@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..families import Architecture
 from ..formats import FORMATS
 from .base import Container, Packing, Part, entries, released
-from .fp8 import pack_e4m3, read_e4m3, skipped
+from .fp8 import read_e4m3, skipped, write_e4m3
 from .unquantized import BF16
 
 
@@ -22,7 +22,7 @@ def parts(shape: Sequence[int]) -> dict[str, Part]:
     }
 
 
-MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, pack_e4m3, read_e4m3, in_kernels=True)
+MXFP8_PACKING = Packing("mxfp8", "e4m3 + e8m0 1x32", parts, write_e4m3, read_e4m3)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:

@@ -15,15 +15,15 @@ def parts(shape: Sequence[int]) -> dict[str, Part]:
     return {"codes": Part("weight", "BF16", tuple(shape))}
 
 
-def pack(codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
-    return {"codes": codes_OI.view(torch.bfloat16)}
+def write(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
+    return {"codes": stream_OS.view(torch.bfloat16)}
 
 
 def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
     return stored["codes"].view(torch.uint8), Scales()
 
 
-BF16 = Packing("bf16", "bf16", parts, pack, read, in_kernels=True)
+BF16 = Packing("bf16", "bf16", parts, write, read)
 
 
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:

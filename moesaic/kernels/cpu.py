@@ -56,6 +56,12 @@ class Requantized:
     squared_error: float | None = None
     squared_weight: float | None = None
 
+    @property
+    def stream_OS(self) -> Tensor:
+        """The codes as one dense little-endian bit stream a row, uint8; a code of int8_channel is q + 128."""
+        stream = self.packed.view(torch.uint8)
+        return stream ^ 0x80 if self.packed.dtype == torch.int8 else stream
+
 
 def prepare(quiet: bool = False) -> None:
     """Compile all loops, or load what an earlier run compiled, and say so where it takes long."""
