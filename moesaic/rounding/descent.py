@@ -9,7 +9,7 @@ import torch
 
 from ..formats import NumberFormat
 from .base import Batch, Rounded, Rounding
-from .gptq import Ordered, compensated, sweep
+from .gptq import Ordered, compensated, finished, sweep
 
 SWEEPS = 2  # the first gains 4 to 12 %, the second 1 to 4 %, a third 1 %
 
@@ -23,7 +23,7 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
         flow_EIO = torch.bmm(pull_EII, error_EIO) - error_EIO
         codes_EIO, _ = sweep(ordered, pull_EII, format, scales, flow_EIO, error_EIO)
         error_EIO += flow_EIO
-    return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
+    return finished(ordered, format, codes_EIO, scales, error_EIO)
 
 
 DESCENT = Rounding("descent", ("hessian_EII",), round, "https://arxiv.org/abs/2406.17542")

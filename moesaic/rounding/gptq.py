@@ -7,12 +7,12 @@ for code, with the factor of the Hessian itself, H = L Lᵀ, the last column fir
 
 The sum is split in halves, recursively, so that almost all of it is large matrix products; the E matrices of a
 batch go side by side. Scales are chosen first, by the format's search, and blocks stay where they are: going
-through the columns by size of input changes the sequence alone, and so suits any container. Leaves out moving
-the scales afterwards: done by the error of the weights, it costs more than GPTQ has gained.
+through the columns by size of input changes the sequence alone, and so suits any container. Leaves out choosing
+scales block by block afterwards: done by the error of the weights, it costs more than GPTQ has gained.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from .base import Batch, Facts, Rounded, Rounding
 from .search import searched
 
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
-COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, and scales are fitted to it
+COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, which are fitted to it, and outputs shrink
+GAIN = (0.8, 1.6)  # of a row's scales at most; what is beyond has next to no output to go by
 PRIOR = 1.5  # the pool weighs as much as this many tokens for each column
 DAMP, DAMP_FEW = 0.01, 0.03  # of the median diagonal, the second times columns over tokens; of least held-out error
 
@@ -176,14 +177,42 @@ def compensated(ordered: Ordered, w_EOI: Tensor, format: NumberFormat) -> tuple[
     return codes_EIO, scales, error_EIO
 
 
+def finished(
+    ordered: Ordered, format: NumberFormat, codes_EIO: Tensor, scales: Sequence[Scales], error_EIO: Tensor
+) -> Rounded:
+    if format.element_bits <= COARSE:
+        scales = [unshrunk(s, gain_O) for s, gain_O in zip(scales, gains(ordered, error_EIO))]
+    return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
+
+
+def gains(ordered: Ordered, error_EIO: Tensor) -> Tensor:
+    """[E, O]: what makes each row's outputs as large, along those of the source, as the source's: w H wᵀ / value H wᵀ.
+
+    Codes of least error make them smaller, and so they do in every expert: small in each, it does not average out.
+    The same factor makes quantised gradients unbiased (Vargaftik et al., 2021).
+    """
+    seen_EIO = torch.bmm(ordered.hessian_EII, ordered.w_EIO)
+    whole_EO = (ordered.w_EIO * seen_EIO).sum(1)
+    along_EO = whole_EO - (error_EIO * seen_EIO).sum(1)
+    return torch.where(along_EO > 0, whole_EO / along_EO, 1.0).clamp(*GAIN)
+
+
+def unshrunk(scales: Scales, gain_O: Tensor) -> Scales:
+    """Every value of a row times its gain, for blocks of one row."""
+
+    def times(part: Tensor | None) -> Tensor | None:
+        return None if part is None else (part.float() * gain_O[:, None]).to(part.dtype)
+
+    return replace(scales, blocks=times(scales.blocks), offsets=times(scales.offsets))
+
+
 def round(batch: Batch, format: NumberFormat) -> Rounded:
     """Codes and scales for E matrices; reports `damping` and `pooled` of each.
 
     Memory: beside the batch, E · (2 I² + 4 I O) F32 numbers. Raises `InputError` for a Hessian that is not finite.
     """
     ordered = Ordered.of(batch)
-    codes_EIO, scales, _ = compensated(ordered, batch.w_EOI, format)
-    return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
+    return finished(ordered, format, *compensated(ordered, batch.w_EOI, format))
 
 
 GPTQ = Rounding("gptq", ("hessian_EII",), round, "https://arxiv.org/abs/2210.17323")
