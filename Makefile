@@ -17,7 +17,7 @@ test-all: lint
 # Installs stock engines into environments of their own (some gigabytes), and opens in them what moesaic writes.
 test-engines: $(VENV)/test.stamp .venv-mlx/installed .venv-vllm/installed
 	$(BIN)/python -m pytest -m engines tests/engines --loads build/loads.json \
-		--mlx-python .venv-mlx/bin/python --vllm-python .venv-vllm/bin/python
+		--mlx-python $(CURDIR)/.venv-mlx/bin/python --vllm-python $(CURDIR)/.venv-vllm/bin/python
 
 .venv-%/installed: tests/engines/install.py
 	$(PYTHON) tests/engines/install.py $* .venv-$*

@@ -23,7 +23,9 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.containers.compressed_tensors import PACKINGS, SCHEMES
 from moesaic.errors import CheckpointError, PlanError
+from moesaic.export import export
 from moesaic.families import Architecture
+from moesaic.plan import Plan
 
 CONTAINER = CONTAINERS["compressed_tensors"]
 CLASSES = {"minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration}
@@ -145,6 +147,34 @@ def test_vllm_gives_each_module_its_format(source: Checkpoint, experts: str | li
             assert quantization["config_groups"][group]["format"] == SCHEMES[formats[ours]].wire
             weights = quantization["config_groups"][group]["weights"]
             assert weights.items() >= SCHEMES[formats[ours]].weights.items()
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+@pytest.mark.parametrize(("experts", "rest"), [MIXES[0], MIXES[4], MIXES[5]])
+def test_their_decompressor_gives_our_values_of_an_export(
+    source: Checkpoint, experts: str | list[str], rest: str, pruned: bool, tmp_path: Path
+) -> None:
+    """Every matrix, under the scheme that config.json gives it, parsed by the library."""
+    a, dealt = source.architecture, deal(source, experts, rest)
+    kept = {layer: tuple(range(1, a.experts, 2)) for layer in a.moe_layers} if pruned else {}
+    formats = {unit: dealt[members[0].name] for unit, members in a.units.items()}
+    out = export(source, Plan("compressed_tensors", kept, formats), tmp_path / "out", quiet=True)
+    schemes = QuantizationConfig.model_validate(out.config["quantization_config"]).config_groups
+    engine = {ours: name for name, ours in engine_names(out.architecture).items()}
+    seen = 0
+    for linear in out.architecture.linears:
+        first = linear if not linear.expert else out.architecture.experts_of[linear.layer, 0][linear.projection]
+        group = vllm_group(out.config["quantization_config"], engine[first.name])
+        if group is None:
+            assert out.formats[linear.name] == "bf16"
+            continue
+        parts = PACKINGS[out.formats[linear.name]].parts(linear.shape).values()
+        state = {part.suffix: out.read(f"{linear.name}.{part.suffix}") for part in parts}
+        compressor = BaseCompressor.get_value_from_registry(schemes[group].format)
+        theirs = compressor.decompress(state, schemes[group])["weight"]
+        assert torch.equal(theirs, out.decode(linear.name).to(theirs.dtype)), linear.name
+        seen += 1
+    assert seen >= len(a.linears) // 5
 
 
 def test_nothing_else_is_matched(source: Checkpoint) -> None:
