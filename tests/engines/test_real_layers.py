@@ -9,7 +9,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import loads
@@ -46,16 +47,25 @@ def python(request: pytest.FixtureRequest) -> str:
     return str(path)
 
 
+Replicas = Callable[[str], Checkpoint]  # by family
+
+
 @pytest.fixture(scope="module")
-def layers(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+def replica(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    """Each is made when it is first asked for."""
     root = tmp_path_factory.mktemp("replicas")
-    for family, sizes in SIZES.items():
-        words = [sys.executable, str(REPLICA), "--family", family, "--preset", "layer", "--vocab", "512", *sizes]
-        subprocess.run([*words, "--out", str(root / family)], check=True, capture_output=True)
-        config = json.loads((root / family / "config.json").read_text())
+
+    @cache
+    def made(family: str) -> Checkpoint:
+        out = root / family
+        words = [sys.executable, str(REPLICA), "--family", family, "--preset", "layer", "--vocab", "512"]
+        subprocess.run([*words, *SIZES[family], "--out", str(out)], check=True, capture_output=True)
+        config = json.loads((out / "config.json").read_text())
         config.get("text_config", config)["num_experts_per_tok"] = 2  # so that some of so few may go
-        (root / family / "config.json").write_text(json.dumps(config))
-    yield {family: Checkpoint.open(root / family) for family in SIZES}
+        (out / "config.json").write_text(json.dumps(config))
+        return Checkpoint.open(out)
+
+    yield made
     shutil.rmtree(root)
 
 
@@ -76,11 +86,11 @@ def test_vllm_loads_layers_of_real_dimensions(
     formats: tuple[str, ...],
     whole: bool,
     python: str,
-    layers: dict[str, Checkpoint],
+    replica: Replicas,
     tmp_path: Path,
     record_property: loads.Record,
 ) -> None:
-    out = write(layers[family], formats, whole, tmp_path / "out")
+    out = write(replica(family), formats, whole, tmp_path / "out")
     (report,) = checked(python, [out], tmp_path / "report.json").values()
     shutil.rmtree(tmp_path)
     assert not faults(report)
@@ -91,9 +101,9 @@ def test_vllm_loads_layers_of_real_dimensions(
 
 @pytest.mark.parametrize("family", PLANTED)
 def test_vllm_shows_planted_faults_in_real_dimensions(
-    family: str, python: str, layers: dict[str, Checkpoint], tmp_path: Path, record_property: loads.Record
+    family: str, python: str, replica: Replicas, tmp_path: Path, record_property: loads.Record
 ) -> None:
-    out, fault = write(layers[family], ("mxfp4",), False, tmp_path / "out"), PLANTED[family]
+    out, fault = write(replica(family), ("mxfp4",), False, tmp_path / "out"), PLANTED[family]
     plant(out, fault)
     (report,) = checked(python, [out], tmp_path / "report.json").values()
     shutil.rmtree(tmp_path)
