@@ -50,10 +50,9 @@ def run_prune(a: Arguments) -> dict[str, Any]:
         outlooks, probes = stage.preview_cuts(a.model, a.out, a.experts, ranking, corpus(a), a.loops, a.quiet)
         show(room("preview").table(outlooks))
         for name, found in probes.items():
-            share, endless = plus_minus(vars(found.share)), plus_minus(vars(found.endless))
-            print(
-                f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {endless} of {found.prompts} texts end so"
-            )
+            share, endless = plus_minus(vars(found.share)), found.endless
+            ends = f"{endless.value:.0%} ({endless.low:.0%} to {endless.high:.0%}) of {found.prompts} texts end so"
+            print(f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {ends}")
         print(f"plot: {a.out / 'moesaic' / 'preview.svg'}")
         return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
     if len(a.experts) > 1:
