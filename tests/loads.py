@@ -30,6 +30,8 @@ NOTES = """## Notes
 * vLLM's checks multiply nothing: a CPU has few of its kernels. To run 2 and 3 bits, vLLM wants a CUDA machine with `humming`.
   Its perplexity was taken with two patches: the CPU's router knows no sigmoid, and "reference" stands in for kernels by
   multiplying what vLLM's own loaded parameters decode to. No M3 ran in it, whose classes ask for CUDA.
+* Released dimensions: of M2.7 two layers of 8 experts of 1536 × 3072, of M3 a dense layer and two of 3 experts of
+  3072 × 6144, random.
 * vLLM fuses M3's indexer with q/k/v and loads that matrix neither in NVFP4 nor, from auto-round, in integers.
 * The small M3's k and v have no 128 rows, and vLLM wants whole squares in all but the last matrix that it fuses: so
   fp8_block experts are beside a BF16 rest there. The released shapes have whole squares.
@@ -99,7 +101,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def perplexities(figures: list[dict[str, Any]]) -> str:
     lines = [
-        ["M2, trained, small", "tokens", "vLLM, nats a token", "ours", "difference", "median of |difference|"],
+        ["M2, trained, small", "tokens", "vLLM, nats a token", "ours", "difference", "a token's, median, no sign"],
         ["---"] * 6,
     ]
     lines += [

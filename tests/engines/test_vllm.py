@@ -140,11 +140,13 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def plant(folder: Path, edit: Callable[[Config, Tensors], None]) -> None:
-    """Edit the one file of tensors and the config of a folder."""
-    (file,) = folder.glob("*.safetensors")
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(file)
+    """Edit the tensors and the config of a folder."""
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
     edit(config["quantization_config"], tensors)
-    save_file(tensors, file)
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
 
 
