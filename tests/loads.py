@@ -22,7 +22,8 @@ Written by `tests/loads.py` from the {tests} tests of `tests/engines` and `tests
 when they ran last (tests/engines/README.md). Small random models of both families, with every name, dtype and oddity
 of the released ones, unless a heading says otherwise. *Yes* means: every tensor was consumed, every
 parameter filled, and all values, decoded from the engine's own parameters, equal ours ("same logits": the model was
-run, too). "Source" is FP8 blocks for M2 and MXFP8 for M3, byte for byte; a + b: layers in turn. An empty cell was not tried.
+run, too). "Source" is FP8 blocks for M2 and MXFP8 for M3, byte for byte; a + b: layers in turn. An empty
+cell has no test that passed: mostly because nobody wrote one.
 """
 
 NOTES = """## Notes
