@@ -183,6 +183,7 @@ def test_evaluate_as_the_engine_rounds_and_no_other_way(tell, model, smaller, te
 
 
 def test_evaluate_tasks_alone(tell, model, smaller, tmp_path):
+    pytest.importorskip("lm_eval")
     questions = [{"q": f"{i} and {i} is", "choices": [" one", " two"], "answer": i % 2} for i in range(8)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (tmp_path / "sums.yaml").write_text(
