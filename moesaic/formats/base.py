@@ -22,6 +22,7 @@ from ..errors import PlanError
 
 Steps = tuple[Tensor, ...]  # F32 [OB, IB] each: what a block's codes are multiplied by (and, if affine, offset with)
 
+BAND = 1 << 18  # weights at a time on a CPU: what is made on the way stays in its cache
 LARGEST = float(torch.finfo(torch.bfloat16).max)  # no checkpoint stores more; below it no format's arithmetic overflows
 
 
@@ -99,7 +100,11 @@ class NumberFormat:
             raise not_finite(self.name, w_OI.shape)
         if shared is None and self.share is not None:
             shared = self.share(amax)
-        return self.fit(self.blocks(w_OI), shared)
+        found = [self.fit(self.blocks(w_OI[rows]), shared) for rows, _ in self.bands(w_OI)]
+        blocks, offsets = (
+            [part for s in found if (part := getattr(s, name)) is not None] for name in ("blocks", "offsets")
+        )
+        return Scales(_joined(blocks), found[0].shared, _joined(offsets))
 
     def search(self, w_OI: Tensor, scales: Scales, second_moments_I: Tensor | None = None) -> Scales:
         """`scales`, with each block's replaced by the candidate of least Σ second_moment · (value − w)².
@@ -126,7 +131,18 @@ class NumberFormat:
 
     def encode(self, w_OI: Tensor, scales: Scales) -> Tensor:
         """Nearest codes [O, I] of `w_OI` under given scales."""
-        return self.round(w_OI.float(), *self.spread(self.steps(scales), w_OI.shape))
+        steps, found = self.steps(scales), list[Tensor]()
+        for rows, blocks in self.bands(w_OI):
+            w_oI = w_OI[rows].float()
+            found.append(self.round(w_oI, *self.spread(tuple(s[blocks] for s in steps), w_oI.shape)))
+        return torch.cat(found)
+
+    def bands(self, w_OI: Tensor) -> list[tuple[slice, slice]]:
+        """Rows of `w_OI` to take at a time, and the rows of blocks that they are: whole blocks, of some `BAND` weights."""
+        (o, i), height = w_OI.shape, self.block[0] or w_OI.shape[0]
+        count = max(1, BAND // max(1, height * i)) if w_OI.device.type == "cpu" else -(-o // max(1, height))
+        whole = range(0, max(1, self.grid(w_OI.shape)[0]), max(1, count))
+        return [(slice(b * height, (b + count) * height), slice(b, b + count)) for b in whole]
 
     def decode(self, codes_OI: Tensor, scales: Scales) -> Tensor:
         """F32 weights [O, I]: exactly what a server multiplies with."""
@@ -152,6 +168,13 @@ def block_sums(terms: Tensor) -> Tensor:
     for k in range(1, terms.shape[-1]):
         total = total + terms[..., k]
     return total
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """Blocks of rows under each other. Through bytes, as torch has no `cat` on 8-bit floats."""
+    if not parts:
+        return None
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 def _pick(better: Tensor, ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
