@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from prune import warm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -122,16 +123,6 @@ def in_a_loop(peer: str, model: Path, out: Path) -> None:
             packed, scale = compress(tensors.pop(name))
             tensors |= {f"{name}_packed": packed, f"{name}_scale": scale}
         save_file(tensors, out / file.name)
-
-
-def warm(folder: Path) -> int:
-    """Read every shard; returns their bytes."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb", buffering=0) as f:
-            while chunk := f.read(1 << 24):
-                total += len(chunk)
-    return total
 
 
 def run(words: list[str], model: Path, made: Path, out: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .activations import calibrated
 from .artifact import read_json, write_json
-from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
+from .calibrate import Statistics, calibrate, check_domains
 from .candidates import (
     FORMATS_OFFERED,
     HARMS,
@@ -251,17 +251,15 @@ def learn(
     source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool
 ) -> tuple[Statistics, TokenSet]:  # fmt: skip
     """What is known of every expert, and the text that it was learnt from."""
-    weighs = CRITERIA[recipe.criterion].reads_weights
     if recipe.until_stable:
         experts = source.architecture.experts
         counts = [experts // 2, experts * 3 // 4] if recipe.experts in (None, experts) else [recipe.experts]
         settled = settle(source, corpus, run, counts, recipe.criterion, recipe.policy, recipe.domains, quiet)
-        weights = weigh(source, run / WEIGHTS, quiet) if weighs else {}
-        return replace(settled.statistics, weights=weights), settled.tokens
+        return settled.statistics, settled.tokens
     tokens = corpus.calibration(source, run / "tokens.safetensors")
     if recipe.domains is not None:
         check_domains(recipe.domains, tokens.domains)
-    return calibrate(source, tokens, run / "stats", quiet, weighs), tokens
+    return calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights), tokens
 
 
 def settled_by(run: Path) -> str | None:

@@ -166,10 +166,11 @@ def measured(
     """KL of the cut and of the repaired model, their difference, and whether that is to be believed; one sweep for all."""
     change, hidden_BTD = repaired(target, folder), run.embed(rows.ids_BT)
     changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
+    left_out = dropped(target.plan.kept, run.architecture.experts)
     states = [
         State(hidden_BTD),
-        State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts)),
-        State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts), changed=changed),
+        State(hidden_BTD, left_out),
+        State(hidden_BTD, left_out, changed=changed),
     ]
     with progress("judge the repair", run.architecture.layers, "layers", quiet) as meter:
         for layer in range(run.architecture.layers):

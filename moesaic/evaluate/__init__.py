@@ -59,9 +59,8 @@ def evaluate(
     names = [r.name for r in readings]
     if not readings or len(set(names)) < len(names):
         raise InputError(f"{len(names)} readings named {names}; wanted one or more, of different names")
-    rows = identity([r.identity for r in readings])
     arithmetic = {"arithmetic": str(dtype).removeprefix("torch.")}
-    of_source = {"source": source.identity, "rows": rows} | arithmetic
+    of_source = {"source": source.identity, "rows": identity([r.identity for r in readings])} | arithmetic
     inputs = of_source | {"export": export.identity}
     kept, why_not = correspondence(source, export)
     runs = [LayerRun(checkpoint, device, dtype) for checkpoint in (source, export)]
