@@ -25,7 +25,7 @@ from .plan import Plan
 from .progress import progress
 from .recode import recode
 from .render import from_files
-from .rounding import ROUNDINGS, Rounding, round_siblings
+from .rounding import Rounding, round_siblings, rounding_named
 from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
 from .target import Target, keeps_bytes, keeps_values
 
@@ -93,9 +93,7 @@ def check_free(out: Path, source: Checkpoint) -> None:
 
 def rounding_of(plan: Plan) -> Rounding:
     """The plan's rounding. Raises `PlanError` for one that there is not."""
-    if plan.rounding not in ROUNDINGS:
-        raise PlanError(f"no rounding {plan.rounding!r}; there are {', '.join(ROUNDINGS)}")
-    return ROUNDINGS[plan.rounding]
+    return rounding_named(plan.rounding)
 
 
 def sorted_pieces(target: Target, rendered: Path | None = None) -> list[Piece]:

@@ -26,7 +26,7 @@ from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
 from ..plan import SOURCE, Plan, dropped
 from ..progress import progress
-from ..rounding import ROUNDINGS, Rounding, round_siblings
+from ..rounding import Rounding, round_siblings, rounding_named
 from ..stream import Change, LayerRun, State
 from ..tokens import TokenSet
 from .excess import excess
@@ -159,9 +159,7 @@ def rounded(
 
 def changes(branches: Sequence[Branch], rounding: str) -> dict[str, Change]:
     """One `Change` for each format, so that branches share what it makes. Raises `PlanError` for what needs data."""
-    if rounding not in ROUNDINGS:
-        raise PlanError(f"no rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
-    way = ROUNDINGS[rounding]
+    way = rounding_named(rounding)
     if way.needs:
         raise PlanError(f"rounding {rounding} needs {', '.join(way.needs)}, which measuring does not collect; use rtn")
     formats = sorted({format for branch in branches for format in branch.formats.values()})

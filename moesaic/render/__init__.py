@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..plan import Plan, dropped
 from ..progress import progress
-from ..rounding import ROUNDINGS
+from ..rounding import rounding_named
 from ..stream import LayerRun, State
 from ..target import Target
 from ..tokens import TokenSet
@@ -46,13 +46,12 @@ def render(
     their Hessians; one at least. Raises `PlanError` for a plan that cannot be carried out, `StaleError` when
     `folder` holds matrices of another plan, source or text.
     """
-    if plan.rounding not in ROUNDINGS:
-        raise PlanError(f"no rounding {plan.rounding!r}; there are {', '.join(ROUNDINGS)}")
+    rounding = rounding_named(plan.rounding)
     target, inputs = Target.of(source, plan), inputs_of(source, plan) | {"tokens": tokens.identity}
     if (folder / DONE).exists():
         return read_json(folder / DONE, "rendered", inputs)
     run = LayerRun(source, device)
-    work = Work(target, ROUNDINGS[plan.rounding], run, folder, inputs, memory_bytes or 4 * run.buffer_bytes)
+    work = Work(target, rounding, run, folder, inputs, memory_bytes or 4 * run.buffer_bytes)
     layer, hidden_BTD = work.resume()
     before = run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device)
     state = State(before, dropped(plan.kept, source.architecture.experts))
