@@ -16,7 +16,7 @@ from torch import Tensor
 from .artifact import read_json, read_tensors, write_json, write_tensors
 from .checkpoint import Checkpoint, sample
 from .divergence import Bootstrap, against
-from .errors import InputError
+from .errors import CheckError, InputError
 from .families import Linear
 from .plan import Plan, dropped
 from .progress import progress
@@ -99,6 +99,8 @@ def fit(
                 groups.append(facts)
             write_tensors(saved, "hidden", {"hidden_BTD": hidden_BTD.cpu()}, inputs, {"layer": layer, "groups": groups})
             meter.advance(1)
+    if len(groups) != (wanted := sum(map(is_repairable, target.architecture.linears))):
+        raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
     write_json(folder / DONE, "rendered", {"by_group": groups}, inputs)
     saved.unlink()
 

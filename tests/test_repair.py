@@ -20,17 +20,20 @@ from children import child, contents, dying
 from reference import Reference, decoded
 from torch import Tensor
 
+from moesaic.artifact import write_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
-from moesaic.errors import InputError, PlanError, StaleError
+from moesaic.errors import CheckError, InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
 from moesaic.prune import prune
+from moesaic.render import inputs_of
 from moesaic.repair import RIDGE, correction, repair
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
+from moesaic.stream import LayerRun
 from moesaic.target import Target
 from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
@@ -155,6 +158,16 @@ def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
     plan, rows = Plan("mxfp8", KEPT), some_tokens(m3, 3, 1)
     digests, facts = repair(m3, plan, some_tokens(m3, 20, 0), rows, folder, quiet=True)
     assert digests == {} and not facts["kept"] and facts["change_nats"]["value"] < 0
+
+
+def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
+    """A saved state, as a fault would leave it, that is behind layer 1 and has no matrix of it."""
+    plan, tokens = Plan("mxfp8", KEPT), some_tokens(m3, 8, 0)
+    inputs = inputs_of(m3, plan) | {"tokens": tokens.take(range(tokens.rows)).identity}
+    state = {"hidden_BTD": LayerRun(m3).embed(tokens.ids_BT)}
+    write_tensors(tmp_path / "hidden.safetensors", "hidden", state, inputs, {"layer": 1, "groups": []})
+    with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):
+        repair(m3, plan, tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
 
 
 # Verify -----------------------------------------------------------------------------------------------------------
