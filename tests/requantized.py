@@ -52,22 +52,20 @@ def as_bytes(x: Tensor) -> bytes:
 
 
 def reference(
-    fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool, moments: Tensor | None
+    fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool
 ) -> tuple[Tensor, Scales]:
     scales = fmt.scales(w, shared)
-    scales = fmt.search(w, scales, moments) if search else scales
+    scales = fmt.search(w, scales) if search else scales
     codes = fmt.encode(w, scales)
     return CONTAINERS["compressed_tensors"].packing(fmt.name).pack(codes, scales)["codes"], scales
 
 
 def assert_equal_to_reference(
-    kernels: Any, source: str, fmt: NumberFormat, w: Tensor, search: bool = False, moments: Tensor | None = None
+    kernels: Any, source: str, fmt: NumberFormat, w: Tensor, search: bool = False
 ) -> None:
     weight, weight_scales, decoded = stored_as(source, w)
     shared = None if fmt.share is None else fmt.share(1.25 * decoded.abs().max())
-    done = kernels.requantize(
-        source, weight, weight_scales, fmt, shared=shared, search=search, second_moments_I=moments
-    )
-    packed, scales = reference(fmt, decoded, shared, search, moments)
+    done = kernels.requantize(source, weight, weight_scales, fmt, shared=shared, search=search)
+    packed, scales = reference(fmt, decoded, shared, search)
     assert same_bits(done.scales.blocks, scales.blocks) and done.scales.shared is shared
     assert same_bits(done.packed, packed)

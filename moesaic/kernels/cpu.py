@@ -36,7 +36,7 @@ TARGETS = {  # how an element is rounded, how a scale is stored
     "nvfp4": (loops.E2M1, loops.E4M3_SCALE),
     **{name: (loops.INTEGER, loops.BF16_SCALE) for name in FORMATS if name.startswith("int")},
 }
-NO_CHANGES, NO_MOMENTS = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+NO_CHANGES = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,13 @@ def requantize(
     target: NumberFormat,
     *,
     shared: Tensor | None = None,
-    second_moments_I: Tensor | None = None,
     search: bool = False,
     measure: bool = False,
 ) -> Requantized:
     """`weight_OI` as `source` stores it (bfloat16, or E4M3 with its scales [OB, IB]), in the format `target`.
 
     `shared` is the second scale where siblings are fused; without it the matrix has its own. `search` tries the
-    target's candidate scales, each block's error weighted by `second_moments_I` F32 [I] where given.
-    Raises `PlanError` for weights that are not finite, and for a source or target without a kernel.
+    target's candidate scales. Raises `PlanError` for weights that are not finite, and for a source or target without a kernel.
     """
     if source not in SOURCES or target.name not in TARGETS:
         raise PlanError(f"no kernel goes from {source} to {target.name}; decode and encode through `formats` instead")
@@ -97,9 +95,6 @@ def requantize(
     n = target.block[1] or columns
     blocks = -(-columns // n)
     changes = candidate_changes(target) if search else NO_CHANGES
-    moments_nB = NO_MOMENTS
-    if len(changes) and second_moments_I is not None:
-        moments_nB = moments_by_block(second_moments_I, columns, n)
     stored_OBn, steps, source_rows = stored_blocks(source, weight_OI, weight_scales)
     x_K, x_source_Bn = row_buffer(source, columns, blocks * n)
     codes = np.zeros(blocks * n + 64, np.uint8)  # packing reads in words
@@ -109,7 +104,7 @@ def requantize(
     top = loops.requantize_rows(
         SOURCES[source], stored_OBn, steps, source_rows,
         element, rule, target.element_bits, target.block[0] or 1, loops.f32(1.0 if shared is None else shared.item()),
-        changes, moments_nB, measure,
+        changes, measure,
         x_K, x_source_Bn, x_K[: blocks * n].reshape(blocks, n), np.empty((n, blocks), np.uint32),
         np.empty((3, len(x_K)), np.uint32), codes, codes[: blocks * n].reshape(blocks, n), codes[columns : blocks * n],
         np.empty((3, blocks), np.uint32), np.empty((3, blocks), np.float32), np.zeros((2, blocks, n), np.float32),
@@ -163,13 +158,6 @@ def candidate_changes(target: NumberFormat) -> np.ndarray:
         case loops.BF16_SCALE if target.block[1]:
             return np.array(CLIPS[target.element_bits], np.float32)
     return NO_CHANGES
-
-
-def moments_by_block(second_moments_I: Tensor, columns: int, n: int) -> np.ndarray:
-    """F32 [n, B]: block beside block, the last filled up with zeros."""
-    padded = np.zeros(-(-columns // n) * n, np.float32)
-    padded[:columns] = second_moments_I.float().numpy()
-    return np.ascontiguousarray(padded.reshape(-1, n).T)
 
 
 def packed_rows(target: NumberFormat, rows: int, columns: int) -> np.ndarray:

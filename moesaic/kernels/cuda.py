@@ -37,7 +37,6 @@ def requantize(
     target: NumberFormat,
     *,
     shared: Tensor | None = None,
-    second_moments_I: Tensor | None = None,
     search: bool = False,
     measure: bool = False,
 ) -> Requantized:
@@ -53,7 +52,6 @@ def requantize(
     lines = target.block[0] if square else max(1, TILE // n)
     grid = -(-rows // lines) * blocks if square else -(-rows * blocks // lines)
     changes = torch.from_numpy(candidate_changes(target) if search else NO_CHANGES)
-    weighted = len(changes) > 0 and second_moments_I is not None
     row_bytes, codes_dtype = row_layout(target, columns)
     packed = torch.empty(rows, row_bytes // codes_dtype.itemsize, dtype=codes_dtype, device=device)
     scales = torch.empty(-(-rows // lines) if square else rows, blocks, dtype=STORED[rule], device=device)
@@ -62,11 +60,10 @@ def requantize(
     low, high = -(1 << (target.element_bits - 1)), (1 << (target.element_bits - 1)) - 1
     tiles.requantize_tile[(grid,)](
         *stored(weight_OI, weight_scales), torch.ones(1, device=device) if shared is None else shared.to(device),
-        every_change(changes, rule).to(device), squares_T2 if second_moments_I is None else second_moments_I.float().to(device),
-        packed, as_integers(scales), top, squares_T2,
+        every_change(changes, rule).to(device), packed, as_integers(scales), top, squares_T2,
         rows, columns, blocks, row_bytes, float(low), float(high), ((1 << target.element_bits) - 1) / 2.0,
         **layout(source), ELEMENT=element, RULE=rule, BITS=target.element_bits, R=lines, N=n, SQUARE=square,
-        C=power_above(len(changes) + 1) if len(changes) else 0, WEIGHTED=weighted, MEASURE=measure,
+        C=power_above(len(changes) + 1) if len(changes) else 0, MEASURE=measure,
         num_warps=min(16, max(4, lines * n // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     largest = top.view(torch.float32).item()

@@ -301,7 +301,7 @@ def integer_miss(x, step, low, high):
     return integer_nearest(w / step, low, high) * step - w
 
 
-# The four loops below take four weights at a time, so that the sums are read and written less often.
+# The two loops below take four weights at a time, so that the sums are read and written less often.
 
 
 @jit
@@ -312,17 +312,6 @@ def e2m1_errors(x_nB, steps_B, errors_B):
             for k in range(4):
                 d = e2m1_miss(x_nB[j + k, b], step)
                 error += d * d
-            errors_B[b] = error
-
-
-@jit
-def e2m1_weighted_errors(x_nB, moments_nB, steps_B, errors_B):
-    for j in range(0, x_nB.shape[0], 4):
-        for b in range(x_nB.shape[1]):
-            step, error = steps_B[b], errors_B[b]
-            for k in range(4):
-                d = e2m1_miss(x_nB[j + k, b], step)
-                error += d * d * moments_nB[j + k, b]
             errors_B[b] = error
 
 
@@ -338,29 +327,13 @@ def integer_errors(x_nB, steps_B, low, high, errors_B):
 
 
 @jit
-def integer_weighted_errors(x_nB, moments_nB, steps_B, low, high, errors_B):
-    for j in range(0, x_nB.shape[0], 4):
-        for b in range(x_nB.shape[1]):
-            step, error = steps_B[b], errors_B[b]
-            for k in range(4):
-                d = integer_miss(x_nB[j + k, b], step, low, high)
-                error += d * d * moments_nB[j + k, b]
-            errors_B[b] = error
-
-
-@jit
-def errors(element, x_nB, moments_nB, steps_B, low, high, errors_B):
-    """Σ moment · (value − w)² of every block; no moments: all are 1."""
+def errors(element, x_nB, steps_B, low, high, errors_B):
+    """Σ (value − w)² of every block."""
     clear(errors_B)
-    if moments_nB.shape[0] == 0:
-        if element == E2M1:
-            e2m1_errors(x_nB, steps_B, errors_B)
-        else:
-            integer_errors(x_nB, steps_B, low, high, errors_B)
-    elif element == E2M1:
-        e2m1_weighted_errors(x_nB, moments_nB, steps_B, errors_B)
+    if element == E2M1:
+        e2m1_errors(x_nB, steps_B, errors_B)
     else:
-        integer_weighted_errors(x_nB, moments_nB, steps_B, low, high, errors_B)
+        integer_errors(x_nB, steps_B, low, high, errors_B)
 
 
 @jit
@@ -371,19 +344,17 @@ def keep_better(tried_B, errors_B, least_B, stored_B):
 
 
 @jit
-def search(
-    element, rule, changes, shared, low, high, x_nB, moments_nB, plain_B, tried_B, steps_B, errors_B, least_B, stored_B
-):
-    """Replace each block's scale by the candidate of least weighted error, if that is less than its own."""
+def search(element, rule, changes, shared, low, high, x_nB, plain_B, tried_B, steps_B, errors_B, least_B, stored_B):
+    """Replace each block's scale by the candidate of least error, if that is less than its own."""
     for b in range(stored_B.shape[0]):
         plain_B[b] = stored_B[b]
     fill_steps(rule, plain_B, shared, steps_B)
-    errors(element, x_nB, moments_nB, steps_B, low, high, least_B)
+    errors(element, x_nB, steps_B, low, high, least_B)
     for change in changes:
         for b in range(stored_B.shape[0]):
             tried_B[b] = candidate_of(rule, plain_B[b], change)
         fill_steps(rule, tried_B, shared, steps_B)
-        errors(element, x_nB, moments_nB, steps_B, low, high, errors_B)
+        errors(element, x_nB, steps_B, low, high, errors_B)
         keep_better(tried_B, errors_B, least_B, stored_B)
 
 
@@ -572,7 +543,7 @@ def amax_rows(source, stored_OBn, source_steps, source_rows, x_K, x_source_Bn):
 @entry
 def requantize_rows(
     source, stored_OBn, source_steps, source_rows,
-    element, rule, bits, block_rows, shared, changes, moments_nB, measure,
+    element, rule, bits, block_rows, shared, changes, measure,
     x_K, x_source_Bn, x_Bn, x_nB, bits_3K, codes, codes_Bn, spare_codes, bits_3B, floats_3B, sums_2Bn,
     packed, scales, squares,
 ):  # fmt: skip
@@ -607,7 +578,7 @@ def requantize_rows(
         if changes.shape[0] > 0:
             transpose(x_Bn, x_nB)
             search(
-                element, rule, changes, shared, low, high, x_nB, moments_nB,
+                element, rule, changes, shared, low, high, x_nB,
                 bits_3B[1], bits_3B[2], steps_B, floats_3B[1], floats_3B[2], stored_B,
             )  # fmt: skip
         fill_steps(rule, stored_B, shared, steps_B)

@@ -222,11 +222,11 @@ def miss(w, stored, step, low, high, ELEMENT: tl.constexpr, RULE: tl.constexpr):
 
 @triton.jit
 def search(
-    stored_R, shared, low, high, changes, moments, stored, scales, row, block, there, columns,
+    stored_R, shared, low, high, changes, stored, scales, row, block, there, columns,
     SOURCE_ROWS: tl.constexpr, SOURCE_N: tl.constexpr, POWERS: tl.constexpr, ELEMENT: tl.constexpr, RULE: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """For each block the candidate of least Σ moment · (value − w)²; of equals the first, which is no change."""
+    """For each block the candidate of least Σ (value − w)²; of equals the first, which is no change."""
     tried = candidate_of(stored_R[:, None], tl.load(changes + tl.arange(0, C))[None, :], RULE)
     step = step_of(tried, shared, RULE)
     error = tl.zeros([R, C], tl.float32)
@@ -236,10 +236,7 @@ def search(
         steps = source_steps(scales, row, column, inside, columns, SOURCE_ROWS, SOURCE_N, POWERS)
         w = load(stored, row, column, inside, columns, steps, SOURCE_N)
         d = miss(w[:, None], tried, step, low, high, ELEMENT, RULE)
-        term = d * d
-        if WEIGHTED:
-            term = term * tl.load(moments + column, inside, 0.0)[:, None]
-        error = error + term
+        error = error + d * d
     c = tl.arange(0, C)[None, :]
     error = tl.where(error == error, error, tl.where(c == 0, float("-inf"), float("inf")))  # as `<` has it
     best = tl.argmin(error, 1)[:, None]
@@ -284,16 +281,16 @@ def amax_tile(
 
 @triton.jit
 def requantize_tile(
-    stored, scales, shared_1, changes, moments, packed, out_scales, top, squares,
+    stored, scales, shared_1, changes, packed, out_scales, top, squares,
     rows, columns, blocks, row_bytes, low, high, half_range,
     SOURCE_ROWS: tl.constexpr, SOURCE_N: tl.constexpr, POWERS: tl.constexpr, ELEMENT: tl.constexpr, RULE: tl.constexpr,
-    BITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr,
+    BITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr,
     MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Decode, fit, search (C > 0), round, pack one tile; `top` as in `amax_tile`; squares F32 [tiles, 2]: Σ (value − w)², Σ w².
 
     Pointers: stored int16 (BF16) or uint8 (E4M3) [O, I]; scales as the source stores them; changes F32 [C];
-    moments F32 [I]; packed uint8 [O, row_bytes] or int16 [O, I]; out_scales of as many bits as are stored, [OB, IB].
+    packed uint8 [O, row_bytes] or int16 [O, I]; out_scales of as many bits as are stored, [OB, IB].
     """
     row, block, there = place(rows, blocks, R, SQUARE)
     column = block[:, None] * N + tl.arange(0, N)[None, :]
@@ -311,8 +308,8 @@ def requantize_tile(
     kept = fit(amax, shared, half_range, RULE)
     if C > 0:
         kept = search(
-            kept, shared, low, high, changes, moments, stored, scales, row, block, there, columns,
-            SOURCE_ROWS, SOURCE_N, POWERS, ELEMENT, RULE, R, N, C, WEIGHTED,
+            kept, shared, low, high, changes, stored, scales, row, block, there, columns,
+            SOURCE_ROWS, SOURCE_N, POWERS, ELEMENT, RULE, R, N, C,
         )  # fmt: skip
     if ELEMENT == BF16:
         codes = bf16_round(bits_of(w))
