@@ -3,6 +3,7 @@
 Every format meets every rounding. Leaves out rendering a model with them (test_render.py).
 """
 
+import gc
 from dataclasses import fields
 
 import pytest
@@ -101,6 +102,22 @@ def test_two_columns_by_hand() -> None:
     assert ordered.restored(codes)[0].tolist() == [[8 + 2, 8 + 2], [8, 8]]
     assert ordered.restored(wanted)[0].flatten().tolist() == pytest.approx([2.3, 1.7, -0.4, -0.2])
     assert ordered.restored(error)[0].flatten().tolist() == pytest.approx([0.3, -0.6, -0.4, 0.2])
+
+
+@pytest.mark.parametrize("way", ROUNDINGS)
+def test_what_is_worked_with_is_let_go_at_once(way: str) -> None:
+    """Not when Python next looks for cycles: a layer's experts would fill the memory until then."""
+    w, x, format = gaussian(16, 64), inputs(80, 64), FORMATS["int2_g64"]
+    batch = batch_of(w[None], [x])
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(o) is Tensor for o in gc.get_objects())
+        ROUNDINGS[way].round(batch, format)
+        after = sum(type(o) is Tensor for o in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before
 
 
 @sample

@@ -11,7 +11,7 @@ through the columns by size of input changes the sequence alone, and so suits an
 scales block by block afterwards: done by the error of the weights, it costs more than GPTQ has gained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,25 +134,36 @@ def sweep(
     block_EI = ordered.order_EI // (format.block[1] or w_EIO.shape[1])
     wanted_EIO = torch.empty_like(w_EIO)
 
-    def span(start: int, stop: int) -> None:
-        if stop - start > LEAF:
-            middle = (start + stop) // 2
-            span(middle, stop)
-            flow_EIO[:, start:middle].baddbmm_(pull_EII[:, start:middle, middle:stop], flow_EIO[:, middle:stop])
-            span(start, middle)
-            return
-        for k in reversed(range(start, stop)):
-            if k + 1 < stop:
-                flow_EIO[:, k : k + 1].baddbmm_(pull_EII[:, k : k + 1, k + 1 : stop], flow_EIO[:, k + 1 : stop])
+    for part, done in halves(0, w_EIO.shape[1]):
+        if done is not None:
+            flow_EIO[:, part].baddbmm_(pull_EII[:, part, done], flow_EIO[:, done])
+            continue
+        for k in reversed(range(part.start, part.stop)):
+            after = slice(k + 1, part.stop)
+            if k + 1 < part.stop:
+                flow_EIO[:, k : k + 1].baddbmm_(pull_EII[:, k : k + 1, after], flow_EIO[:, after])
             here = tuple(step_EGO[members, block_EI[:, k]] for step_EGO in steps)
             wanted_EO = torch.add(w_EIO[:, k], flow_EIO[:, k], out=wanted_EIO[:, k])
             found.append(format.round(wanted_EO, *here))
             torch.sub(w_EIO[:, k], format.value(found[-1], *here), out=flow_EIO[:, k])
             if error_EIO is not None:
                 flow_EIO[:, k] -= error_EIO[:, k]
-
-    span(0, w_EIO.shape[1])
     return torch.stack(found[::-1], 1), wanted_EIO
+
+
+def halves(start: int, stop: int) -> Iterator[tuple[slice, slice | None]]:
+    """Columns in the order of work, the last first: a part to be done, or one that takes in the errors of a part done.
+
+    A generator, as a function inside `sweep` that called itself would keep all that it sees alive until Python looks
+    for cycles: at M3's dimensions, tens of matrices of 151 MB.
+    """
+    if stop - start <= LEAF:
+        yield slice(start, stop), None
+        return
+    middle = (start + stop) // 2
+    yield from halves(middle, stop)
+    yield slice(start, middle), slice(middle, stop)
+    yield from halves(start, middle)
 
 
 def steps_by_column(format: NumberFormat, scales: Sequence[Scales], rows: int) -> tuple[Tensor, ...]:
