@@ -51,18 +51,15 @@ def as_bytes(x: Tensor) -> bytes:
     return x.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def reference(
-    fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool
-) -> tuple[Tensor, Scales]:
+def reference(fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool) -> tuple[Tensor, Scales]:
     scales = fmt.scales(w, shared)
     scales = fmt.search(w, scales) if search else scales
     codes = fmt.encode(w, scales)
+    scales = fmt.unshrunk(w, codes, scales) if search else scales
     return CONTAINERS["compressed_tensors"].packing(fmt.name).pack(codes, scales)["codes"], scales
 
 
-def assert_equal_to_reference(
-    kernels: Any, source: str, fmt: NumberFormat, w: Tensor, search: bool = False
-) -> None:
+def assert_equal_to_reference(kernels: Any, source: str, fmt: NumberFormat, w: Tensor, search: bool = False) -> None:
     weight, weight_scales, decoded = stored_as(source, w)
     shared = None if fmt.share is None else fmt.share(1.25 * decoded.abs().max())
     done = kernels.requantize(source, weight, weight_scales, fmt, shared=shared, search=search)

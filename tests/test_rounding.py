@@ -131,6 +131,36 @@ def test_where_inputs_are_white_every_weight_goes_to_its_nearest(format: NumberF
     assert unknown.codes_EOI.equal(nearest.codes_EOI)
 
 
+def test_a_block_that_fell_short_reaches_as_far_as_its_weights_by_hand() -> None:
+    """w · w / value · w of (2.4, 1, −.3, 0) and (2, 1, 0, 0): 6.85 / 5.8; of what has no code but 0, and of zeros: 1."""
+    format, w = FORMATS["int4_g32"], torch.zeros(3, 32)
+    w[0, :4], w[1, 5] = torch.tensor([2.4, 1.0, -0.3, 0.0]), 0.2
+    scales = Scales(torch.tensor([[1.0], [1.0], [0.5]], dtype=torch.bfloat16))
+    raised = format.unshrunk(w, format.encode(w, scales), scales).blocks
+    assert raised.flatten().tolist() == [float(torch.tensor(6.85 / 5.8).bfloat16()), 1.0, 0.5]
+    unchanged = Scales(torch.full((3, 1), 120, dtype=torch.uint8))
+    assert FORMATS["mxfp4"].unshrunk(w, FORMATS["mxfp4"].encode(w, unchanged), unchanged) is unchanged
+
+
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g64", "int4_g128"])
+def test_search_leaves_every_block_reaching_as_far_as_its_weights(name: str) -> None:
+    """But for the rounding of scales to BF16; codes are the nearest under scales of least error, which fall short."""
+    format, w = FORMATS[name], gaussian(16, 256)
+    rounded = ROUNDINGS["search"].round(Batch(w[None]), format)
+    scales = format.search(w, format.scales(w))
+    assert rounded.codes_EOI[0].equal(format.encode(w, scales))
+
+    def off(value: Tensor) -> Tensor:
+        return format.blocks(value * w).sum(-1) / format.blocks(w * w).sum(-1) - 1
+
+    assert off(rounded.values(format)[0]).abs().max() < 2**-8
+    assert off(format.decode(rounded.codes_EOI[0], scales)).mean() < -0.004
+    x = inputs(400, 256)
+    hessian = damped_by_hand(x.T @ x / len(x), len(x))
+    weighted, seen = ROUNDINGS["weighted"].round(batch_of(w[None], [x]), format).values(format)[0], w @ hessian
+    assert ((weighted * seen).sum(1) / (w * seen).sum(1) - 1).abs().max() < 2**-8
+
+
 @pytest.mark.parametrize("way", ["gptq", "descent"])
 @pytest.mark.parametrize("name", ["int2_g32", "affine2_g64", "int3_g64"])
 def test_few_bits_leave_every_rows_outputs_as_large_as_they_were(name: str, way: str) -> None:

@@ -27,6 +27,11 @@ def fit(w: Tensor, shared: Tensor | None, *, bits: int) -> Scales:
     return Scales(scale.bfloat16(), offsets=offset.bfloat16())
 
 
+def times(scales: Scales, factor: Tensor) -> Scales:
+    assert scales.blocks is not None and scales.offsets is not None
+    return Scales((scales.blocks.float() * factor).bfloat16(), offsets=(scales.offsets.float() * factor).bfloat16())
+
+
 def steps(scales: Scales) -> Steps:
     assert scales.blocks is not None and scales.offsets is not None
     return scales.blocks.float(), scales.offsets.float()
@@ -51,6 +56,7 @@ def affine(bits: int, group: int) -> NumberFormat:
         steps=steps,
         round=partial(round, bits=bits),
         value=value,
+        times=times,
         reference="https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html",
     )
 

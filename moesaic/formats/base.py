@@ -22,6 +22,7 @@ from ..errors import PlanError
 
 Steps = tuple[Tensor, ...]  # F32 [OB, IB] each: what a block's codes are multiplied by (and, if affine, offset with)
 
+GAIN = (0.8, 1.6)  # of scales that make up for shrinking, at most; where more is called for, next to nothing is left
 BAND = 1 << 18  # weights at a time on a CPU: what is made on the way stays in its cache
 LARGEST = float(torch.finfo(torch.bfloat16).max)  # no checkpoint stores more; below it no format's arithmetic overflows
 
@@ -60,6 +61,7 @@ class NumberFormat:
     reference: str
     share: Callable[[Tensor], Tensor] | None = None  # largest |w| over fused siblings -> `Scales.shared`
     candidates: Callable[[Scales], Sequence[Scales]] = no_candidates  # other scales worth trying, likeliest first
+    times: Callable[[Scales, Tensor], Scales] | None = None  # blocks' values times factors [OB, IB]; None: too coarse
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,6 +125,23 @@ class NumberFormat:
             best = Scales(blocks, scales.shared, _pick(better, candidate.offsets, best.offsets))
         return best
 
+    def unshrunk(self, w_OI: Tensor, codes_OI: Tensor, scales: Scales) -> Scales:
+        """`scales`, with each block's such that its values reach as far along its weights as those do: w · w / value · w.
+
+        Scales of least error leave nearest values short of that by what they miss; small in each matrix, that adds up
+        over experts. The same factor makes quantised gradients unbiased (Vargaftik et al., 2021). F32, in steps, so
+        that nothing overflows, and added in the order of `block_sums`. Where scales are too coarse, nothing changes.
+        """
+        if self.times is None:
+            return scales
+        steps, found = self.steps(scales), list[Tensor]()
+        for rows, blocks in self.bands(w_OI):
+            w_oI, own = w_OI[rows].float(), tuple(s[blocks] for s in steps)
+            value_oI = self.value(codes_OI[rows], *self.spread(own, w_oI.shape))
+            w, value = (self.blocks(x_oI) / own[0].unsqueeze(-1) for x_oI in (w_oI, value_oI))
+            found.append(gain(block_sums(w * w), block_sums(w * value)))
+        return self.times(scales, torch.cat(found))
+
     def block_errors(self, w: Tensor, scales: Scales, moments: Tensor | None = None) -> Tensor:
         """Σ moment · (value − w)² of each block, F32 [OB, IB], of weights (and moments) in blocks [OB, IB, n]."""
         steps = tuple(s.unsqueeze(-1) for s in self.steps(scales))
@@ -168,6 +187,12 @@ def block_sums(terms: Tensor) -> Tensor:
     for k in range(1, terms.shape[-1]):
         total = total + terms[..., k]
     return total
+
+
+def gain(whole: Tensor, along: Tensor) -> Tensor:
+    """whole / along, within `GAIN`; 1 where there is nothing to go by."""
+    ratio = whole / along
+    return torch.where((ratio > 0) & ratio.isfinite(), ratio.clamp(*GAIN), 1.0)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

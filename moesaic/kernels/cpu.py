@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..formats import FORMATS, NumberFormat, Scales
-from ..formats.base import not_finite
+from ..formats.base import GAIN, not_finite
 from ..formats.integer import CLIPS
 from ..formats.nvfp4 import NEIGHBOURS
 from ..progress import notice
@@ -37,6 +37,7 @@ TARGETS = {  # how an element is rounded, how a scale is stored
     **{name: (loops.INTEGER, loops.BF16_SCALE) for name in FORMATS if name.startswith("int")},
 }
 NO_CHANGES = np.empty(0, np.float32)
+assert tuple(map(np.float32, GAIN)) == (loops.LEAST_GAIN, loops.MOST_GAIN)
 
 
 @dataclass(frozen=True)

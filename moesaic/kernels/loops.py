@@ -36,6 +36,7 @@ MAGNITUDE = u32(0x7FFFFFFF)
 
 BF16, E4M3, E2M1, INTEGER = range(4)  # elements
 NO_SCALE, F32_SCALE, CEIL_POWER, FLOOR_POWER, E4M3_SCALE, BF16_SCALE = range(6)  # scales
+LEAST_GAIN, MOST_GAIN = f32(0.8), f32(1.6)  # `formats.base.GAIN`; the cache would not see it change there
 LARGEST_BITS = u32(0x7F7F0000)  # the largest BF16
 FLUSH_ROWS = 64  # F32 sums of squares run over this many rows before they go into an F64
 
@@ -358,6 +359,23 @@ def search(element, rule, changes, shared, low, high, x_nB, plain_B, tried_B, st
         keep_better(tried_B, errors_B, least_B, stored_B)
 
 
+@jit
+def unshrunk(x_nB, low, high, steps_B, whole_B, along_B, stored_B):
+    """Replace each block's scale by one under which its values reach as far along its weights as those do. BF16 scales."""
+    clear(whole_B)
+    clear(along_B)
+    for j in range(x_nB.shape[0]):
+        for b in range(x_nB.shape[1]):
+            u = float_of(x_nB[j, b]) / steps_B[b]
+            whole_B[b] += u * u
+            along_B[b] += u * integer_nearest(u, low, high)
+    for b in range(stored_B.shape[0]):
+        ratio = whole_B[b] / along_B[b]
+        known = ratio > f32(0.0) and ratio < f32(np.inf)
+        gain = min(max(ratio, LEAST_GAIN), MOST_GAIN) if known else f32(1.0)
+        stored_B[b] = bf16_round(bits_of(steps_B[b] * gain))
+
+
 # Out ----------------------------------------------------------------------------------------------------------------
 
 
@@ -470,11 +488,12 @@ def add_misses_e2m1(x_Bn, steps_B, sums_Bn):
 
 
 @jit
-def add_misses_integer(x_Bn, steps_B, low, high, sums_Bn):
+def add_misses_integer(x_Bn, steps_B, grown_B, low, high, sums_Bn):
     for b in range(x_Bn.shape[0]):
-        step = steps_B[b]
+        step, grown = steps_B[b], grown_B[b]
         for j in range(x_Bn.shape[1]):
-            d = integer_miss(x_Bn[b, j], step, low, high)
+            w = float_of(x_Bn[b, j])
+            d = integer_nearest(w / step, low, high) * grown - w
             sums_Bn[b, j] += d * d
 
 
@@ -496,12 +515,12 @@ def add_misses_bf16(x_Bn, sums_Bn):
 
 
 @jit
-def add_misses(element, x_Bn, codes_Bn, steps_B, low, high, sums_Bn):
+def add_misses(element, x_Bn, codes_Bn, steps_B, grown_B, low, high, sums_Bn):
     """(value − w)² of one row, added to the sums of its columns."""
     if element == E2M1:
         add_misses_e2m1(x_Bn, steps_B, sums_Bn)
     elif element == INTEGER:
-        add_misses_integer(x_Bn, steps_B, low, high, sums_Bn)
+        add_misses_integer(x_Bn, steps_B, grown_B, low, high, sums_Bn)
     elif element == E4M3:
         add_misses_e4m3(x_Bn, codes_Bn, steps_B, sums_Bn)
     else:
@@ -581,7 +600,12 @@ def requantize_rows(
                 element, rule, changes, shared, low, high, x_nB,
                 bits_3B[1], bits_3B[2], steps_B, floats_3B[1], floats_3B[2], stored_B,
             )  # fmt: skip
-        fill_steps(rule, stored_B, shared, steps_B)
+        fill_steps(rule, stored_B, shared, steps_B)  # codes are chosen under these
+        grown_B = steps_B
+        if changes.shape[0] > 0 and rule == BF16_SCALE:
+            unshrunk(x_nB, low, high, steps_B, floats_3B[1], floats_3B[2], stored_B)
+            grown_B = floats_3B[1]
+            fill_steps(rule, stored_B, shared, grown_B)
         for o in range(start, stop):
             if block_rows > 1:
                 load(source, stored_OBn[o], source_steps[o // source_rows], x_source_Bn)
@@ -592,7 +616,7 @@ def requantize_rows(
                 clear(spare_codes)
                 pack(bits, codes, packed[o])
             if measure:
-                add_misses(element, x_Bn, codes_Bn, steps_B, low, high, sums_2Bn[0])
+                add_misses(element, x_Bn, codes_Bn, steps_B, grown_B, low, high, sums_2Bn[0])
                 add_squares(x_Bn, sums_2Bn[1])
                 if o % FLUSH_ROWS == FLUSH_ROWS - 1 or o == rows - 1:
                     squares[0] += flush(sums_2Bn[0])

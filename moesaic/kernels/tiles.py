@@ -22,6 +22,7 @@ NO_SCALE, F32_SCALE, CEIL_POWER = tl.constexpr(0), tl.constexpr(1), tl.constexpr
 FLOOR_POWER, E4M3_SCALE, BF16_SCALE = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 assert [k.value for k in (BF16, E4M3, E2M1, INTEGER)] == [loops.BF16, loops.E4M3, loops.E2M1, loops.INTEGER]
 
+LEAST_GAIN, MOST_GAIN = tl.constexpr(float(loops.LEAST_GAIN)), tl.constexpr(float(loops.MOST_GAIN))
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITE = tl.constexpr(0x7F800000)
 
@@ -243,6 +244,26 @@ def search(
     return tl.sum(tl.where(c == best, tried, 0), 1)
 
 
+@triton.jit
+def unshrunk(
+    kept, low, high, stored, scales, row, block, there, columns,
+    SOURCE_ROWS: tl.constexpr, SOURCE_N: tl.constexpr, POWERS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """For each block the scale under which its values reach as far along its weights as those do. BF16 scales."""
+    step = step_of(kept, 1.0, BF16_SCALE)
+    whole, along = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+    for j in range(N):
+        column = block * N + j
+        inside = there & (column < columns)
+        steps = source_steps(scales, row, column, inside, columns, SOURCE_ROWS, SOURCE_N, POWERS)
+        u = over_step(load(stored, row, column, inside, columns, steps, SOURCE_N), kept, step, BF16_SCALE)
+        whole, along = whole + u * u, along + u * integer_nearest(u, low, high)
+    ratio = tl.div_rn(whole, along)
+    known = (ratio > 0.0) & (ratio < float("inf"))
+    gain = tl.where(known, tl.minimum(tl.maximum(ratio, LEAST_GAIN), MOST_GAIN), 1.0)
+    return bf16_round(bits_of(step * gain))
+
+
 # Out ----------------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +332,11 @@ def requantize_tile(
             kept, shared, low, high, changes, stored, scales, row, block, there, columns,
             SOURCE_ROWS, SOURCE_N, POWERS, ELEMENT, RULE, R, N, C,
         )  # fmt: skip
+    grown = kept
+    if C > 0 and RULE == BF16_SCALE:
+        grown = unshrunk(
+            kept, low, high, stored, scales, row, block, there, columns, SOURCE_ROWS, SOURCE_N, POWERS, R, N
+        )
     if ELEMENT == BF16:
         codes = bf16_round(bits_of(w))
         at = row[:, None].to(tl.int64) * columns + column
@@ -319,7 +345,7 @@ def requantize_tile(
     else:
         scale_row = row // R if SQUARE else row
         first = there & (tl.arange(0, R) == 0) if SQUARE else there
-        tl.store(out_scales + scale_row.to(tl.int64) * blocks + block, kept.to(out_scales.dtype.element_ty), first)
+        tl.store(out_scales + scale_row.to(tl.int64) * blocks + block, grown.to(out_scales.dtype.element_ty), first)
         step = step_of(kept, shared, RULE)[:, None]
         q = over_step(w, kept[:, None], step, RULE)
         if ELEMENT == E4M3:
@@ -330,7 +356,7 @@ def requantize_tile(
             d = miss(w, kept[:, None], step, low, high, ELEMENT, RULE)
         else:
             codes = integer_round(q, low, high)
-            d = miss(w, kept[:, None], step, low, high, ELEMENT, RULE)
+            d = integer_nearest(q, low, high) * step_of(grown, shared, RULE)[:, None] - w
         pack(tl.where(inside, codes, 0), packed, row, block, there, row_bytes, BITS, R, N)
     if MEASURE:
         d = tl.where(inside, d, 0.0)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..formats import NumberFormat, Scales
+from ..formats.base import gain
 from .base import Batch, Block, Rounded, Rounding, of_rows
-from .gptq import blended, reported
+from .gptq import blended, gains, reported
 from .rtn import round as nearest
 
 STEPS = 200
@@ -131,8 +132,11 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
         lambda values: [(values[0] - w_EOI) @ hessian_EII],
         lambda values: (((values[0] - w_EOI) @ hessian_EII) * (values[0] - w_EOI)).sum((1, 2)),
     )
+    rounded = tuned.rounded()
+    off_EOI = rounded.values(format) - w_EOI
+    gain_EO = torch.stack([gains(*each) for each in zip(w_EOI, off_EOI, hessian_EII)])
     _, damping_E, pooled_E = zip(*blends)
-    return replace(tuned.rounded(), facts=reported(damping_E, pooled_E))
+    return replace(raised(rounded, gain_EO, format), facts=reported(damping_E, pooled_E))
 
 
 def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
@@ -161,7 +165,20 @@ def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
             return (off_EnD.square().sum(-1) * block.weight_En).sum(1)
 
     descend(tuned, gradients, losses)
-    return tuple(t.rounded() for t in tuned)
+    rounded = tuple(t.rounded() for t in tuned)
+    with torch.no_grad():
+        seen_EnD = block.weight_En[..., None] * wanted_EnD
+        found_EnD = block.forward([r.values(format) for r in rounded], block.x_EnD)
+        gain_EO = gain((seen_EnD * wanted_EnD).sum(1), (seen_EnD * found_EnD).sum(1))
+    return *rounded[:-1], raised(rounded[-1], gain_EO, format)
+
+
+def raised(rounded: Rounded, gain_EO: Tensor, format: NumberFormat) -> Rounded:
+    """Rows whose outputs fell short of the source's made as large; see `NumberFormat.unshrunk`."""
+    if format.times is None:
+        return rounded
+    scales = tuple(format.times(s, gain_O[:, None]) for s, gain_O in zip(rounded.scales, gain_EO))
+    return replace(rounded, scales=scales)
 
 
 AUTOROUND = Rounding("autoround", ("hessian_EII",), round, "https://arxiv.org/abs/2309.05516", round_block)

@@ -12,19 +12,19 @@ scales block by block afterwards: done by the error of the weights, it costs mor
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..formats import NumberFormat, Scales
+from ..formats.base import gain
 from .base import Batch, Facts, Rounded, Rounding
 from .search import searched
 
 LEAF = 32  # columns that are done one by one before their errors are multiplied out together
 COARSE = 3  # bits; up to these, what is wanted outgrows the scales of the weights, which are fitted to it, and outputs shrink
-GAIN = (0.8, 1.6)  # of a row's scales at most; what is beyond has next to no output to go by
 PRIOR = 1.5  # the pool weighs as much as this many tokens for each column
 DAMP, DAMP_FEW = 0.01, 0.03  # of the median diagonal, the second times columns over tokens; of least held-out error
 
@@ -191,30 +191,23 @@ def compensated(ordered: Ordered, w_EOI: Tensor, format: NumberFormat) -> tuple[
 def finished(
     ordered: Ordered, format: NumberFormat, codes_EIO: Tensor, scales: Sequence[Scales], error_EIO: Tensor
 ) -> Rounded:
-    if format.element_bits <= COARSE:
-        scales = [unshrunk(s, gain_O) for s, gain_O in zip(scales, gains(ordered, error_EIO))]
+    if format.element_bits <= COARSE and format.times is not None:
+        raised = (
+            gains(w_IO.T, -error_IO.T, h_II)
+            for w_IO, error_IO, h_II in zip(ordered.w_EIO, error_EIO, ordered.hessian_EII)
+        )
+        scales = [format.times(s, gain_O[:, None]) for s, gain_O in zip(scales, raised)]
     return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
 
 
-def gains(ordered: Ordered, error_EIO: Tensor) -> Tensor:
-    """[E, O]: what makes each row's outputs as large, along those of the source, as the source's: w H wᵀ / value H wᵀ.
+def gains(w_OI: Tensor, off_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """[O]: what makes each row's outputs reach as far along the source's as those do: w H wᵀ / value H wᵀ; off = value − w.
 
-    Codes of least error make them smaller, and so they do in every expert: small in each, it does not average out.
-    The same factor makes quantised gradients unbiased (Vargaftik et al., 2021).
+    `NumberFormat.unshrunk` says why; this knows what inputs have to do with each other.
     """
-    seen_EIO = torch.bmm(ordered.hessian_EII, ordered.w_EIO)
-    whole_EO = (ordered.w_EIO * seen_EIO).sum(1)
-    along_EO = whole_EO - (error_EIO * seen_EIO).sum(1)
-    return torch.where(along_EO > 0, whole_EO / along_EO, 1.0).clamp(*GAIN)
-
-
-def unshrunk(scales: Scales, gain_O: Tensor) -> Scales:
-    """Every value of a row times its gain, for blocks of one row."""
-
-    def times(part: Tensor | None) -> Tensor | None:
-        return None if part is None else (part.float() * gain_O[:, None]).to(part.dtype)
-
-    return replace(scales, blocks=times(scales.blocks), offsets=times(scales.offsets))
+    seen_OI = w_OI @ hessian_II
+    whole_O = (w_OI * seen_OI).sum(1)
+    return gain(whole_O, whole_O + (off_OI * seen_OI).sum(1))
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:

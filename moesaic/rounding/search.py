@@ -1,13 +1,17 @@
 """Search: of the scales that a format can store, those of least squared error; every weight to its nearest grid point.
 
-A kernel does the same from stored bytes. With data, errors count by their inputs: `weighted.py`.
+Such values fall short of the weights, so scales are raised until they no longer do (`NumberFormat.unshrunk`): at 2 bits
+that takes half of the KL and more away, at 4 up to a tenth. A kernel does the same from stored bytes. With data, errors
+count by their inputs: `weighted.py`.
 """
 
 import torch
 from torch import Tensor
 
 from ..formats import NumberFormat, Scales
+from ..formats.base import no_candidates
 from .base import Batch, Rounded, Rounding, of_rows
+from .rtn import round as nearest
 
 CHUNK = 1 << 18  # weights looked at in one go: a cache holds them, while every candidate passes by
 
@@ -26,8 +30,12 @@ def searched(w_OI: Tensor, format: NumberFormat, moments_I: Tensor | None = None
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:
-    scales = tuple(searched(w_OI, format) for w_OI in batch.w_EOI)
-    return Rounded(torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)]), scales)
+    """A format without candidates leaves nothing to choose: its weights go to their nearest, by its standard scales."""
+    if format.candidates is no_candidates:
+        return nearest(batch, format)
+    scales = [searched(w_OI, format) for w_OI in batch.w_EOI]
+    codes_EOI = torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)])
+    return Rounded(codes_EOI, tuple(format.unshrunk(*each) for each in zip(batch.w_EOI, codes_EOI, scales)))
 
 
 SEARCH = Rounding("search", (), round, "https://arxiv.org/abs/2606.07618", kernel="searched", informed="weighted")

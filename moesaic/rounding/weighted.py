@@ -6,18 +6,23 @@ An importance matrix, as llama.cpp calls it. Leaves out what inputs have to do w
 import torch
 
 from ..formats import NumberFormat
+from ..formats.base import no_candidates
 from .base import Batch, Rounded, Rounding
-from .gptq import blended, reported
+from .gptq import blended, gains, reported
 from .search import searched
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:
     """Mean squares are the diagonal of the Hessian that GPTQ takes: pool, damping and errors are the same."""
     blends = [blended(batch, e) for e in range(len(batch.w_EOI))]
-    scales = tuple(searched(w_OI, format, h_II.diagonal()) for w_OI, (h_II, _, _) in zip(batch.w_EOI, blends))
+    scales = [searched(w_OI, format, h_II.diagonal()) for w_OI, (h_II, _, _) in zip(batch.w_EOI, blends)]
     codes_EOI = torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)])
+    if format.times is not None and format.candidates is not no_candidates:
+        for e, (w_OI, (h_II, _, _)) in enumerate(zip(batch.w_EOI.float(), blends)):
+            gain_O = gains(w_OI, format.decode(codes_EOI[e], scales[e]) - w_OI, h_II)
+            scales[e] = format.times(scales[e], gain_O[:, None])
     _, damping_E, pooled_E = zip(*blends)
-    return Rounded(codes_EOI, scales, reported(damping_E, pooled_E))
+    return Rounded(codes_EOI, tuple(scales), reported(damping_E, pooled_E))
 
 
 WEIGHTED = Rounding("weighted", ("hessian_EII",), round, "https://github.com/ggml-org/llama.cpp/pull/4861")
