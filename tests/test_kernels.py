@@ -14,7 +14,7 @@ from moesaic.containers import CONTAINERS
 from moesaic.containers.base import pack_bits
 from moesaic.errors import PlanError
 from moesaic.formats import FORMATS
-from moesaic.formats.base import no_candidates
+from moesaic.formats.base import LARGEST, no_candidates
 from moesaic.kernels import cpu, loops
 from moesaic.kernels.cpu import SOURCES, TARGETS, amax, prepare, requantize
 from moesaic.kernels.decode import decode, decodes
@@ -40,6 +40,20 @@ def test_equal_to_the_reference_to_the_bit(source, target, w):
     assert_equal_to_reference(cpu, source, fmt, w)
     if fmt.candidates is not no_candidates:
         assert_equal_to_reference(cpu, source, fmt, w, True)
+
+
+@every_matrix
+@every_target
+def test_scales_alone_are_those_of_the_reference(target, w):
+    """Of F32 weights, which a rounding has: what GPTQ wants is no BF16."""
+    fmt = FORMATS[target]
+    assert cpu.searches(fmt) == (fmt.candidates is not no_candidates)
+    if cpu.searches(fmt):
+        w = w.clamp(-LARGEST, LARGEST)
+        ours, theirs = cpu.search(w, fmt), fmt.search(w, fmt.scales(w))
+        assert same_bits(ours.blocks, theirs.blocks) and same_bits(ours.shared, theirs.shared)
+        with pytest.raises(PlanError, match="infinities, NaNs"):
+            cpu.search(torch.where(torch.arange(w.shape[1]) == 7, torch.nan, w), fmt)
 
 
 @st.composite
@@ -138,7 +152,10 @@ def test_one_compilation_serves_all():
         amax(source, weight, weight_scales)
         for target in TARGETS:
             requantize(source, weight, weight_scales, FORMATS[target], search=True, measure=True)
-    assert [len(f.signatures) for f in (loops.requantize_rows, loops.amax_rows)] == [1, 1]
+        for target in filter(cpu.searches, map(FORMATS.get, TARGETS)):
+            cpu.search(torch.zeros(2, 64), target)
+    entries = (loops.requantize_rows, loops.amax_rows, loops.search_rows)
+    assert [len(f.signatures) for f in entries] == [1, 1, 1]
 
 
 def test_what_has_no_kernel_is_refused():

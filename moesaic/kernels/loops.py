@@ -622,3 +622,30 @@ def requantize_rows(
                     squares[0] += flush(sums_2Bn[0])
                     squares[1] += flush(sums_2Bn[1])
     return top
+
+
+@entry
+def search_rows(
+    weights_OI, element, rule, bits, shared, changes, x_K, x_Bn, x_nB, bits_3K, bits_3B, floats_3B, scales
+):  # fmt: skip
+    """Scales alone, of F32 weights, for blocks within a row; arrays and what is returned as in `requantize_rows`."""
+    low, high, half_range = f32(-(1 << (bits - 1))), f32((1 << (bits - 1)) - 1), f32((1 << bits) - 1) / f32(2.0)
+    amax_B, top = bits_3B[0], u32(0)
+    for o in range(weights_OI.shape[0]):
+        row = weights_OI[o].view(np.uint32)
+        for j in range(row.shape[0]):
+            x_K[j] = row[j]
+        if amax_B.shape[0] == 1:
+            amax_B[0] = largest(x_K)
+        else:
+            block_maxima(x_K, x_Bn.shape[1], bits_3K[0], bits_3K[1], amax_B)
+        top = max(top, largest(amax_B))
+        if top > LARGEST_BITS:
+            return top
+        fit(rule, amax_B, shared, half_range, scales[o])
+        transpose(x_Bn, x_nB)
+        search(
+            element, rule, changes, shared, low, high, x_nB,
+            bits_3B[1], bits_3B[2], floats_3B[0], floats_3B[1], floats_3B[2], scales[o],
+        )  # fmt: skip
+    return top

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..formats import NumberFormat, Scales
 from ..formats.base import no_candidates
+from ..kernels import cpu
 from .base import Batch, Rounded, Rounding, of_rows
 from .rtn import round as nearest
 
@@ -17,7 +18,9 @@ CHUNK = 1 << 18  # weights looked at in one go: a cache holds them, while every 
 
 
 def searched(w_OI: Tensor, format: NumberFormat, moments_I: Tensor | None = None) -> Scales:
-    """`format.search` from its standard scales on, some rows at a time."""
+    """`format.search` from its standard scales on, some rows at a time; or by a kernel that does the same."""
+    if moments_I is None and w_OI.device.type == "cpu" and cpu.searches(format):
+        return cpu.search(w_OI, format)
     scales, rows = format.scales(w_OI), format.block[0] or len(w_OI)
     step = rows * max(1, CHUNK // (rows * w_OI.shape[1]))
     parts = [
