@@ -288,6 +288,17 @@ def test_search_in_parts_is_the_formats_search(format: NumberFormat, monkeypatch
             assert mine.equal(theirs)
 
 
+@pytest.mark.parametrize("way", ROUNDINGS)
+@pytest.mark.parametrize("name", ["nvfp4", "int2_g64", "affine3_g32"])
+def test_many_rows_are_rounded_as_few_are(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats take a band of rows at a time, whatever rounding asks, and however many matrices lie above each other."""
+    format, batch = FORMATS[name], batch_of(gaussian(3, 40, 128), [inputs(80, 128)] * 3)
+    whole = ROUNDINGS[way].round(batch, format)
+    monkeypatch.setattr("moesaic.formats.base.BAND", 1024)
+    parts = ROUNDINGS[way].round(batch, format)
+    assert parts.codes_EOI.equal(whole.codes_EOI) and parts.values(format).equal(whole.values(format))
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "int4_g32", "fp8_block", "fp8_channel", "bf16"])
 def test_siblings_share_a_second_scale_and_come_apart_again(name: str) -> None:
     format = FORMATS[name]

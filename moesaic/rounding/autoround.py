@@ -16,7 +16,7 @@ from torch import Tensor
 from ..formats import NumberFormat, Scales
 from ..formats.base import gain
 from .base import Batch, Block, Rounded, Rounding, of_rows
-from .gptq import blended, gains, reported
+from .gptq import blended, falls_short, gains, raised, reported
 from .rtn import round as nearest
 
 STEPS = 200
@@ -46,7 +46,8 @@ class Tuned:
         w_RI, rows, shared = w_EOI.flatten(0, 1), format.grid(w_EOI.shape[1:])[0], None
         if format.share is not None:
             shared = torch.cat([format.share(w_OI.abs().max()).expand(rows, 1) for w_OI in w_EOI])
-        gap_RI, offset_RI = gaps(w_RI, format, format.scales(w_RI, shared)), torch.zeros_like(w_RI)
+        gap_RI = gaps(w_RI, format, format.fit(format.blocks(w_RI), shared))
+        offset_RI = torch.zeros_like(w_RI)
         range_RB = torch.ones(format.grid(w_RI.shape), device=w_RI.device)
         return Tuned(w_RI, len(w_EOI), format, shared, gap_RI, offset_RI, range_RB, (offset_RI, range_RB))
 
@@ -133,10 +134,12 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
         lambda values: (((values[0] - w_EOI) @ hessian_EII) * (values[0] - w_EOI)).sum((1, 2)),
     )
     rounded = tuned.rounded()
-    off_EOI = rounded.values(format) - w_EOI
-    gain_EO = torch.stack([gains(*each) for each in zip(w_EOI, off_EOI, hessian_EII)])
+    if falls_short(format):
+        off_EOI = rounded.values(format) - w_EOI
+        gain_EO = [gains(*each) for each in zip(w_EOI, off_EOI, hessian_EII)]
+        rounded = replace(rounded, scales=raised(rounded.scales, gain_EO, format))
     _, damping_E, pooled_E = zip(*blends)
-    return replace(raised(rounded, gain_EO, format), facts=reported(damping_E, pooled_E))
+    return replace(rounded, facts=reported(damping_E, pooled_E))
 
 
 def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
@@ -165,20 +168,14 @@ def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
             return (off_EnD.square().sum(-1) * block.weight_En).sum(1)
 
     descend(tuned, gradients, losses)
-    rounded = tuple(t.rounded() for t in tuned)
-    with torch.no_grad():
-        seen_EnD = block.weight_En[..., None] * wanted_EnD
-        found_EnD = block.forward([r.values(format) for r in rounded], block.x_EnD)
+    *before, last = (t.rounded() for t in tuned)
+    if falls_short(format):
+        with torch.no_grad():
+            seen_EnD = block.weight_En[..., None] * wanted_EnD
+            found_EnD = block.forward([r.values(format) for r in (*before, last)], block.x_EnD)
         gain_EO = gain((seen_EnD * wanted_EnD).sum(1), (seen_EnD * found_EnD).sum(1))
-    return *rounded[:-1], raised(rounded[-1], gain_EO, format)
-
-
-def raised(rounded: Rounded, gain_EO: Tensor, format: NumberFormat) -> Rounded:
-    """Rows whose outputs fell short of the source's made as large; see `NumberFormat.unshrunk`."""
-    if format.times is None:
-        return rounded
-    scales = tuple(format.times(s, gain_O[:, None]) for s, gain_O in zip(rounded.scales, gain_EO))
-    return replace(rounded, scales=scales)
+        last = replace(last, scales=raised(last.scales, gain_EO, format))
+    return *before, last
 
 
 AUTOROUND = Rounding("autoround", ("hessian_EII",), round, "https://arxiv.org/abs/2309.05516", round_block)

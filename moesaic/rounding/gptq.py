@@ -191,13 +191,21 @@ def compensated(ordered: Ordered, w_EOI: Tensor, format: NumberFormat) -> tuple[
 def finished(
     ordered: Ordered, format: NumberFormat, codes_EIO: Tensor, scales: Sequence[Scales], error_EIO: Tensor
 ) -> Rounded:
-    if format.element_bits <= COARSE and format.times is not None:
-        raised = (
-            gains(w_IO.T, -error_IO.T, h_II)
-            for w_IO, error_IO, h_II in zip(ordered.w_EIO, error_EIO, ordered.hessian_EII)
-        )
-        scales = [format.times(s, gain_O[:, None]) for s, gain_O in zip(scales, raised)]
+    if falls_short(format):
+        each = zip(ordered.w_EIO, error_EIO, ordered.hessian_EII)
+        scales = raised(scales, [gains(w_IO.T, -error_IO.T, h_II) for w_IO, error_IO, h_II in each], format)
     return Rounded(ordered.restored(codes_EIO), tuple(scales), ordered.facts())
+
+
+def falls_short(format: NumberFormat) -> bool:
+    """Whether outputs of codes of least error fall short by more than noise, and scales can make up for it."""
+    return format.element_bits <= COARSE and format.times is not None
+
+
+def raised(scales: Sequence[Scales], gain_EO: Sequence[Tensor] | Tensor, format: NumberFormat) -> tuple[Scales, ...]:
+    """Scales that make every value of a row `gain` times as large, for blocks of one row."""
+    assert format.times is not None
+    return tuple(format.times(s, gain_O[:, None]) for s, gain_O in zip(scales, gain_EO))
 
 
 def gains(w_OI: Tensor, off_OI: Tensor, hessian_II: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from ..formats import NumberFormat
 from ..formats.base import no_candidates
 from .base import Batch, Rounded, Rounding
-from .gptq import blended, gains, reported
+from .gptq import blended, gains, raised, reported
 from .search import searched
 
 
@@ -18,9 +18,11 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
     scales = [searched(w_OI, format, h_II.diagonal()) for w_OI, (h_II, _, _) in zip(batch.w_EOI, blends)]
     codes_EOI = torch.stack([format.encode(w_OI, s) for w_OI, s in zip(batch.w_EOI, scales)])
     if format.times is not None and format.candidates is not no_candidates:
-        for e, (w_OI, (h_II, _, _)) in enumerate(zip(batch.w_EOI.float(), blends)):
-            gain_O = gains(w_OI, format.decode(codes_EOI[e], scales[e]) - w_OI, h_II)
-            scales[e] = format.times(scales[e], gain_O[:, None])
+        value_EOI = Rounded(codes_EOI, tuple(scales)).values(format)
+        gain_EO = [
+            gains(w_OI.float(), v_OI - w_OI, h_II) for w_OI, v_OI, (h_II, _, _) in zip(batch.w_EOI, value_EOI, blends)
+        ]
+        scales = list(raised(scales, gain_EO, format))
     _, damping_E, pooled_E = zip(*blends)
     return Rounded(codes_EOI, tuple(scales), reported(damping_E, pooled_E))
 
