@@ -52,7 +52,7 @@ from .notes import note_candidates, note_frontier
 from .plans import Candidate, candidates, exact, menu_of, plan_of, sums, uniform, varied
 
 FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
-STAND_IN = "rtn"  # for roundings that look at data, until the plan is made true: at 2 bits search costs twice its KL
+STAND_IN = "rtn"  # for roundings that look at data, until the plan is made true: search ranks formats no better
 HARMS = (MEASURED, ANCHORED, SURROGATE, TRACE)
 
 
