@@ -216,7 +216,8 @@ def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding
 def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
     """Whether kernels know these matrices' formats, as read and as written."""
     read = (target.source.formats[target.origin[n.name].name] for n in group)
-    return all(f in kernels.SOURCES for f in read) and all(target.packing(n).format in kernels.TARGETS for n in group)
+    written = kernels.of(kernels.device()).TARGETS
+    return all(f in kernels.SOURCES for f in read) and all(target.packing(n).format in written for n in group)
 
 
 def prepare_kernels(target: Target, quiet: bool) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from moesaic.containers import CONTAINERS
+from moesaic.containers.base import Packing
 from moesaic.formats import FORMATS, NumberFormat, Scales
-from moesaic.formats.base import LARGEST
+from moesaic.formats.base import LARGEST, no_candidates
 
 
 def real_like(o: int, i: int, seed: int = 0) -> Tensor:
@@ -52,11 +53,17 @@ def as_bytes(x: Tensor) -> bytes:
 
 
 def reference(fmt: NumberFormat, w: Tensor, shared: Tensor | None, search: bool) -> tuple[Tensor, Scales]:
+    search = search and fmt.candidates is not no_candidates
     scales = fmt.scales(w, shared)
     scales = fmt.search(w, scales) if search else scales
     codes = fmt.encode(w, scales)
     scales = fmt.unshrunk(w, codes, scales) if search else scales
-    return CONTAINERS["compressed_tensors"].packing(fmt.name).pack(codes, scales)["codes"], scales
+    return packing_of(fmt).pack(codes, scales)["codes"], scales
+
+
+def packing_of(fmt: NumberFormat) -> Packing:
+    """The container's whose tensors a kernel gives."""
+    return CONTAINERS["mlx" if fmt.name.startswith("affine") else "compressed_tensors"].packing(fmt.name)
 
 
 def assert_equal_to_reference(kernels: Any, source: str, fmt: NumberFormat, w: Tensor, search: bool = False) -> None:
@@ -65,4 +72,5 @@ def assert_equal_to_reference(kernels: Any, source: str, fmt: NumberFormat, w: T
     done = kernels.requantize(source, weight, weight_scales, fmt, shared=shared, search=search)
     packed, scales = reference(fmt, decoded, shared, search)
     assert same_bits(done.scales.blocks, scales.blocks) and done.scales.shared is shared
+    assert same_bits(done.scales.offsets, scales.offsets)
     assert same_bits(done.packed, packed)

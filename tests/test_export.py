@@ -27,11 +27,11 @@ from torch import Tensor
 
 import moesaic.export as export_module
 import moesaic.shards as shards_module
-from moesaic import kernels
 from moesaic.checkpoint import Checkpoint, Stored, read_header
 from moesaic.containers import CONTAINERS, Container, siblings
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
+from moesaic.kernels import cpu
 from moesaic.plan import Plan
 from moesaic.progress import Meter
 from moesaic.rounding import ROUNDINGS
@@ -581,7 +581,7 @@ WRITTEN = [
     (container, format)
     for container in CONTAINERS.values()
     for format, packing in container.packings.items()
-    if packing.format in kernels.TARGETS and container.name in ("compressed_tensors", "auto_round", "gptq", "mlx")
+    if packing.format in cpu.TARGETS and container.name in ("compressed_tensors", "auto_round", "gptq", "mlx")
 ]
 
 

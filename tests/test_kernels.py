@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from requantized import assert_equal_to_reference, awkward, real_like, same_bits, stored_as
+from requantized import assert_equal_to_reference, awkward, packing_of, real_like, same_bits, stored_as
 from torch import Tensor
 
-from moesaic.containers import CONTAINERS
 from moesaic.containers.base import pack_bits
 from moesaic.errors import PlanError
 from moesaic.formats import FORMATS
@@ -118,7 +117,7 @@ def test_measured_error_is_that_of_the_decoded_weights(source, target):
     fmt = FORMATS[target]
     weight, weight_scales, decoded = stored_as(source, MATRICES["ragged"])
     done = requantize(source, weight, weight_scales, fmt, search=True, measure=True)
-    packing = CONTAINERS["compressed_tensors"].packing(fmt.name)
+    packing = packing_of(fmt)
     back = packing.decode(packing.write(done.stream_OS, done.scales, decoded.shape), decoded.shape)
     assert done.squared_error == pytest.approx(float(((back - decoded).double() ** 2).sum()), rel=1e-5, abs=1e-12)
     assert done.squared_weight == pytest.approx(float((decoded.double() ** 2).sum()), rel=1e-5)
@@ -154,14 +153,14 @@ def test_one_compilation_serves_all():
             requantize(source, weight, weight_scales, FORMATS[target], search=True, measure=True)
         for target in filter(cpu.searches, map(FORMATS.get, TARGETS)):
             cpu.search(torch.zeros(2, 64), target)
-    entries = (loops.requantize_rows, loops.amax_rows, loops.search_rows)
-    assert [len(f.signatures) for f in entries] == [1, 1, 1]
+    entries = (loops.requantize_rows, loops.affine_rows, loops.amax_rows, loops.search_rows)
+    assert [len(f.signatures) for f in entries] == [1, 1, 1, 1]
 
 
 def test_what_has_no_kernel_is_refused():
     w = torch.zeros(1, 64).bfloat16()
-    with pytest.raises(PlanError, match="no kernel goes from bf16 to affine4_g64"):
-        requantize("bf16", w, None, FORMATS["affine4_g64"])
+    with pytest.raises(PlanError, match="no kernel goes from bf16 to nvfp4_a4"):
+        requantize("bf16", w, None, FORMATS["nvfp4_a4"])
     with pytest.raises(PlanError, match="no kernel goes from int4_g32 to mxfp4"):
         requantize("int4_g32", w, None, FORMATS["mxfp4"])
 

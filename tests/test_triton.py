@@ -74,7 +74,7 @@ def test_square_blocks_too(source):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("source, target", [*itertools.product(kernels.SOURCES, kernels.TARGETS)])
+@pytest.mark.parametrize("source, target", [*itertools.product(kernels.SOURCES, Card.twin.TARGETS)])
 def test_every_pair_on_more_rows(source, target):
     for search in (False, True):
         assert_equal_to_reference(Card, source, FORMATS[target], awkward(131, 288, seed=5), search)

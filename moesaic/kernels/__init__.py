@@ -1,7 +1,8 @@
 """Compiled twins of decode, fit, search, round and pack: from a source's stored bytes to an export's, in one pass.
 
 A file a kind of device (`cpu`, `cuda`), each with the same three functions: `requantize` and `amax`, on tensors that lie
-there, and `prepare`. Triton is imported where there is a card, and nowhere else: no Mac has it, and no CPU needs it.
+there, and `prepare`; and with `TARGETS`, the formats that it writes. Triton is imported where there is a card, and nowhere
+else: no Mac has it, and no CPU needs it.
 """
 
 import importlib
@@ -10,9 +11,9 @@ from types import ModuleType
 
 import torch
 
-from .cpu import SOURCES, TARGETS, Requantized
+from .cpu import SOURCES, Requantized
 
-__all__ = ["SOURCES", "TARGETS", "Requantized", "device", "of"]
+__all__ = ["SOURCES", "Requantized", "device", "of"]
 
 
 def device() -> torch.device:

@@ -8,7 +8,7 @@ the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes so
 is cached beside these files, or in the user's cache folder where they are read-only. torch's own compiler wants g++.
 
 Kernels run on one thread and release the GIL. Threads over matrices are the caller's (`ThreadPoolExecutor`).
-Leaves out MLX's affine grids, and reading files.
+Leaves out reading files.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ TARGETS = {  # how an element is rounded, how a scale is stored
     "mxfp4": (loops.E2M1, loops.FLOOR_POWER),
     "nvfp4": (loops.E2M1, loops.E4M3_SCALE),
     **{name: (loops.INTEGER, loops.BF16_SCALE) for name in FORMATS if name.startswith("int")},
+    **{name: (loops.AFFINE, loops.BF16_SCALE) for name in FORMATS if name.startswith("affine")},
 }
 NO_CHANGES = np.empty(0, np.float32)
 assert tuple(map(np.float32, GAIN)) == (loops.LEAST_GAIN, loops.MOST_GAIN)
@@ -42,10 +43,10 @@ assert tuple(map(np.float32, GAIN)) == (loops.LEAST_GAIN, loops.MOST_GAIN)
 
 @dataclass(frozen=True)
 class Requantized:
-    """One matrix as compressed-tensors stores it.
+    """One matrix as compressed-tensors stores it, or MLX its affine grids.
 
-    packed          uint8 [O, ⌈I/2⌉] (4-bit floats), int32 [O, ⌈I·bits/32⌉] (integers in groups), int8 [O, I]
-                    (int8_channel), float8_e4m3fn or bfloat16 [O, I]
+    packed          uint8 [O, ⌈I/2⌉] (4-bit floats), int32 [O, ⌈I·bits/32⌉] (integers in groups; uint32 where affine),
+                    int8 [O, I] (int8_channel), float8_e4m3fn or bfloat16 [O, I]
     scales          as in `formats/`
     amax            the largest |w|
     squared_error   Σ (value − w)² over the matrix, and squared_weight Σ w²; None where not measured
@@ -72,6 +73,7 @@ def prepare(quiet: bool = False) -> None:
         done = requantize("bf16", w_OI, None, FORMATS["mxfp4"])
         decode(FORMATS["mxfp4"], done.packed, done.scales, 32)
         search(w_OI, FORMATS["mxfp4"])
+        requantize("bf16", w_OI, None, FORMATS["affine4_g32"])
 
 
 def requantize(
@@ -91,6 +93,8 @@ def requantize(
     """
     if source not in SOURCES or target.name not in TARGETS:
         raise PlanError(f"no kernel goes from {source} to {target.name}; decode and encode through `formats` instead")
+    if TARGETS[target.name][0] == loops.AFFINE:
+        return affine(source, weight_OI, weight_scales, target, measure)
     if target.share is not None and shared is None:
         shared = target.share(amax(source, weight_OI, weight_scales))
     (rows, columns), (element, rule) = weight_OI.shape, TARGETS[target.name]
@@ -117,6 +121,32 @@ def requantize(
     measured = squares.tolist() if measure else (None, None)
     largest = float(np.uint32(top).view(np.float32))
     return Requantized(as_stored(target, packed), Scales(as_scales(rule, stored), shared), largest, *measured)
+
+
+def affine(
+    source: str, weight_OI: Tensor, weight_scales: Tensor | None, target: NumberFormat, measure: bool
+) -> Requantized:
+    """`requantize` for a grid with offsets, which leaves nothing to search."""
+    (rows, columns), n = weight_OI.shape, target.block[1]
+    blocks = -(-columns // n)
+    stored_OBn, steps, source_rows = stored_blocks(source, weight_OI, weight_scales)
+    x_K, x_source_Bn = row_buffer(source, columns, blocks * n)
+    codes = np.zeros(blocks * n + 64, np.uint8)
+    packed, squares = packed_rows(target, rows, columns), np.zeros(2, np.float64)
+    scales, offsets = np.empty((2, rows, blocks), np.uint32)
+    sums = np.zeros((2, blocks, n), np.float32)
+    top = loops.affine_rows(
+        SOURCES[source], stored_OBn, steps, source_rows, target.element_bits, measure,
+        x_K, x_source_Bn, x_K[: blocks * n].reshape(blocks, n), np.empty((n, blocks), np.uint32),
+        codes, codes[: blocks * n].reshape(blocks, n), codes[columns : blocks * n],
+        np.empty((4, blocks), np.float32), sums, sums[0].reshape(-1)[columns:], packed, scales, offsets, squares,
+    )  # fmt: skip
+    if top > loops.LARGEST_BITS:
+        raise not_finite(target.name, weight_OI.shape)
+    stored, shift = (as_scales(loops.BF16_SCALE, part) for part in (scales, offsets))
+    measured = squares.tolist() if measure else (None, None)
+    largest = float(np.uint32(top).view(np.float32))
+    return Requantized(as_stored(target, packed), Scales(stored, offsets=shift), largest, *measured)
 
 
 def searches(target: NumberFormat) -> bool:
@@ -182,14 +212,14 @@ def candidate_changes(target: NumberFormat) -> np.ndarray:
             return np.array([1], np.float32)
         case loops.E4M3_SCALE:
             return np.array(NEIGHBOURS, np.float32)
-        case loops.BF16_SCALE if target.block[1]:
+        case loops.BF16_SCALE if target.block[1] and TARGETS[target.name][0] == loops.INTEGER:
             return np.array(CLIPS[target.element_bits], np.float32)
     return NO_CHANGES
 
 
 def packed_rows(target: NumberFormat, rows: int, columns: int) -> np.ndarray:
     """Bytes [O, ·] for the codes: rows of integers in groups are whole 32-bit words."""
-    word = 32 if TARGETS[target.name][0] == loops.INTEGER and target.block[1] else 8
+    word = 32 if TARGETS[target.name][0] in (loops.INTEGER, loops.AFFINE) and target.block[1] else 8
     return np.empty((rows, -(-columns * target.element_bits // word) * word // 8), np.uint8)
 
 
@@ -200,6 +230,8 @@ def as_stored(target: NumberFormat, packed: np.ndarray) -> Tensor:
             return codes.view(torch.bfloat16)
         case loops.E4M3:
             return codes.view(torch.float8_e4m3fn)
+        case loops.AFFINE:
+            return codes.view(torch.uint32)
         case loops.INTEGER:
             return codes.view(torch.int32) if target.block[1] else codes.bitwise_xor_(0x80).view(torch.int8)
     return codes

@@ -13,9 +13,11 @@ from ..errors import PlanError
 from ..formats import FORMATS, NumberFormat, Scales
 from ..formats.base import not_finite
 from . import loops, tiles
-from .cpu import NO_CHANGES, SOURCES, TARGETS, Requantized, candidate_changes
+from .cpu import NO_CHANGES, SOURCES, Requantized, candidate_changes
+from .cpu import TARGETS as EVERY_TARGET
 
 TILE = 2048  # weights, unless a block has more
+TARGETS = {name: kinds for name, kinds in EVERY_TARGET.items() if kinds[0] != loops.AFFINE}
 STORED = {  # how a scale is stored
     loops.NO_SCALE: torch.uint8,
     loops.F32_SCALE: torch.float32,

@@ -34,10 +34,11 @@ entry = njit(fastmath=False, error_model="numpy", nogil=True, cache=True)
 u32, f32 = np.uint32, np.float32
 MAGNITUDE = u32(0x7FFFFFFF)
 
-BF16, E4M3, E2M1, INTEGER = range(4)  # elements
+BF16, E4M3, E2M1, INTEGER, AFFINE = range(5)  # elements
 NO_SCALE, F32_SCALE, CEIL_POWER, FLOOR_POWER, E4M3_SCALE, BF16_SCALE = range(6)  # scales
 LEAST_GAIN, MOST_GAIN = f32(0.8), f32(1.6)  # `formats.base.GAIN`; the cache would not see it change there
 LARGEST_BITS = u32(0x7F7F0000)  # the largest BF16
+LEAST_STEP, SAFE = f32(1e-7), f32(2.0**126)  # `formats.affine`'s EPS and SAFE
 FLUSH_ROWS = 64  # F32 sums of squares run over this many rows before they go into an F64
 
 
@@ -457,6 +458,27 @@ def pack_3(codes, packed):
 
 
 @jit
+def join(eight, bits):
+    """The low `bits` of each byte of a 64-bit word, side by side."""
+    joined = np.uint64(0)
+    for k in range(8):
+        joined |= ((eight >> np.uint64(8 * k)) & np.uint64(0xFF)) << np.uint64(bits * k)
+    return joined
+
+
+@jit
+def pack_eights(bits, codes, packed):
+    """Eight codes are `bits` bytes; the last word of a row may end within them."""
+    eights, whole = codes.view(np.uint64), packed.shape[0] // bits
+    for i in range(whole):
+        joined = join(eights[i], bits)
+        for k in range(bits):
+            packed[bits * i + k] = np.uint8(joined >> np.uint64(8 * k))
+    for k in range(packed.shape[0] - bits * whole):
+        packed[bits * whole + k] = np.uint8(join(eights[whole], bits) >> np.uint64(8 * k))
+
+
+@jit
 def pack_8(codes, packed):
     for i in range(packed.shape[0]):
         packed[i] = codes[i]
@@ -471,8 +493,53 @@ def pack(bits, codes, packed):
         pack_3(codes, packed)
     elif bits == 4:
         pack_4(codes, packed)
+    elif bits in (5, 6):
+        pack_eights(bits, codes, packed)
     else:
         pack_8(codes, packed)
+
+
+# Affine grids: a scale and an offset a block ------------------------------------------------------------------------
+
+
+@jit
+def affine_fit(x_nB, last, low_B, high_B, scale_B, offset_B):
+    """BF16 bits of each block's scale and offset, as `formats.affine.fit` has them; `last` is the largest code."""
+    for b in range(x_nB.shape[1]):
+        low_B[b] = high_B[b] = float_of(x_nB[0, b])
+    for j in range(1, x_nB.shape[0]):
+        for b in range(x_nB.shape[1]):
+            w = float_of(x_nB[j, b])
+            low_B[b] = min(low_B[b], w)
+            high_B[b] = max(high_B[b], w)
+    for b in range(x_nB.shape[1]):
+        low, high = min(max(low_B[b], -SAFE), SAFE), min(max(high_B[b], -SAFE), SAFE)
+        far_is_low = abs(low) > abs(high)
+        edge = low if far_is_low else high
+        scale = max((high - low) / last, LEAST_STEP)
+        scale = scale if far_is_low else -scale
+        code = (edge / scale + f32(1.5 * 2**23)) - f32(1.5 * 2**23)
+        bent = edge / code if code != f32(0.0) else scale
+        offset = edge if code != f32(0.0) else f32(0.0)
+        scale_B[b], offset_B[b] = bf16_round(bits_of(bent)), bf16_round(bits_of(offset))
+
+
+@jit
+def encode_affine(x_Bn, steps_B, offsets_B, last, codes_Bn):
+    for b in range(x_Bn.shape[0]):
+        step, offset = steps_B[b], offsets_B[b]
+        for j in range(x_Bn.shape[1]):
+            code = min(max((float_of(x_Bn[b, j]) - offset) / step, f32(0.0)), last)
+            codes_Bn[b, j] = bits_of(code + f32(2.0**23)) & u32(0xFF)
+
+
+@jit
+def add_misses_affine(x_Bn, codes_Bn, steps_B, offsets_B, sums_Bn):
+    for b in range(x_Bn.shape[0]):
+        step, offset = steps_B[b], offsets_B[b]
+        for j in range(x_Bn.shape[1]):
+            d = f32(codes_Bn[b, j]) * step + offset - float_of(x_Bn[b, j])
+            sums_Bn[b, j] += d * d
 
 
 # Measured error -----------------------------------------------------------------------------------------------------
@@ -648,4 +715,34 @@ def search_rows(
             element, rule, changes, shared, low, high, x_nB,
             bits_3B[1], bits_3B[2], floats_3B[0], floats_3B[1], floats_3B[2], scales[o],
         )  # fmt: skip
+    return top
+
+
+@entry
+def affine_rows(
+    source, stored_OBn, source_steps, source_rows, bits, measure,
+    x_K, x_source_Bn, x_Bn, x_nB, codes, codes_Bn, spare_codes, floats_4B, sums_2Bn, spare_sums, packed, scales, offsets, squares,
+):  # fmt: skip
+    """All rows, in an affine grid; arrays and what is returned as in `requantize_rows`; offsets as scales."""
+    rows, last, top = stored_OBn.shape[0], f32((1 << bits) - 1), u32(0)
+    steps_B, offsets_B = floats_4B[0], floats_4B[1]
+    for o in range(rows):
+        load(source, stored_OBn[o], source_steps[o // source_rows], x_source_Bn)
+        top = max(top, largest(x_K))
+        if top > LARGEST_BITS:
+            return top
+        transpose(x_Bn, x_nB)
+        affine_fit(x_nB, last, floats_4B[2], floats_4B[3], scales[o], offsets[o])
+        fill_steps(BF16_SCALE, scales[o], f32(1.0), steps_B)
+        fill_steps(BF16_SCALE, offsets[o], f32(1.0), offsets_B)
+        encode_affine(x_Bn, steps_B, offsets_B, last, codes_Bn)
+        clear(spare_codes)
+        pack(bits, codes, packed[o])
+        if measure:
+            add_misses_affine(x_Bn, codes_Bn, steps_B, offsets_B, sums_2Bn[0])
+            clear(spare_sums)  # beyond the columns, where code 0 is no zero
+            add_squares(x_Bn, sums_2Bn[1])
+            if o % FLUSH_ROWS == FLUSH_ROWS - 1 or o == rows - 1:
+                squares[0] += flush(sums_2Bn[0])
+                squares[1] += flush(sums_2Bn[1])
     return top
