@@ -289,6 +289,20 @@ def test_search_in_parts_is_the_formats_search(format: NumberFormat, monkeypatch
 
 
 @pytest.mark.parametrize("way", ROUNDINGS)
+@pytest.mark.parametrize("rows", [96, 130])
+def test_blocks_of_rows_do_not_lie_across_matrices(rows: int, way: str) -> None:
+    """Of FP8's 128 × 128: side by side, each matrix is rounded as it is alone."""
+    format, w, x = (
+        FORMATS["fp8_block"],
+        gaussian(3, rows, 128) * torch.tensor([1.0, 30.0, 0.1])[:, None, None],
+        inputs(80, 128),
+    )
+    together = ROUNDINGS[way].round(batch_of(w, [x] * 3), format).values(format)
+    for e in range(3):
+        assert together[e].equal(ROUNDINGS[way].round(batch_of(w[e : e + 1], [x]), format).values(format)[0])
+
+
+@pytest.mark.parametrize("way", ROUNDINGS)
 @pytest.mark.parametrize("name", ["nvfp4", "int2_g64", "affine3_g32"])
 def test_many_rows_are_rounded_as_few_are(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Formats take a band of rows at a time, whatever rounding asks, and however many matrices lie above each other."""

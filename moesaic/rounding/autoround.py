@@ -4,7 +4,8 @@ Cheng et al.: an offset v of up to half a step for each weight and a factor on e
 the sign of their gradient, which passes through rounding as if it were not there (but not through clipping);
 the step shrinks to nothing, and the best state seen is kept. What comes out is the block's output on
 minibatches of its tokens, or, for a matrix by itself, its own, which its Hessian gives for all tokens at once.
-Leaves out momentum and regularisation, as they do.
+Ranges start from searched scales instead of the largest weight, and are tuned up to 3 bits alone: beyond, and where
+a scale can only jump, what moves them is noise. Leaves out momentum and regularisation, as they do.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ from ..formats.base import gain
 from .base import Batch, Block, Rounded, Rounding, of_rows
 from .gptq import blended, falls_short, gains, raised, reported
 from .rtn import round as nearest
+from .search import searched
 
+WIDEST = 4  # bits; what it is for
 STEPS = 200
 TOKENS = 512  # a minibatch, of each of E
 LOOKS = 10  # how often all tokens are looked at, to keep the best state
-RANGES = (0.25, 1.5)  # of the range that the format's rule gives
+RANGES = (0.25, 1.5)  # of the one that search gives
 
 Gradients = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # of the loss, by the values [E, O, I] of each matrix
 Losses = Callable[[Sequence[Tensor]], Tensor]  # [E]
@@ -35,7 +38,7 @@ class Tuned:
     w_RI: Tensor
     members: int
     format: NumberFormat
-    shared: Tensor | None  # each matrix's second level of scale, beside its rows of blocks
+    scales: Scales  # what ranges are factors on; `shared` beside each row of blocks
     gap_RI: Tensor  # from one grid point to the next, where the weight lies
     offset_RI: Tensor
     range_RB: Tensor  # factor on the largest weight of each block
@@ -43,17 +46,19 @@ class Tuned:
 
     @staticmethod
     def of(w_EOI: Tensor, format: NumberFormat) -> "Tuned":
-        w_RI, rows, shared = w_EOI.flatten(0, 1), format.grid(w_EOI.shape[1:])[0], None
-        if format.share is not None:
-            shared = torch.cat([format.share(w_OI.abs().max()).expand(rows, 1) for w_OI in w_EOI])
-        gap_RI = gaps(w_RI, format, format.fit(format.blocks(w_RI), shared))
-        offset_RI = torch.zeros_like(w_RI)
-        range_RB = torch.ones(format.grid(w_RI.shape), device=w_RI.device)
-        return Tuned(w_RI, len(w_EOI), format, shared, gap_RI, offset_RI, range_RB, (offset_RI, range_RB))
+        w_RI = w_EOI.flatten(0, 1)
+        scales = searched(w_RI, format) if format.share is None else stacked([searched(w_OI, format) for w_OI in w_EOI])
+        offset_RI, range_RB = torch.zeros_like(w_RI), torch.ones(format.grid(w_RI.shape), device=w_RI.device)
+        return Tuned(
+            w_RI, len(w_EOI), format, scales, gaps(w_RI, format, scales), offset_RI, range_RB, (offset_RI, range_RB)
+        )
 
     def state(self) -> tuple[Tensor, Scales]:
         """Codes and scales as they would be stored now."""
-        scales = self.format.fit(self.format.blocks(self.w_RI) * self.range_RB[..., None], self.shared)
+        scales = self.scales
+        if falls_short(self.format):
+            assert self.format.times is not None
+            scales = self.format.times(scales, self.range_RB)
         return self.format.encode(self.w_RI + self.offset_RI * self.gap_RI, scales), scales
 
     def values(self) -> Tensor:
@@ -68,6 +73,8 @@ class Tuned:
         moved_RI = self.w_RI + self.offset_RI * self.gap_RI
         free_RI = (value_RI - moved_RI).abs() < 0.51 * self.gap_RI
         self.offset_RI = (self.offset_RI - step * (gradient_RI * free_RI).sign()).clamp(-0.5, 0.5)
+        if not falls_short(self.format):
+            return
         slope_RI = gradient_RI * (value_RI - moved_RI * free_RI)
         slope_RB = self.format.blocks(slope_RI).sum(-1)
         self.range_RB = (self.range_RB - step * slope_RB.sign()).clamp(*RANGES)
@@ -84,12 +91,19 @@ class Tuned:
         codes_RI, scales = self.state()
         rows = len(self.w_RI) // self.members
         parts = [of_rows(scales, e * rows, (e + 1) * rows, self.format) for e in range(self.members)]
-        if self.shared is not None:
-            parts = [
-                replace(part, shared=shared)
-                for part, shared in zip(parts, self.shared[:: len(self.shared) // self.members])
-            ]
+        if scales.shared is not None:
+            parts = [replace(part, shared=shared) for part, shared in zip(parts, scales.shared[::rows])]
         return Rounded(self.by_member(codes_RI), tuple(parts))
+
+
+def stacked(each: Sequence[Scales]) -> Scales:
+    """Scales of matrices of two levels, one above the other."""
+    blocks = torch.cat([s.blocks.view(torch.uint8) for s in each if s.blocks is not None])
+    assert each[0].blocks is not None
+    shared = torch.cat(
+        [s.shared.expand(len(s.blocks), 1) for s in each if s.blocks is not None and s.shared is not None]
+    )
+    return Scales(blocks.view(each[0].blocks.dtype), shared)
 
 
 def gaps(w_OI: Tensor, format: NumberFormat, scales: Scales) -> Tensor:
@@ -121,8 +135,8 @@ def descend(tuned: Sequence[Tuned], gradients: Gradients, losses: Losses) -> Non
 
 
 def round(batch: Batch, format: NumberFormat) -> Rounded:
-    """Matrices by themselves, by Σ error · H · errorᵀ. A format without scales has nothing to tune."""
-    if format.scale_bits == 0:
+    """Matrices by themselves, by Σ error · H · errorᵀ. Beyond `WIDEST` bits, weights go to their nearest."""
+    if format.element_bits > WIDEST:
         return nearest(batch, format)
     blends = [blended(batch, e) for e in range(len(batch.w_EOI))]
     hessian_EII = torch.stack([h_II for h_II, _, _ in blends])
@@ -144,7 +158,7 @@ def round(batch: Batch, format: NumberFormat) -> Rounded:
 
 def round_block(block: Block, format: NumberFormat) -> tuple[Rounded, ...]:
     """Matrices together, by the weighted squared error of the block's output. Memory: about ten times the weights."""
-    if format.scale_bits == 0:
+    if format.element_bits > WIDEST:
         return tuple(nearest(Batch(w_EOI), format) for w_EOI in block.weights)
     tuned = [Tuned.of(w_EOI.float(), format) for w_EOI in block.weights]
     generator = torch.Generator().manual_seed(0)
