@@ -34,7 +34,7 @@ from torch import Tensor
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import siblings
 from moesaic.formats import FORMATS
-from moesaic.kernels.cpu import amax, prepare, requantize
+from moesaic.kernels.cpu import TARGETS, amax, prepare, requantize
 from moesaic.quantize import quantize
 
 WAYS = ("cp", "kernels", "quantize")
@@ -70,7 +70,7 @@ def kernel_seconds(source: Checkpoint, format: str) -> float:
 
 def measure(way: str, model: Path, made: Path, out: Path, format: str) -> dict[str, float]:
     """One way, once, in this process. `made` is an export to copy."""
-    prepare(quiet=True)
+    prepare(TARGETS, quiet=True)
     source, files = Checkpoint.open(model), sorted(made.glob("*.safetensors"))
     who = resource.RUSAGE_CHILDREN if way == "cp" else resource.RUSAGE_SELF
     wall, cpu = time.perf_counter(), cpu_seconds(who)

@@ -223,8 +223,9 @@ def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
 def prepare_kernels(target: Target, quiet: bool) -> None:
     """Compile before a meter runs what will be needed while it does."""
     changed = (n for n in target.architecture.linears if not keeps_values(target, n) and not is_by_text(target, n))
-    if rounding_of(target.plan).kernel and any(in_kernels(target, (n,)) for n in changed):
-        kernels.of(kernels.device()).prepare(quiet)
+    written = {target.packing(n).format for n in changed if in_kernels(target, (n,))}
+    if rounding_of(target.plan).kernel and written:
+        kernels.of(kernels.device()).prepare(written, quiet)
 
 
 def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:

@@ -145,7 +145,7 @@ def test_what_is_not_finite_is_refused(source, target):
 
 def test_one_compilation_serves_all():
     """So what `prepare` compiles is everything: nothing is left to compile behind a bar that stands still."""
-    prepare(quiet=True)
+    prepare(TARGETS, quiet=True)
     for source in SOURCES:
         weight, weight_scales, _ = stored_as(source, MATRICES["ragged"])
         amax(source, weight, weight_scales)

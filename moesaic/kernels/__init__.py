@@ -7,6 +7,7 @@ else: no Mac has it, and no CPU needs it.
 
 import importlib
 import importlib.util
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -16,6 +17,7 @@ from .cpu import SOURCES, Requantized
 __all__ = ["SOURCES", "Requantized", "device", "of"]
 
 
+@cache
 def device() -> torch.device:
     """Where to requantize: a card, if torch sees one and Triton is installed."""
     card = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None

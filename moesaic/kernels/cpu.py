@@ -1,7 +1,8 @@
 """Requantize one matrix on the CPU: its stored bytes are decoded, fitted, searched, rounded and packed row by row.
 
 No copy of the matrix in BF16 or F32 is made: one row at a time lies in buffers that stay in the cache. The
-result equals decode → `NumberFormat.scales` → `search` → `encode` → the packing of compressed-tensors, to the bit.
+result equals decode → `NumberFormat.scales` → `search` → `encode` → `unshrunk` → the packing of compressed-tensors (of MLX,
+where the grid is affine), to the bit; without a search, neither it nor what follows from it takes place.
 
 Why numba: the user's machine needs no compiler, wheels are there for every platform, and LLVM compiles for
 the very CPU it runs on (AVX-512, AVX2, NEON from the same lines). That takes some ten seconds once (`prepare`); the result
@@ -11,6 +12,7 @@ Kernels run on one thread and release the GIL. Threads over matrices are the cal
 Leaves out reading files.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +26,7 @@ from ..formats.integer import CLIPS
 from ..formats.nvfp4 import NEIGHBOURS
 from ..progress import notice
 from . import loops
-from .decode import decode
+from .decode import decode, decodes
 
 SOURCES = {"bf16": loops.BF16, "fp8_block": loops.E4M3, "mxfp8": loops.E4M3}  # how its elements are stored
 TARGETS = {  # how an element is rounded, how a scale is stored
@@ -65,15 +67,16 @@ class Requantized:
         return stream ^ 0x80 if self.packed.dtype == torch.int8 else stream
 
 
-def prepare(quiet: bool = False) -> None:
-    """Compile all loops, or load what an earlier run compiled, and say so where it takes long."""
+def prepare(formats: Iterable[str], quiet: bool = False) -> None:
+    """Compile what writes these formats, or load what an earlier run compiled, and say so where it takes long."""
+    one_of_each = {TARGETS[name][0] == loops.AFFINE: FORMATS[name] for name in formats}
     w_OI = torch.zeros(1, 32, dtype=torch.bfloat16)
     with notice("kernels: on a machine's first run they are compiled for its CPU; some ten seconds", quiet, 2.0):
         amax("bf16", w_OI, None)
-        done = requantize("bf16", w_OI, None, FORMATS["mxfp4"])
-        decode(FORMATS["mxfp4"], done.packed, done.scales, 32)
-        search(w_OI, FORMATS["mxfp4"])
-        requantize("bf16", w_OI, None, FORMATS["affine4_g32"])
+        for format in one_of_each.values():
+            done = requantize("bf16", w_OI, None, format)
+            if decodes(format):
+                decode(format, done.stream_OS, done.scales, 32)
 
 
 def requantize(

@@ -6,6 +6,8 @@ export in sixteen by the reference on the CPU. Needs Triton, which torch's CUDA 
 affine grids of MLX, several cards, and tuning: tiles are of a size that any card holds.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ STORED = {  # how a scale is stored
 }
 
 
-def prepare(quiet: bool = False) -> None:
+def prepare(formats: Iterable[str], quiet: bool = False) -> None:
     """Triton compiles each pair of source and target when it first meets one, in a second or two, and keeps it."""
 
 
