@@ -4,12 +4,13 @@ Cheng et al.: an offset v of up to half a step for each weight and a factor on e
 the sign of their gradient, which passes through rounding as if it were not there (but not through clipping);
 the step shrinks to nothing, and the best state seen is kept. What comes out is the block's output on
 minibatches of its tokens, or, for a matrix by itself, its own, which its Hessian gives for all tokens at once.
-Ranges start from searched scales instead of the largest weight, and are tuned up to 3 bits alone: beyond, and where
-a scale can only jump, what moves them is noise. Leaves out momentum and regularisation, as they do.
+Ranges are tuned up to 3 bits alone: beyond, and where a scale can only jump, what moves them is noise, and those that
+search finds stay. Leaves out momentum and regularisation, as they do.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ WIDEST = 4  # bits; what it is for
 STEPS = 200
 TOKENS = 512  # a minibatch, of each of E
 LOOKS = 10  # how often all tokens are looked at, to keep the best state
-RANGES = (0.25, 1.5)  # of the one that search gives
+RANGES = (0.25, 1.5)  # of the one that the format's rule gives
 
 Gradients = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # of the loss, by the values [E, O, I] of each matrix
 Losses = Callable[[Sequence[Tensor]], Tensor]  # [E]
@@ -47,7 +48,8 @@ class Tuned:
     @staticmethod
     def of(w_EOI: Tensor, format: NumberFormat) -> "Tuned":
         w_RI = w_EOI.flatten(0, 1)
-        scales = searched(w_RI, format) if format.share is None else stacked([searched(w_OI, format) for w_OI in w_EOI])
+        start = format.scales if falls_short(format) else partial(searched, format=format)
+        scales = start(w_RI) if format.share is None else stacked([start(w_OI) for w_OI in w_EOI])
         offset_RI, range_RB = torch.zeros_like(w_RI), torch.ones(format.grid(w_RI.shape), device=w_RI.device)
         return Tuned(
             w_RI, len(w_EOI), format, scales, gaps(w_RI, format, scales), offset_RI, range_RB, (offset_RI, range_RB)
