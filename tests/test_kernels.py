@@ -144,7 +144,7 @@ def test_what_is_not_finite_is_refused(source, target):
 
 
 def test_one_compilation_serves_all():
-    """So what `prepare` compiles is everything: nothing is left to compile behind a bar that stands still."""
+    """So what `prepare` compiles is all that an export needs; the search of scales is compiled when a rounding first asks."""
     prepare(TARGETS, quiet=True)
     for source in SOURCES:
         weight, weight_scales, _ = stored_as(source, MATRICES["ragged"])

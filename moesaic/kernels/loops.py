@@ -227,7 +227,10 @@ def fold(x_K, length, folded_K):
 
 @jit
 def block_maxima(x_K, n, folded_K, again_K, amax_B):
-    """Magnitude bits of the largest of each block of n, a power of two. F32 magnitudes are ordered as their bits are."""
+    """Magnitude bits of the largest of each block of n: a power of two, or all. F32 magnitudes are ordered as their bits are."""
+    if amax_B.shape[0] == 1:
+        amax_B[0] = largest(x_K)
+        return
     length = amax_B.shape[0] * n // 2
     fold(x_K, length, folded_K)
     while length > amax_B.shape[0]:
@@ -653,10 +656,7 @@ def requantize_rows(
             for o in range(start, stop):
                 load(source, stored_OBn[o], source_steps[o // source_rows], x_source_Bn)
                 raise_maxima(x_K, maxima_K)
-        if amax_B.shape[0] == 1:
-            amax_B[0] = largest(maxima_K)
-        else:
-            block_maxima(maxima_K, x_Bn.shape[1], bits_3K[0], bits_3K[1], amax_B)
+        block_maxima(maxima_K, x_Bn.shape[1], bits_3K[0], bits_3K[1], amax_B)
         top = max(top, largest(amax_B))
         if top > LARGEST_BITS:
             return top
@@ -702,10 +702,7 @@ def search_rows(
         row = weights_OI[o].view(np.uint32)
         for j in range(row.shape[0]):
             x_K[j] = row[j]
-        if amax_B.shape[0] == 1:
-            amax_B[0] = largest(x_K)
-        else:
-            block_maxima(x_K, x_Bn.shape[1], bits_3K[0], bits_3K[1], amax_B)
+        block_maxima(x_K, x_Bn.shape[1], bits_3K[0], bits_3K[1], amax_B)
         top = max(top, largest(amax_B))
         if top > LARGEST_BITS:
             return top

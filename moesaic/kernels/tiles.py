@@ -302,11 +302,9 @@ def amax_tile(
 
 @triton.jit
 def requantize_tile(
-    stored, scales, shared_1, changes, packed, out_scales, top, squares,
-    rows, columns, blocks, row_bytes, low, high, half_range,
+    stored, scales, shared_1, changes, packed, out_scales, top, squares, rows, columns, blocks, row_bytes, low, high, half_range,
     SOURCE_ROWS: tl.constexpr, SOURCE_N: tl.constexpr, POWERS: tl.constexpr, ELEMENT: tl.constexpr, RULE: tl.constexpr,
-    BITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr,
-    MEASURE: tl.constexpr,
+    BITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Decode, fit, search (C > 0), round, pack one tile; `top` as in `amax_tile`; squares F32 [tiles, 2]: Σ (value − w)², Σ w².
 
@@ -359,7 +357,6 @@ def requantize_tile(
             d = integer_nearest(q, low, high) * step_of(grown, shared, RULE)[:, None] - w
         pack(tl.where(inside, codes, 0), packed, row, block, there, row_bytes, BITS, R, N)
     if MEASURE:
-        d = tl.where(inside, d, 0.0)
         at = squares + tl.program_id(0).to(tl.int64) * 2
-        tl.store(at, tl.sum(tl.sum(d * d, 1), 0))
+        tl.store(at, tl.sum(tl.sum(tl.where(inside, d * d, 0.0), 1), 0))
         tl.store(at + 1, tl.sum(tl.sum(w * w, 1), 0))
