@@ -96,11 +96,16 @@ def test_it_continues_where_it_was_stopped(m3: Checkpoint, tmp_path: Path, monke
 
 
 def test_dropped_experts_are_not_seen(m2: Checkpoint, tokens: TokenSet, tmp_path: Path) -> None:
-    """Two experts stay, and every token goes to both: down's largest input is theirs."""
+    """Largest inputs of a cut are those of the pruned model, as transformers multiplies them."""
     kept = {layer: (0, 3) for layer in m2.architecture.moe_layers}
-    whole, pruned = (observe(m2, k, tokens, tmp_path / str(len(k)), quiet=True) for k in ({}, kept))
-    assert pruned["layers.0.experts.gate_up"] == whole["layers.0.experts.gate_up"]  # what comes before the first router
-    assert pruned["layers.0.experts.down"] != whole["layers.0.experts.down"]
+    whole, ours = (observe(m2, k, tokens, tmp_path / str(len(k)), quiet=True) for k in ({}, kept))
+    pruned = export(m2, Plan(m2.container.name, kept), tmp_path / "pruned", quiet=True)
+    theirs = seen_by_transformers(pruned, tokens, tmp_path / "twin")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-4), name
+    assert ours["layers.0.experts.gate_up"] == whole["layers.0.experts.gate_up"]  # what comes before the first router
+    assert any(ours[name] != value for name, value in whole.items() if name.endswith("experts.down"))
 
 
 # Exports ----------------------------------------------------------------------------------------------------------

