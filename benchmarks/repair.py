@@ -128,7 +128,7 @@ def main() -> None:
         for keep in a.keep:
             kept = select_experts(statistics, "reap", keep).cut.kept
             plan, what = Plan(source.container.name, kept), f"{a.model.name} {keep} kept"
-            if source.family.shared:
+            if source.family.wiring.shared:
                 _, facts = repair(source, plan, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
                 figures = (Estimate(**facts[name]) for name in ("cut_nats", "repaired_nats", "change_nats"))
                 tell(f"{what}, shared", *figures)

@@ -49,12 +49,12 @@ class Sight:
         if family.vision is None:
             raise FamilyError(f"{family.name} sees no images; remove the samples that have one")
         self.vision: Vision = family.vision
-        where, name = family.configuration.split(":")
+        where, name = family.wiring.configuration.split(":")
         plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         config = getattr(importlib.import_module(where), name).from_dict(plain)
         self.config = config.vision_config
         self.config._attn_implementation = "sdpa"
-        modeling = importlib.import_module(family.modeling)
+        modeling = importlib.import_module(family.wiring.modeling)
         with torch.device("meta"):
             modules = nn.ModuleDict({
                 "tower": getattr(modeling, self.vision.tower_class)(self.config),

@@ -201,7 +201,7 @@ def test_transformers_matches_exactly_its_linears(source: Checkpoint, experts: s
     wanted: dict[str, str] = {}
     prefix = "model.layers." if source.architecture.family == "minimax_m2" else "model.language_model.layers."
     for layer in range(source.architecture.layers):
-        for theirs, ours in source.family.parameters(source.architecture, layer).items():
+        for theirs, ours in source.family.wiring.parameters(source.architecture, layer).items():
             if (linear := source.architecture.by_name.get(ours[0].removesuffix(".weight"))) is not None:
                 wanted[f"{prefix}{layer}.{theirs.removesuffix('.weight')}"] = formats[linear.name]
     found = {}

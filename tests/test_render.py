@@ -80,7 +80,7 @@ def test_what_matrices_are_seen_to_multiply_is_what_the_full_model_gives_them(so
         pass
     full = Reference(source.path).model
     for layer in range(source.architecture.layers):
-        for name, disk in source.family.parameters(source.architecture, layer).items():
+        for name, disk in source.family.wiring.parameters(source.architecture, layer).items():
             if all(d.removesuffix(".weight") in source.architecture.by_name for d in disk):
                 into = Inputs.empty(full.layers[layer].get_parameter(name).shape[1])
                 module = full.layers[layer].get_submodule(name.removesuffix(".weight"))

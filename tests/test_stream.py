@@ -355,7 +355,7 @@ def test_observers_see_what_is_computed(source, buffer_bytes):
     after = {layer: state.hidden_BTD.flatten(0, 1) for layer, (state,) in sweep}
     moe_layers = source.architecture.moe_layers
     assert [r.layer for r in seen.routings] == [b.layer for b, _ in seen.blocks] == list(moe_layers)
-    scale = source.family.routed_scale(source.family.text(source.config))
+    scale = source.family.arithmetic.routed_scale(source.family.text(source.config))
     for routing, (block, h_TD) in zip(seen.routings, seen.blocks):
         routed_TD, pairs = torch.zeros_like(block.x_TD), Counter()
         for p in (p for p in seen.passes if p.layer == routing.layer):
@@ -371,7 +371,7 @@ def test_observers_see_what_is_computed(source, buffer_bytes):
         total_TD = h_TD + block.routed_TD + (0 if block.shared_TD is None else block.shared_TD)
         assert apart(total_TD, after[routing.layer]) < 1e-5
         assert torch.allclose(routing.gates_Tk.sum(1), torch.ones(300))
-    assert (seen.blocks[0][0].shared_TD is None) == (source.family.shared == "")
+    assert (seen.blocks[0][0].shared_TD is None) == (source.family.wiring.shared == "")
 
 
 def reference_expert(reference: Reference, seen: ExpertPass) -> Tensor:
@@ -430,7 +430,7 @@ def test_a_config_alone_cannot_run(tmp_path, source):
 
 def test_a_family_that_names_parameters_wrongly(source):
     """A parameter left out, and one that transformers does not have."""
-    right = source.family.parameters
+    right = source.family.wiring.parameters
 
     def without_norm(*a: object) -> dict[str, tuple[str, ...]]:
         return {name: disk for name, disk in right(*a).items() if name != "self_attn.q_norm.weight"}
@@ -439,7 +439,8 @@ def test_a_family_that_names_parameters_wrongly(source):
         return {name.replace("q_norm", "norm_q"): disk for name, disk in right(*a).items()}
 
     for wrong, named in ((without_norm, "self_attn.q_norm.weight"), (misspelt, "self_attn.norm_q.weight")):
-        family = dataclasses.replace(source.family, parameters=wrong)
+        wiring = dataclasses.replace(source.family.wiring, parameters=wrong)
+        family = dataclasses.replace(source.family, wiring=wiring)
         run = LayerRun(dataclasses.replace(source, family=family))
         with pytest.raises(FamilyError, match=named):
             run.advance(0, [State(run.embed(text(1, 4)))])

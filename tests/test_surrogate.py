@@ -171,9 +171,9 @@ def slow_drops(
         outputs = []
         for e in range(a.experts):
             w = run.decode_expert(run.read_expert(layer, e), None)
-            inner = run.family.activate(run.text, F.linear(x_TD, w.gate), F.linear(x_TD, w.up))
+            inner = run.family.arithmetic.activate(run.text, F.linear(x_TD, w.gate), F.linear(x_TD, w.up))
             outputs.append(F.linear(inner, w.down))
-        f_TED = torch.stack(outputs, 1) * run.family.routed_scale(run.text)
+        f_TED = torch.stack(outputs, 1) * run.family.arithmetic.routed_scale(run.text)
 
         def routed(dropped: list[int]) -> Tensor:
             r = route(layer, x_TD, router_ED, bias_E, a.top_k, dropped)

@@ -33,7 +33,7 @@ def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.T
     prefix = "model.layers." if a.family == "minimax_m2" else "model.language_model.layers."
     wanted = {}
     for layer in range(a.layers):
-        for name, ours in source.family.parameters(a, layer).items():
+        for name, ours in source.family.wiring.parameters(a, layer).items():
             if ours[0].removesuffix(".weight") in decoded:
                 wanted[f"{prefix}{layer}.{name}"] = torch.cat([decoded[n.removesuffix(".weight")] for n in ours])
     for layer in a.moe_layers:

@@ -57,7 +57,7 @@ def test_no_pattern_matches_nothing(source: Checkpoint, experts: str | list[str]
     formats = deal(source, experts, rest)
     quantization = CT.config(a, formats, source.config)
     assert quantization is not None
-    engine = FAMILIES[a.family].engine_name
+    engine = FAMILIES[a.family].engine.name_of
     names = {name for n in a.linears for name in (n.name, engine(n.name))}
     names |= {t.name.removesuffix(".weight") for t in a.tensors}
     names |= {name.replace("language_model.model.", "model.language_model.") for name in names}  # transformers' order

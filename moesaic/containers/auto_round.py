@@ -160,7 +160,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         )
     said = quantization.get("block_name_to_quantize") or ""
     blocks = said.split(",") if isinstance(said, str) else entries(quantization, "block_name_to_quantize")
-    engine_name = FAMILIES[architecture.family].engine_name
+    engine_name = FAMILIES[architecture.family].engine.name_of
     found: dict[str, str] = {}
     for unit, members in architecture.units.items():
         asked = {}

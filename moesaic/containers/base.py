@@ -211,12 +211,12 @@ def modules(architecture: Architecture, units: Iterable[str]) -> list[Modules]:
     theirs = {
         tensor.removesuffix(".weight"): parameter.removesuffix(".weight")
         for layer in range(architecture.layers)
-        for parameter, tensors in family.parameters(architecture, layer).items()
+        for parameter, tensors in family.wiring.parameters(architecture, layer).items()
         for tensor in tensors
     }
     layers: dict[tuple[str, str, bool], dict[int, None]] = {}  # (parent, leaf, routed) -> layers
     for linear in (n for unit in units for n in firsts(architecture.units[unit])):
-        for name in (family.engine_name(linear.name), linear.name, theirs.get(linear.name, linear.name)):
+        for name in (family.engine.name_of(linear.name), linear.name, theirs.get(linear.name, linear.name)):
             parent, leaf = name.split(f"layers.{linear.layer}.")[-1].rsplit(".", 1)
             routed = linear.expert is not None
             key = parent.rpartition(".")[0] if routed else parent, leaf, routed

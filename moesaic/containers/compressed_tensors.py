@@ -289,7 +289,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
         for target in entries(group, "targets")
     }
     ignore = entries(quantization, "ignore")
-    engine_name = FAMILIES[architecture.family].engine_name
+    engine_name = FAMILIES[architecture.family].engine.name_of
     found: dict[str, str] = {}
     for unit, members in architecture.units.items():
         asked = {n.name: asked_format(engine_name(n.name), rules, ignore) for n in firsts(members)}

@@ -89,7 +89,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
             f"config.json has GPTQ with {said}; moesaic reads {', '.join(WIDTHS)}, symmetric, in order"
         )
     skips = [expression(key[2:]) for key in table(quantization, "dynamic") if key.startswith("-:")]
-    engine_name = FAMILIES[architecture.family].engine_name
+    engine_name = FAMILIES[architecture.family].engine.name_of
     found: dict[str, str] = {}
     for members in architecture.units.values():
         for first in firsts(members):

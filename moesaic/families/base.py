@@ -171,27 +171,48 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class Family:
-    """All facts of one family. Functions see config.json as it is on disk."""
+class Arithmetic:
+    """What no transformers module owns, because experts are run one by one. Functions see the text config as on disk."""
 
-    name: str  # model_type
-    read: Callable[[Config], Architecture]  # raises FamilyError for a value it was not written for
-    text: Callable[[Config], Config]  # the part of config.json that describes the language model
     activate: Callable[[Config, Any, Any], Any]  # (text config, gate [.., I], up [.., I]) -> [.., I]
     routed_scale: Callable[[Config], float]  # what the sum over routed experts is multiplied by
-    engine_name: Callable[[str], str]  # a module's name on disk -> the name vLLM's quantization config must match
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """transformers' classes for the rest, and what fills their parameters."""
+
     modeling: str  # the transformers module that holds the classes below
     configuration: str  # the transformers module and class of the whole config: "pkg.mod:Class"
     layer_class: str
     rotary_class: str
     norm_class: str
-    shared: str  # the shared expert's module within a decoder layer; "" where the family has none
     # (architecture, layer) -> parameter of the decoder layer -> tensors on disk that make it, stacked by rows;
     # of a MoE block only the shared expert's
     parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
+    shared: str = ""  # the shared expert's module within a decoder layer; "" where the family has none
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What serving engines have to be told."""
+
+    name_of: Callable[[str], str]  # a module's name on disk -> the name vLLM's quantization config must match
     serving: Callable[[Config], Serving]
-    talk: Talk
+
+
+@dataclass(frozen=True)
+class Family:
+    """All facts of one family, in five parts beside its tensors. Functions see config.json as it is on disk."""
+
+    name: str  # model_type
     reference: str
+    read: Callable[[Config], Architecture]  # raises FamilyError for a value it was not written for
+    text: Callable[[Config], Config]  # the part of config.json that describes the language model
+    arithmetic: Arithmetic
+    wiring: Wiring
+    engine: Engine
+    talk: Talk
     vision: Vision | None = None
 
 

@@ -45,7 +45,7 @@ def servable(
 
     Raises `PlanError`, naming the unit, where none is left.
     """
-    kv_heads = FAMILIES[model.architecture.family].serving(model.config).kv_heads
+    kv_heads = FAMILIES[model.architecture.family].engine.serving(model.config).kv_heads
     found = {}
     for unit, formats in offered.items():
         members = model.architecture.units[unit]
@@ -89,7 +89,9 @@ def loads(container: Container, model: Model, unit: str, format: str, layout: La
         container.config(replace(a, linears=members), dict.fromkeys((n.name for n in members), format), model.config)
     except PlanError:
         return False
-    return not refusal(members, container.packing(format), FAMILIES[a.family].serving(model.config).kv_heads, layout)
+    return not refusal(
+        members, container.packing(format), FAMILIES[a.family].engine.serving(model.config).kv_heads, layout
+    )
 
 
 def layout_of(devices: int | None, deal: bool = False) -> Layout | None:

@@ -143,7 +143,7 @@ class Shapes:
 
     @staticmethod
     def of(model: Model) -> "Shapes":
-        serving, a = FAMILIES[model.architecture.family].serving(model.config), model.architecture
+        serving, a = FAMILIES[model.architecture.family].engine.serving(model.config), model.architecture
         inner = next(n.shape[0] for n in a.linears if n.role == "experts" and n.projection == "gate")
         found = tuple(kinds(model, serving))
         return Shapes(found, a.experts, serving, a.hidden, inner, a.vocab, a.context, a.top_k)

@@ -111,16 +111,16 @@ class Decoder:
         (unit,) = run.units(layer, ("experts",))
         change = self.changed.get(unit)
         share = Share.of(x_TD, routing, None, change)
-        activate, read = partial(run.family.activate, run.text), partial(self.read_expert, layer)
+        activate, read = partial(run.family.arithmetic.activate, run.text), partial(self.read_expert, layer)
         selected = routing.experts_Tk.unique().tolist()
         here = all(self.resident.get((layer, expert)) is not None for expert in selected)
         for expert, found in (
             ((e, read(e)) for e in selected) if here else ahead(read, selected)
         ):  # no thread for nothing
             pass_expert(share, expert, self.decode_expert(found, change), activate, run.buffer_bytes)
-        out_TD = share.routed_TD.mul_(run.family.routed_scale(run.text))
-        if run.family.shared:
-            out_TD += block.get_submodule(run.family.shared)(x_TD)
+        out_TD = share.routed_TD.mul_(run.family.arithmetic.routed_scale(run.text))
+        if run.family.wiring.shared:
+            out_TD += block.get_submodule(run.family.wiring.shared)(x_TD)
         return out_TD
 
     # Weights, from memory or from disk.
@@ -145,7 +145,7 @@ class Decoder:
 
     def block(self, layer: int) -> Any:
         """transformers' decoder layer with all but its router and routed experts."""
-        mlp = self.run.family.shared if layer in self.architecture.moe_layers else "mlp"
+        mlp = self.run.family.wiring.shared if layer in self.architecture.moe_layers else "mlp"
         names = ("input_layernorm", "self_attn", "post_attention_layernorm", *([mlp] * bool(mlp)))
         units = self.run.units(layer, ("qkv", "o", "dense", "shared"))
         changed = {unit: self.changed[unit] for unit in units if unit in self.changed}

@@ -127,7 +127,7 @@ class Experts:
 
     def activated(self, both_nO: Tensor) -> Tensor:
         gate_nI, up_nI = both_nO.chunk(2, -1)
-        return self.run.family.activate(self.run.text, gate_nI, up_nI)
+        return self.run.family.arithmetic.activate(self.run.text, gate_nI, up_nI)
 
     def forward(self, weights: Sequence[Tensor], x_EnD: Tensor) -> Tensor:
         gate_up_EOI, down_EOI = weights

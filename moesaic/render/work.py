@@ -72,7 +72,7 @@ class Work:
         """The shared expert and the routed ones, when it is known where tokens go and none of them has run."""
 
         def through_shared(watching: State) -> None:
-            self.run.mlp(seen.layer, self.run.family.shared, [watching], [seen.x_TD])
+            self.run.mlp(seen.layer, self.run.family.wiring.shared, [watching], [seen.x_TD])
 
         self.round_linears(self.of_layer(seen.layer, "shared"), through_shared, state)
         by_expert: dict[int | None, list[Group]] = {}

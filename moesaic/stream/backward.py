@@ -119,7 +119,7 @@ def module_back(
     """Slopes before `forward`, part by part, and its units told to the listener once all parts are through."""
     linears_of = {
         module: linears
-        for parameter, tensors in run.family.parameters(run.architecture, layer).items()
+        for parameter, tensors in run.family.wiring.parameters(run.architecture, layer).items()
         for module in [parameter.rsplit(".", 1)[0]]
         if module.startswith(f"{name}.")
         and (linears := [n for t in tensors if (n := run.architecture.by_name.get(t.removesuffix(".weight")))])
@@ -175,7 +175,7 @@ def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Lis
     """Slopes before router, experts and shared expert."""
     a = run.architecture
     router_ED, bias_E = (run.checkpoint.read(n).to(run.device) for n in a.routers[layer])
-    routed_TD = slope_TD * run.family.routed_scale(run.text)
+    routed_TD = slope_TD * run.family.arithmetic.routed_scale(run.text)
     with torch.enable_grad():
         leaf_TD = x_TD.detach().requires_grad_()
         moving = route(layer, leaf_TD, router_ED, bias_E, a.top_k)
@@ -205,15 +205,15 @@ def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Lis
                 listener.unit(UnitPass(linears[0].unit, linears, w, seen, tuple(found[1:]), n))
     listener.gates(GatePass(routing, owed_TE))
     before_TD += torch.autograd.grad(moving.gates_Tk, leaf_TD, owed_TE.gather(1, routing.experts_Tk))[0]
-    if run.family.shared:
-        before_TD += mlp(run, layer, run.family.shared, x_TD, slope_TD, listener)
+    if run.family.wiring.shared:
+        before_TD += mlp(run, layer, run.family.wiring.shared, x_TD, slope_TD, listener)
     return before_TD
 
 
 def expert(run: LayerRun, weights: ExpertWeights, x_nD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What an expert makes of tokens, and on the way: gate's, up's and down's outputs, and what down multiplies."""
     gate_nI, up_nI = F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up)
-    inner_nI = run.family.activate(run.text, gate_nI, up_nI)
+    inner_nI = run.family.arithmetic.activate(run.text, gate_nI, up_nI)
     f_nD = F.linear(inner_nI, weights.down)
     return f_nD, (gate_nI, up_nI, f_nD, inner_nI)
 

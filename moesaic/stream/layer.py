@@ -65,10 +65,10 @@ class LayerRun:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype
         self.buffer_bytes = buffer_bytes or default_buffer_bytes(self.device)
-        self.config = text_config(family.configuration, checkpoint.config, attention)
+        self.config = text_config(family.wiring.configuration, checkpoint.config, attention)
         self.text = family.text(checkpoint.config)  # as on disk
-        self.modeling = importlib.import_module(family.modeling)
-        self.rotary = getattr(self.modeling, family.rotary_class)(config=self.config).to(self.device)
+        self.modeling = importlib.import_module(family.wiring.modeling)
+        self.rotary = getattr(self.modeling, family.wiring.rotary_class)(config=self.config).to(self.device)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids to hidden states [B, T, D]. Raises `InputError` for an id outside the vocabulary."""
@@ -170,13 +170,13 @@ class LayerRun:
             shares,
             lambda expert: self.read_expert(layer, expert),
             self.decode_expert,
-            lambda gate, up: self.family.activate(self.text, gate, up),
+            lambda gate, up: self.family.arithmetic.activate(self.text, gate, up),
             self.buffer_bytes,
         )
-        scale = self.family.routed_scale(self.text)
+        scale = self.family.arithmetic.routed_scale(self.text)
         shared: Sequence[Tensor | None] = [None] * len(states)
-        if self.family.shared:
-            shared = self.mlp(layer, self.family.shared, states, normed)
+        if self.family.wiring.shared:
+            shared = self.mlp(layer, self.family.wiring.shared, states, normed)
         for share, h_TD, shared_TD in zip(shares, hidden, shared):
             routed_TD = share.routed_TD.mul_(scale)
             if share.observer is not None:
@@ -198,7 +198,7 @@ class LayerRun:
         hooks, observer = [], state.observer
         watching = observer is not None and observer.linear is not ignore
         if watching or state.rounded:
-            for name, tensors in self.family.parameters(self.architecture, layer).items():
+            for name, tensors in self.family.wiring.parameters(self.architecture, layer).items():
                 found = [self.architecture.by_name.get(tensor.removesuffix(".weight")) for tensor in tensors]
                 linears = tuple(linear for linear in found if linear is not None)
                 module = block.get_submodule(name.rsplit(".", 1)[0])
@@ -241,9 +241,9 @@ class LayerRun:
         Raises `FamilyError` when one of them is left without values: the family's `parameters` is wrong.
         """
         with torch.device("meta"):
-            block = getattr(self.modeling, self.family.layer_class)(self.config, layer).eval()
+            block = getattr(self.modeling, self.family.wiring.layer_class)(self.config, layer).eval()
         within = tuple(f"{module}." for module in modules)
-        names = self.family.parameters(self.architecture, layer)
+        names = self.family.wiring.parameters(self.architecture, layer)
         values: dict[str, Tensor] = {}
         for unit, change in (changed or {}).items():
             linears = self.architecture.units[unit]
@@ -287,7 +287,7 @@ class LayerRun:
 
     def norm(self) -> nn.Module:
         weight_D = self.weight(self.architecture.norm)
-        norm = getattr(self.modeling, self.family.norm_class)(len(weight_D), eps=self.config.rms_norm_eps)
+        norm = getattr(self.modeling, self.family.wiring.norm_class)(len(weight_D), eps=self.config.rms_norm_eps)
         norm.load_state_dict({"weight": weight_D}, assign=True)
         return norm
 

@@ -57,7 +57,7 @@ def local(
 
 def token_bytes(checkpoint: Checkpoint) -> int:
     """Keys and values of one token in F32, of every layer, and an indexer's keys."""
-    s = checkpoint.family.serving(checkpoint.config)
+    s = checkpoint.family.engine.serving(checkpoint.config)
     return 4 * (s.cached_layers * 2 * s.kv_heads * s.head_width + s.index_layers * s.index_width)
 
 

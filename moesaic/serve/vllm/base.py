@@ -83,7 +83,7 @@ def deployment(export: Checkpoint, facts: Mapping[str, Any], host: str = "127.0.
             f"{export.path.name} does not fit on {machine['name']} with {facts['concurrency']} × {facts['context']:,} tokens "
             f"of {facts['kv']} cache, beside which a model may have {room:,.1f} GB; make it smaller, or ask for less cache"
         )
-    serving = export.family.serving(export.config)
+    serving = export.family.engine.serving(export.config)
     flags: dict[str, str | int | float | None] = {
         "--served-model-name": export.path.name,
         "--host": host,
