@@ -55,8 +55,8 @@ def cases(shared: bool) -> dict[str, str]:
         found["repair"] = f"prune {{model}} {{out}} --experts 8 --repair {TEXT}"
     found["compress plan"] = f"compress {{model}} {{out}} --experts 16 --format int4_g128 --rounding gptq {RUN}"
     for harm in ("measured", "surrogate", "anchored", "trace"):
-        found[f"compress {harm}"] = f"compress {{model}} {{out}} --bits 3.6 --harm {harm} {RUN}"
-    found["compress prunes"] = f"compress {{model}} {{out}} --bits 2.2 --experts 16 --harm surrogate {RUN}"
+        found[f"compress {harm}"] = f"compress {{model}} {{out}} --bits 5 --harm {harm} {RUN}"
+    found["compress prunes"] = f"compress {{model}} {{out}} --bits 3.8 --experts 16 --harm surrogate {RUN}"
     return found
 
 

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 FLOORS = (
     ("errors",),
     ("registry", "artifact", "progress", "verdict"),
-    ("formats", "plan", "criteria"),
+    ("formats", "plan", "criteria", "rope"),
     ("kernels", "families", "recode"),
     ("containers",),
     ("checkpoint", "tokens"),

@@ -71,6 +71,7 @@ class Checkpoint:
         path = Path(path)
         config = read_config(path)
         family = family_of(config)
+        config = dict(family.released(config))
         architecture, container = family.read(config), container_of(config)
         stored = read_shards(path)
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
@@ -294,8 +295,12 @@ def parse_header(file: Path, text: bytes) -> list[tuple[TensorInfo, int, int]]:
         raise CheckpointError(f"{file} has a header that is no JSON ({error}); fetch it again") from error
     found = []
     for name, entry in header.items() if isinstance(header, dict) else [("the header", header)]:
-        if name == "__metadata__" and isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()):
-            continue
+        if name == "__metadata__":
+            if isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()):
+                continue
+            raise CheckpointError(
+                f"{file} has __metadata__ = {reprlib.repr(entry)}, wanted an object of strings; fetch it again"
+            )
         match entry:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
                 if dtype not in DTYPES:

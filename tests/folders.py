@@ -4,12 +4,14 @@ What tests of containers need of an export, and nothing else: no plan, no stream
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
@@ -83,3 +85,10 @@ def write(out: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]
         {name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", {"format": "pt"}
     )
     (out / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def saved(source: Checkpoint, folder: Path) -> Path:
+    """A copy of a model whose config.json was written by transformers 5."""
+    shutil.copytree(source.path, folder)
+    AutoConfig.from_pretrained(source.path).save_pretrained(folder)
+    return folder

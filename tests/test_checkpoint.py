@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -539,6 +539,7 @@ headers = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries |
 @given(
     st.binary(max_size=200) | headers.map(lambda h: json.dumps(h).encode()), st.binary(max_size=24), st.integers(-4, 4)
 )
+@example(b'{"__metadata__": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', b"", 0)
 def test_any_header_is_read_or_refused(tmp_path_factory, header, payload, lie):
     """And what is read, the library reads too, as the same tensors."""
     file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from folders import deal, write_folder
 from hypothesis import given
@@ -219,3 +220,11 @@ def test_what_bf16_cannot_hold_is_refused() -> None:
 def test_twins_are_in_every_container_somewhere() -> None:
     carried = {format for container in CONTAINERS.values() for format in container.packings}
     assert {twin for format in carried for twin in twins(format)} <= carried
+
+
+def test_bf16_alone_stays_out_of_mlx(tmp_path: Path) -> None:
+    """Nothing in such a folder would say that its experts are stacked, and it could not be opened again."""
+    source = tiny.make(tmp_path / "bf16", "minimax_m2", "bf16")
+    with pytest.raises(PlanError, match="mlx-lm reads a BF16 model in the unquantized container"):
+        convert(source, tmp_path / "out", "mlx", quiet=True)
+    assert not (tmp_path / "out").exists()

@@ -130,7 +130,8 @@ def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
     narrow = m2.family.read(m2.config | {"intermediate_size": 96})
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*affine4_g64's 64"):
         MLX.config(narrow, dict.fromkeys(m2.formats, "affine4_g64"), m2.config)
-    assert config(dict.fromkeys(m2.formats, "bf16")) is None
+    with pytest.raises(PlanError, match="every matrix would be BF16"):
+        config(dict.fromkeys(m2.formats, "bf16"))
 
 
 # Through export ------------------------------------------------------------------------------------------------------

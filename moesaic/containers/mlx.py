@@ -98,11 +98,11 @@ def place(architecture: Architecture, linear: Linear) -> Place:
     return Place(f"{block}.switch_mlp.{PROJECTIONS[linear.projection]}", linear.expert, architecture.experts)
 
 
-def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization map, by every module's path; None when all linears are BF16.
+def config(architecture: Architecture, formats: Mapping[str, str], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization map, by every module's path.
 
     Raises `PlanError` for experts of one layer whose formats differ within a projection, rows that are not whole
-    groups, and NVFP4 outside the experts.
+    groups, NVFP4 outside the experts, and a model of BF16 alone: nothing in it would say that experts are stacked.
     """
     chosen: dict[str, str] = {}
     weights: Counter[str] = Counter()
@@ -114,7 +114,10 @@ def config(architecture: Architecture, formats: Mapping[str, str], source: Mappi
         weights[format] += linear.elements
     weights.pop("bf16", None)
     if not weights:
-        return None
+        raise PlanError(
+            "every matrix would be BF16, and mlx-lm reads a BF16 model in the unquantized container; "
+            "write that, or give the experts a format"
+        )
     ((common, _),) = weights.most_common(1)
     small = [t.name.removesuffix(".weight") for t in architecture.tensors if t.role in ("embedding", "head", "router")]
     return {

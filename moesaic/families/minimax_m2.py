@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.nn.functional import silu
 
+from ..rope import plain_rope
 from .base import (
     MOST_EXPERTS,
     MOST_LAYERS,
@@ -156,4 +157,5 @@ MINIMAX_M2 = Family(
     ),
     engine=Engine(engine_name, serving),
     talk=Talk(("<think>", "</think>"), ("<minimax:tool_call>", "</minimax:tool_call>"), read_calls),
+    released=plain_rope,
 )

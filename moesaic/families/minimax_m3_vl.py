@@ -8,6 +8,8 @@ holds a tensor of them, so none is expected.
 import re
 from typing import Any
 
+from ..errors import FamilyError
+from ..rope import plain_rope
 from .base import (
     MOST_EXPERTS,
     MOST_LAYERS,
@@ -35,6 +37,62 @@ PREFIX = "language_model.model.layers."
 
 def text(config: Config) -> Config:
     return section(config, "text_config")
+
+
+SAVED = {  # key of transformers 5 -> the vendor's, within sparse_attention_config
+    "index_n_heads": "sparse_num_index_heads",
+    "index_head_dim": "sparse_index_dim",
+    "index_block_size": "sparse_block_size",
+    "index_topk_blocks": "sparse_topk_blocks",
+    "index_local_blocks": "sparse_local_block",
+}
+KINDS = {  # the same for lists of what each layer is: -> the vendor's list of 0 and 1
+    "mlp_layer_types": {"dense": 0, "sparse": 1},
+    "layer_types": {"full_attention": 0, "minimax_m3_sparse": 1},
+}
+
+
+def released(config: Config) -> Config:
+    """config.json as the vendor writes it, from that or from what transformers 5 saves.
+
+    transformers keeps the indexer's numbers flat, lists of layers in words, and of the activation no name. Raises
+    `FamilyError` where both forms are there and differ.
+    """
+    if not isinstance(config.get("text_config"), dict):
+        return config
+    found = {**config, "text_config": plain_rope(released_text(config["text_config"]))}
+    if isinstance(vision := config.get("vision_config"), dict):
+        named = {"model_type": "clip_vision_model"} if vision.get("model_type") == "minimax_m3_vl_vision" else {}
+        found["vision_config"] = plain_rope({**vision, **named})
+    return found
+
+
+def released_text(t: Config) -> Config:
+    if not any(key in t for key in (*SAVED, *KINDS)):
+        return t
+    moe, sparse = (layer_flags(t, name) for name in KINDS)
+    attention = {theirs: expect(t, ours) for ours, theirs in SAVED.items()} | {
+        "use_sparse_attention": True, "sparse_attention_freq": sparse, "sparse_disable_index_value": sparse,
+        "sparse_score_type": "max", "sparse_init_block": 0,
+    }  # fmt: skip
+    found = {key: value for key, value in t.items() if key not in (*SAVED, *KINDS, "model_type")}
+    if found.get("hidden_act") == "silu":  # transformers' name for what swiglu_alpha and swiglu_limit describe
+        found["hidden_act"] = "swigluoai"
+    for key, value in (("moe_layer_freq", moe), ("sparse_attention_config", attention)):
+        if (before := found.setdefault(key, value)) != value:
+            raise FamilyError(
+                f"config.json has {key} = {before!r:.160}, and transformers' keys beside it say {value!r:.160}; "
+                "keep those that the model was trained with"
+            )
+    return found
+
+
+def layer_flags(t: Config, name: str) -> list[int]:
+    """A list of what each layer is, in the vendor's 0 and 1. Raises `FamilyError` for another word."""
+    words = expect(t, name)
+    if not isinstance(words, list) or any(word not in list(KINDS[name]) for word in words):
+        raise FamilyError(f"config.json has {name} = {words!r:.120}; wanted {' or '.join(KINDS[name])} for each layer")
+    return [KINDS[name][word] for word in words]
 
 
 def read(config: Config) -> Architecture:
@@ -298,5 +356,6 @@ MINIMAX_M3_VL = Family(
     ),
     engine=Engine(engine_name, serving),
     talk=Talk(("<mm:think>", "</mm:think>"), (f"{MARK}<tool_call>", f"{MARK}</tool_call>"), read_calls),
+    released=released,
     vision=VISION,
 )

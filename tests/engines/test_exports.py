@@ -7,6 +7,7 @@ from typing import Any
 import loads
 import pytest
 import torch
+from folders import saved
 from safetensors.torch import save_file
 from test_vllm import CHECK, checked, faults
 
@@ -15,7 +16,7 @@ from moesaic.export import export
 from moesaic.plan import Plan
 
 pytestmark = pytest.mark.engines
-CASES = [(family, kind) for family in ("m2", "m3") for kind in ("pruned", "rounded", "both")]
+CASES = [(family, kind) for family in ("m2", "m3") for kind in ("pruned", "rounded", "both", "saved")]
 
 
 def twin(model: Checkpoint) -> None:
@@ -39,8 +40,10 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root: Path = tmp_path_factory.mktemp("exports")
     for family, kind in CASES:
         source: Checkpoint = request.getfixturevalue(family)
+        if kind == "saved":
+            source = Checkpoint.open(saved(source, root / f"{family}-by-transformers"))
         a = source.architecture
-        kept = {layer: tuple(range(1, a.experts, 2)) for layer in a.moe_layers} if kind != "rounded" else {}
+        kept = {layer: tuple(range(1, a.experts, 2)) for layer in a.moe_layers} if kind in ("pruned", "both") else {}
         formats = {unit: "mxfp4" for unit, members in a.units.items() if members[0].role == "experts"}
         plan = Plan(source.container.name, kept) if kind == "pruned" else Plan("compressed_tensors", kept, formats)
         with torch.no_grad():
@@ -59,6 +62,7 @@ def test_vllm_loads_what_was_exported(
         "pruned": ("source, half of them", "source"),
         "rounded": ("mxfp4", "source"),
         "both": ("mxfp4, half of them", "source"),
+        "saved": ("mxfp4", "source"),
     }
     container = "compressed_tensors" if kind != "pruned" else {"m2": "fp8", "m3": "mxfp8"}[family]
     loads.note(record_property, "vLLM 0.32", family, container, *made[kind])

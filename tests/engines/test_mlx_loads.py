@@ -14,7 +14,7 @@ import loads
 import pytest
 import torch
 from conftest import SHARED
-from folders import deal, write_folder, write_twin
+from folders import deal, saved, write_folder, write_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,6 +88,13 @@ def test_mlx_gives_our_logits(
     named = experts if isinstance(experts, str) else ", ".join(f"{p} {f}" for p, f in experts.items())
     family = "m2" if source.architecture.family == "minimax_m2" else "m3"
     loads.note(record_property, ENGINE, family, "mlx", named, rest, "same logits")
+
+
+def test_mlx_reads_what_transformers_saved(source: Checkpoint, python: str, tmp_path: Path) -> None:
+    """A source whose config.json was written by transformers 5, which keeps the rotary embedding where mlx-lm does not look."""
+    export(Checkpoint.open(saved(source, tmp_path / "source")), *CASES["affine4"], tmp_path / "out")
+    done = check(python, tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_mlx_decodes_nvfp4_with_its_second_scale(
