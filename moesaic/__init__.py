@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 FLOORS = (
     ("errors",),
+    ("files",),
     ("registry", "artifact", "progress", "verdict"),
     ("formats", "plan", "criteria", "rope"),
     ("kernels", "families", "recode"),

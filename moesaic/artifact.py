@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from . import __version__
 from .errors import InputError, StaleError
+from .files import check_plain, read_file
 
 SCHEMA = 1
 
@@ -79,7 +80,7 @@ def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[s
 def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Read a JSON artifact. Raises `InputError` for another kind, `StaleError` for other inputs."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
     check(path, found, kind, inputs)
@@ -104,11 +105,12 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and body of a safetensors artifact. Errors as `read_json`."""
     try:
+        check_plain(path)
         with safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {}).get("moesaic", "{}"))
             check(path, found, kind, inputs)
             return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
 
 

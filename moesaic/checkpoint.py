@@ -25,8 +25,9 @@ from torch import Tensor
 from .artifact import identity
 from .containers import Container, container_of
 from .containers.base import DTYPES, inventory
-from .errors import CheckpointError
+from .errors import CheckpointError, FileError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
+from .files import is_hidden, open_file, read_file, walk
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
@@ -70,6 +71,8 @@ class Checkpoint:
         """
         path = Path(path)
         config = read_config(path)
+        with reading(path):
+            walk(path, "moesaic")
         family = family_of(config)
         config = dict(family.released(config))
         architecture, container = family.read(config), container_of(config)
@@ -105,7 +108,7 @@ class Checkpoint:
     def sampled(self) -> str:
         digest = hashlib.sha256()
         for name in sorted({s.file for s in self.stored.values()}):
-            with reading(self.path / name), open(self.path / name, "rb") as file:
+            with reading(self.path / name), open_file(self.path / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 for place in range(SAMPLES):
                     file.seek(size * place // SAMPLES)
@@ -140,8 +143,8 @@ class Checkpoint:
     def load(self, name: str, offset: int, count: int) -> Tensor:
         """`count` bytes of a tensor from its byte `offset`, flat, in its dtype."""
         where = self.where(name)
-        with reading(self.path / where.file):
-            flat = np.fromfile(self.path / where.file, np.uint8, count, offset=where.offset + offset)
+        with reading(self.path / where.file), open_file(self.path / where.file) as file:
+            flat = np.fromfile(file, np.uint8, count, offset=where.offset + offset)
         if flat.size != count:
             raise CheckpointError(f"{self.path / where.file} ends inside {name}; fetch the file again")
         dtype = DTYPES[where.info.dtype]
@@ -207,6 +210,8 @@ def reading(path: Path) -> Iterator[None]:
     """Say in one sentence why a file of a checkpoint cannot be read."""
     try:
         yield
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the path, or fetch it again") from error
 
@@ -223,7 +228,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A file of one JSON object. Raises `CheckpointError`."""
     try:
         with reading(path):
-            found = json.loads(path.read_bytes().decode())
+            found = json.loads(read_file(path, path.parent).decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
@@ -234,7 +239,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_shards(path: Path) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors files, and a check that the index names the same ones."""
     found: dict[str, Stored] = {}
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if not is_hidden(file.name))
     for file in files:
         for info, start in read_header(file):
             if info.name in found:
@@ -267,7 +272,7 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
     The header is taken for hostile: lengths, dtypes, shapes and offsets are checked before use, and the
     ranges have to fill the file exactly. Raises `CheckpointError`.
     """
-    with reading(file), open(file, "rb") as f:
+    with reading(file), open_file(file, file.parent) as f:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):

@@ -3,6 +3,7 @@
 MoesaicError            the message says what was found, what was wanted, what to do
 ├── InputError          the call, or something it names, is wrong                     exit 2
 │   ├── CheckpointError a checkpoint is incomplete, torn, foreign or contradicts itself
+│   ├── FileError       a file is a FIFO, a device, endless, or a link that leaves its folder
 │   ├── FamilyError     a model family, or a value in its config, that nobody wrote code for
 │   ├── PlanError       a plan cannot be made, or does not fit its checkpoint
 │   └── StaleError      a stage's input is not the one its file was made from
@@ -25,6 +26,10 @@ class InputError(MoesaicError):
 
 class CheckpointError(InputError):
     """A checkpoint is incomplete, torn, foreign, or contradicts itself."""
+
+
+class FileError(InputError, OSError):
+    """A file is not a plain one, has no end, or is a link that leaves its folder."""
 
 
 class FamilyError(InputError):

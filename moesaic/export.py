@@ -17,10 +17,11 @@ from torch import Tensor
 
 from . import kernels
 from .artifact import atomic, writing
-from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, sample
+from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, reading, sample
 from .containers import Packing, siblings
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
+from .files import open_file, walk
 from .plan import Plan
 from .progress import progress
 from .recode import recode
@@ -277,23 +278,21 @@ def kernel_input(
 
 
 def carried(source: Path) -> list[Path]:
-    """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code."""
-    inside = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file())
-    return [
-        f
-        for f in inside
-        if not any(part.startswith(".") for part in f.parts)
-        and f.parts[0] != "moesaic"
-        and f.suffix not in LEFT_BEHIND
-        and str(f) not in WRITTEN_ANEW
-    ]
+    """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code.
+
+    Raises `CheckpointError` for a FIFO or device there, and for a link that leaves the source.
+    """
+    with reading(source):
+        inside = [file.relative_to(source) for file in walk(source, "moesaic")]
+    return [f for f in inside if f.suffix not in LEFT_BEHIND and str(f) not in WRITTEN_ANEW]
 
 
 def carry_along(source: Path, out: Path) -> None:
     for file in carried(source):
         with writing(out / file):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, out / file)
+            with open_file(source / file, source) as theirs, open(out / file, "wb") as ours:
+                shutil.copyfileobj(theirs, ours, 1 << 20)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ the plan says it is: copied bytes, sliced rows, or what rounding the source agai
 out quality (evaluate) and engines (tests/engines).
 """
 
-import filecmp
 import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from .containers.base import inventory
 from .errors import InputError, MoesaicError
 from .export import NOTE, carried, in_kernels, prepare_kernels, recoded, requantized, round_together, rounding_of
 from .families import Linear, expert_counts
+from .files import same_files
 from .plan import Plan
 from .progress import Meter, progress
 from .reader import Reader
@@ -138,7 +138,7 @@ def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdi
         verdict.compared["files"] += 1
         if not (export.path / file).exists():
             verdict.add("files", str(file), "was not carried along from the source")
-        elif not filecmp.cmp(source.path / file, export.path / file, shallow=False):
+        elif not same_files(source.path / file, export.path / file):
             verdict.add("files", str(file), "differs from the source's")
     return target
 

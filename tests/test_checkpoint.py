@@ -283,7 +283,7 @@ def test_another_models_shard(broken, tmp_path):
 
 def test_a_folder_named_like_a_shard(broken):
     (broken / "x.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is a folder, wanted a plain file"):
         Checkpoint.open(broken)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..export import NOTE
+from ..files import walk
 from ..verify import verify
 from .card import eval_results
 from .facts import WORK, Facts, places
@@ -44,8 +45,8 @@ def uploads(facts: Facts) -> list[Upload]:
         raise InputError(f"{facts.run} holds no export to upload; make one first")
     model = [
         Upload(str(name), facts.model / name, is_first=True)
-        for name in (f.relative_to(facts.model) for f in sorted(facts.model.rglob("*")) if f.is_file())
-        if name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts) and str(name) != CARD
+        for name in (f.relative_to(facts.model) for f in walk(facts.model, WORK))
+        if str(name) != CARD
     ]
     work = places(Path(facts.run))[0]
     beside = [Upload(f"{WORK}/{name}", work / name) for name in BESIDE if (work / name).exists()]
