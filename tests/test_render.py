@@ -112,6 +112,7 @@ def test_an_experts_hessians_are_those_of_its_tokens(m2, tmp_path, monkeypatch) 
     seen: Routing = routed[0]
     for e, linears in ((e, result.architecture.experts_of[0, e]) for e in range(result.architecture.experts)):
         gate, up = (result.decode(linears[p].name) for p in ("gate", "up"))
+        assert found[0].name(e) == f"{linears['gate'].name} and {linears['up'].name}"
         first, second, total = torch.zeros(256, 256), torch.zeros(128, 128), 0.0
         for t in range(tokens.tokens):
             for k in range(result.architecture.top_k):

@@ -4,7 +4,7 @@ Every format meets every rounding. Leaves out rendering a model with them (test_
 """
 
 import gc
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -266,8 +266,33 @@ def test_a_hessian_that_cannot_be_factored_is_damped_more_and_says_so() -> None:
 def test_inputs_that_are_not_finite_are_refused_in_a_sentence(way: str, bad: float) -> None:
     x = inputs(50, 32)
     x[3, 3] = bad
-    with pytest.raises(InputError, match=r"inputs of a matrix \[8, 32\] hold infinities or NaNs; calibrate"):
-        ROUNDINGS[way].round(batch_of(gaussian(1, 8, 32), [x]), FORMATS["int4_g32"])
+    with pytest.raises(InputError, match=r"inputs of layers\.3\.o are NaN or infinite, .*; calibrate"):
+        batch = replace(batch_of(gaussian(1, 8, 32), [x]), names=("layers.3.o",))
+        ROUNDINGS[way].round(batch, FORMATS["int4_g32"])
+
+
+def hostile(size: float) -> Tensor:
+    """A Hessian whose diagonal is sound, and which no inputs can have."""
+    bad = torch.eye(32)
+    bad[3, 17] = bad[17, 3] = size
+    return bad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("way", ["gptq", "descent"])
+def test_a_hessian_that_no_damping_helps_is_refused_by_the_matrixs_name(way: str, bad: float) -> None:
+    batch = Batch(
+        gaussian(2, 8, 32), hessian_EII=torch.stack([torch.eye(32), hostile(bad)]), names=("a.gate", "b.gate")
+    )
+    with pytest.raises(InputError, match=r"inputs of b\.gate has no Cholesky factor, however much .*; calibrate"):
+        ROUNDINGS[way].round(batch, FORMATS["int4_g32"])
+
+
+@pytest.mark.parametrize("size", [2.0, 1e6, 1e30])
+def test_a_hessian_that_damping_helps_is_damped_until_it_does(size: float) -> None:
+    rounded = ROUNDINGS["gptq"].round(Batch(gaussian(1, 8, 32), hessian_EII=hostile(size)[None]), FORMATS["int4_g32"])
+    (damping,) = rounded.facts["damping"]
+    assert size - 1.0 < damping < 2.1 * size and rounded.values(FORMATS["int4_g32"]).isfinite().all()
 
 
 def test_an_input_that_never_came_is_rounded_to_nearest() -> None:

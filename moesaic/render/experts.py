@@ -36,13 +36,14 @@ class Tokens:
     weight_n: Tensor
 
 
-def batch_of(w_EOI: Tensor, inputs: Sequence[Inputs], pools: Sequence[Inputs] = ()) -> Batch:
+def batch_of(groups: Sequence[Group], w_EOI: Tensor, inputs: Sequence[Inputs], pools: Sequence[Inputs] = ()) -> Batch:
     hessian_EII = torch.stack([i.hessian_II for i in inputs])
     return Batch(
         w_EOI,
         torch.tensor([i.tokens for i in inputs]),
         hessian_EII,
         torch.stack([p.hessian_II for p in pools]) if pools else None,
+        tuple(" and ".join(n.name for n in group) for group in groups),
     )
 
 
@@ -90,7 +91,7 @@ class Experts:
         w_EOI = torch.stack([weights_of(self.target, group, self.run.device) for group in groups])
         inputs = [self.inputs(w_EOI.shape[2], mine, to_input) for mine, to_input in zip(tokens, through)]
         rows, format = [n.shape[0] for n in groups[0]], format_of(self.target, groups[0])
-        members, facts = round_members(self.rounding, batch_of(w_EOI, inputs, pools), rows, format)
+        members, facts = round_members(self.rounding, batch_of(groups, w_EOI, inputs, pools), rows, format)
         counts = [{"tokens": len(t.index_n), "effective": i.tokens} for t, i in zip(tokens, inputs)]
         return [
             (group, members[e], counts[e] | {name: values[e] for name, values in facts.items()})

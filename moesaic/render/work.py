@@ -95,7 +95,7 @@ class Work:
             forward(replace(state, observer=Observer(linear=partial(self.see, first, inputs))))
             if not inputs.vectors:
                 raise PlanError(f"no input of {first.name} was seen; report this as a bug")
-            batch = batch_of(weights_of(self.target, group, self.run.device)[None], [inputs])
+            batch = batch_of([group], weights_of(self.target, group, self.run.device)[None], [inputs])
             format = format_of(self.target, group)
             (members,), facts = round_members(self.rounding, batch, [n.shape[0] for n in group], format)
             mine = {name: values[0] for name, values in facts.items()}

@@ -23,12 +23,17 @@ class Batch:
     hessian_EII  E[x xᵀ], F32
     pool_EII     E[x xᵀ] over all tokens of the layer, as each matrix would see them if every token came to it;
                  [1, I, I] where that is one for all. What few tokens leave open is taken from there.
+    names        of the matrices, for errors
     """
 
     w_EOI: Tensor
     tokens_E: Tensor | None = None
     hessian_EII: Tensor | None = None
     pool_EII: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+    def name(self, e: int) -> str:
+        return self.names[e] if self.names else f"matrix {e} of a batch {list(self.w_EOI.shape)}"
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Ordered:
     hessian_EII  F32, blended with the pool and damped
     damping_E    what was added to its diagonal, in medians of it: a few inputs of great size should not count
     pooled_E     the pool's share in it
+    names        of the matrices, for errors
     """
 
     order_EI: Tensor
@@ -45,10 +46,11 @@ class Ordered:
     hessian_EII: Tensor
     damping_E: list[float]
     pooled_E: list[float]
+    names: list[str]
 
     @staticmethod
     def of(batch: Batch) -> "Ordered":
-        """Raises `InputError` when a Hessian is not finite."""
+        """Raises `InputError` when a Hessian's diagonal is not finite."""
         blends = [blended(batch, e) for e in range(len(batch.w_EOI))]
         orders = [h_II.diagonal().argsort() for h_II, _, _ in blends]
         return Ordered(
@@ -57,6 +59,7 @@ class Ordered:
             torch.stack([h_II[order].index_select(1, order) for (h_II, _, _), order in zip(blends, orders)]),
             [damping for _, damping, _ in blends],
             [pooled for _, _, pooled in blends],
+            [batch.name(e) for e in range(len(blends))],
         )
 
     def restored(self, x_EIO: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def blended(batch: Batch, e: int) -> tuple[Tensor, float, float]:
     diagonal_I = h_II.diagonal()
     if not diagonal_I.isfinite().all():
         raise InputError(
-            f"the inputs of a matrix {list(batch.w_EOI.shape[1:])} hold infinities or NaNs; "
+            f"the inputs of {batch.name(e)} are NaN or infinite, or too large for F32 when squared; "
             "calibrate on other text, or find the layer before that makes them"
         )
     damping = DAMP + DAMP_FEW * width / max(tokens + prior, 1.0)
@@ -106,17 +109,37 @@ def compensation(ordered: Ordered) -> Tensor:
     """L_jk / L_kk of each Hessian at [k, j], right of the diagonal. One that cannot be factored is damped twice as much.
 
     LAPACK has columns where torch has rows: so turned, symmetric Hessians and their factors need no transposing.
+    Raises `InputError` for a Hessian that no damping makes positive definite.
     """
     pull_EII = torch.empty_like(ordered.hessian_EII)
-    for e, h_II in enumerate(ordered.hessian_EII):
-        unit = typical(h_II.diagonal()) / (1 + ordered.damping_E[e])
-        l_II, failed = torch.linalg.cholesky_ex(h_II.mT)
-        while failed:
-            h_II.diagonal().add_(ordered.damping_E[e] * unit)
-            ordered.damping_E[e] *= 2
-            l_II, failed = torch.linalg.cholesky_ex(h_II.mT)
+    for e in range(len(pull_EII)):
+        l_II = factored(ordered, e)
         torch.div(l_II.mT, l_II.diagonal()[:, None], out=pull_EII[e])
     return pull_EII
+
+
+def factored(ordered: Ordered, e: int) -> Tensor:
+    """The Cholesky factor of Hessian `e`, whose damping in `ordered` is doubled until there is one.
+
+    A diagonal raised by more than the largest sum of a row's absolute values outweighs every row (Gershgorin), and its
+    matrix is positive definite: where that does not help, the Hessian is NaN, infinite, or too large for F32.
+    """
+    h_II, damping_E = ordered.hessian_EII[e], ordered.damping_E
+    unit = typical(h_II.diagonal()) / (1 + damping_E[e])
+    enough = None
+    while True:
+        l_II, failed = torch.linalg.cholesky_ex(h_II.mT)
+        if not failed and l_II.diagonal().isfinite().all():
+            return l_II
+        if enough is None:
+            enough = float(h_II.double().abs().sum(1).max())
+        if not (damping_E[e] * unit <= 2 * enough < float("inf")):  # so written, NaN fails too
+            raise InputError(
+                f"the Hessian of the inputs of {ordered.names[e]} has no Cholesky factor, however much it is damped: "
+                "it holds values that are NaN, infinite or too large for F32; calibrate on other text, or round by rtn"
+            )
+        h_II.diagonal().add_(damping_E[e] * unit)
+        damping_E[e] *= 2
 
 
 def sweep(
@@ -221,7 +244,8 @@ def gains(w_OI: Tensor, off_OI: Tensor, hessian_II: Tensor) -> Tensor:
 def round(batch: Batch, format: NumberFormat) -> Rounded:
     """Codes and scales for E matrices; reports `damping` and `pooled` of each.
 
-    Memory: beside the batch, E · (2 I² + 4 I O) F32 numbers. Raises `InputError` for a Hessian that is not finite.
+    Memory: beside the batch, E · (2 I² + 4 I O) F32 numbers. Raises `InputError` for a Hessian that is not finite, or
+    that no damping makes positive definite.
     """
     ordered = Ordered.of(batch)
     return finished(ordered, format, *compensated(ordered, batch.w_EOI, format))
