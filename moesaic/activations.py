@@ -5,26 +5,25 @@ who all see the same vectors; of down, the largest over a layer's experts, since
 for all of them anyway. The largest value seen, as compressed-tensors calibrates. Leaves out percentiles.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from .artifact import identity, read_json, read_tensors, write_json, write_tensors
+from .artifact import identity, read_json, sweep_partials, write_json
 from .checkpoint import Checkpoint
 from .containers import input_of
 from .errors import InputError
 from .families import Architecture
 from .plan import Plan, dropped
 from .progress import progress
-from .stream import ExpertPass, LayerRun, LinearPass, Observer, State
+from .stream import STATES, ExpertPass, LayerRun, LinearPass, Observer, Standing, State, Sweep
 from .target import Target
 from .tokens import TokenSet
 
 KIND, DONE = "activations", "activations.json"
-SAVE_SECONDS = 300.0  # a killed sweep loses at most this much, and a layer
 
 
 @dataclass
@@ -79,21 +78,23 @@ def observe(
     inputs = {"source": source.identity, "tokens": tokens.identity, "kept": identity(sorted(kept.items()))}
     if (folder / DONE).exists():
         return dict(read_json(folder / DONE, KIND, inputs)["largest"])
-    run, a, hidden = LayerRun(source), source.architecture, folder / "hidden.safetensors"
-    start, largest = 0, Largest(a)
-    if hidden.exists():
-        tensors, body = read_tensors(hidden, KIND, inputs)
-        start, largest, before = body["layer"] + 1, Largest(a, body["largest"]), tensors["hidden_BTD"].to(run.device)
-    else:
-        before = run.embed(tokens.ids_BT)
-    saved = time.monotonic()
-    with progress("activations", (a.layers - start) * tokens.tokens, "token-layers", quiet) as meter:
-        for layer, (state,) in run.sweep([State(before, dropped(kept, a.experts), largest.observer)], start):
-            meter.advance(tokens.tokens)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                body = {"layer": layer, "largest": largest.found}
-                write_tensors(hidden, KIND, {"hidden_BTD": state.hidden_BTD.cpu()}, inputs, body)
-                saved = time.monotonic()
-    write_json(folder / DONE, KIND, {"tokens": tokens.tokens, "largest": largest.found}, inputs)
-    hidden.unlink(missing_ok=True)
-    return largest.found
+    sweep_partials(folder)
+    run, a = LayerRun(source), source.architecture
+    under_way = Sweep(range(a.layers), folder / STATES, inputs)
+    left_out = dropped(kept, a.experts)
+    at = under_way.begin(lambda: Standing({"text": State(run.embed(tokens.ids_BT), left_out)}), run.device)
+
+    def end(at: Standing) -> dict[str, float]:
+        largest: dict[str, float] = dict(at.notes)
+        write_json(folder / DONE, KIND, {"tokens": tokens.tokens, "largest": largest}, inputs)
+        return largest
+
+    with progress("activations", (a.layers - at.done) * tokens.tokens, "token-layers", quiet) as meter:
+        return under_way.through(at, partial(look, run), end, lambda _: meter.advance(tokens.tokens))
+
+
+def look(run: LayerRun, layer: int, at: Standing) -> Standing:
+    """One layer forward; its inputs' largest values are added to the notes."""
+    largest = Largest(run.architecture, dict(at.notes))
+    (state,) = run.advance(layer, [replace(at.states["text"], observer=largest.observer)])
+    return replace(at, states={"text": replace(state, observer=None)}, notes=largest.found)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import moesaic.calibrate.sweep as calibrate_module
 import moesaic.calibrate.weights as weights_module
+import moesaic.stream.sweep as sweep_module
 from moesaic.calibrate import SUMS, LayerSums, Statistics, calibrate, check_unread, groups, weigh
 from moesaic.checkpoint import Checkpoint
 from moesaic.criteria import WEIGHT_SUMS
@@ -303,9 +304,9 @@ def test_after_ctrl_c_the_same_call_goes_on_and_gives_the_same(
 
 def test_after_ctrl_c_while_the_states_are_saved(small, whole, tmp_path, monkeypatch):
     """The longest moment of all: gigabytes on their way to disk."""
-    monkeypatch.setattr(calibrate_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(sweep_module, "SAVE_SECONDS", 0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupting(patch, calibrate_module, "save_hidden", 2)
+        interrupting(patch, sweep_module, "save", 2)
         calibrate(small, tokens_of(0), tmp_path / "stats", quiet=True)
     calibrate(small, tokens_of(0), tmp_path / "stats", quiet=True)
     assert contents(tmp_path / "stats") == whole
@@ -313,7 +314,7 @@ def test_after_ctrl_c_while_the_states_are_saved(small, whole, tmp_path, monkeyp
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_after_any_death_the_same_call_gives_the_same(small, whole, tmp_path, monkeypatch, sign):
-    monkeypatch.setattr(calibrate_module, "SAVE_SECONDS", 0.0)  # states are saved after each of three layers
+    monkeypatch.setattr(sweep_module, "SAVE_SECONDS", 0.0)  # states are saved after each of three layers
     deaths = 0
     for at in range(1, 8, 2):
         folder = tmp_path / f"stats-{at}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import MiniMaxM2ForCausalLM
 
 import moesaic.activations as activations
+import moesaic.stream.sweep as sweep_module
 from moesaic.activations import calibrated, observe
 from moesaic.checkpoint import Checkpoint
 from moesaic.compress import Recipe, compress
@@ -75,7 +76,7 @@ def test_it_continues_where_it_was_stopped(m3: Checkpoint, tmp_path: Path, monke
     ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
     tokens = TokenSet(ids, torch.zeros(2, dtype=torch.int64), ("all",), {"ids_sha256": "of this test"})
     whole = observe(m3, {}, tokens, tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(activations, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(sweep_module, "SAVE_SECONDS", 0.0)
 
     class Stop(Exception):
         pass
@@ -84,8 +85,8 @@ def test_it_continues_where_it_was_stopped(m3: Checkpoint, tmp_path: Path, monke
         write(*a, **k)
         raise Stop
 
-    write = activations.write_tensors
-    monkeypatch.setattr(activations, "write_tensors", stopping)
+    write = sweep_module.save
+    monkeypatch.setattr(sweep_module, "save", stopping)
     stops = 0
     while not (tmp_path / "parts" / activations.DONE).exists():
         try:

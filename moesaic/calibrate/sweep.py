@@ -3,27 +3,26 @@
 Interrupted, it goes on at the layer it had reached; text added later is a folder beside the first.
 """
 
-import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..artifact import read_tensors, sweep_partials, write_tensors
+from ..artifact import sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
 from ..errors import InputError
-from ..families import Architecture
 from ..progress import progress
-from ..stream import LayerRun, State
+from ..stream import STATES, LayerRun, Standing, State, Sweep
+from ..stream.state import ignore
 from ..tokens import IMAGE, IMAGE_TOKENS, TokenSet
 from .statistics import KIND, TEXT, Statistics, layer_file
 from .sums import LayerSums
 from .weights import WEIGHTS, weigh
 
 CHUNK_TOKENS = 65_536  # hidden states of more need not fit anywhere: 1.6 GB for 6,144 wide
-SAVE_SECONDS = 300.0  # a killed sweep loses at most this much, and a layer
 
 
 def calibrate(
@@ -54,56 +53,64 @@ def chunks(tokens: TokenSet) -> list[TokenSet]:
 
 def sweep(checkpoint: Checkpoint, tokens: TokenSet, chunk: Path, quiet: bool, seen: Mapping[int, Tensor]) -> None:
     """One text through all layers; its statistics and its tokens stand in `chunk` afterwards."""
-    architecture = checkpoint.architecture
-    inputs = {"source": checkpoint.identity, "tokens": tokens.identity}
-    group_T, positions = groups(tokens, architecture.vocab)
+    a, states = checkpoint.architecture, chunk / STATES
     sweep_partials(chunk)
-    start, hidden = resume(chunk, architecture, inputs)
-    if start < architecture.layers:
-        run = LayerRun(checkpoint)
-        reached = start - 1, State(embed(run, tokens.ids_BT, seen) if hidden is None else hidden.to(run.device))
-        left, saved = architecture.layers - start, time.monotonic()
-        with progress("calibrate", left * tokens.tokens, "token-layers", quiet) as meter:
-            try:
-                for layer in range(start, architecture.layers):
-                    after = observe(run, layer, reached[1], group_T.to(run.device), tokens, positions, chunk, inputs)
-                    reached = layer, after  # one assignment: an interrupt finds a layer and its own states
-                    meter.advance(tokens.tokens)
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        save_hidden(chunk, reached, inputs)
-                        saved = time.monotonic()
-            except KeyboardInterrupt:
-                if reached[0] >= start:
-                    save_hidden(chunk, reached, inputs)
-                raise
+    missing = [layer for layer in a.moe_layers if not layer_file(chunk, layer).exists()]
+    if missing:
+        text = Text.of(LayerRun(checkpoint), tokens, chunk)
+        under_way = Sweep(range(a.layers), states, text.inputs)
+        at = under_way.begin(lambda: embedded(text.run, tokens, seen), text.run.device)
+        if at.done > missing[0]:  # its file is lost
+            at = embedded(text.run, tokens, seen)
+        with progress("calibrate", (a.layers - at.done) * tokens.tokens, "token-layers", quiet) as meter:
+            under_way.through(at, partial(observe, text), ignore, lambda _: meter.advance(tokens.tokens))
     if not (chunk / TEXT).exists():
         tokens.save(chunk / TEXT)
-    (chunk / "hidden.safetensors").unlink(missing_ok=True)
+    states.unlink(missing_ok=True)
 
 
-def observe(
-    run: LayerRun, layer: int, state: State, group_T: Tensor, tokens: TokenSet,
-    positions: list[list[int]], chunk: Path, inputs: dict[str, str],
-) -> State:  # fmt: skip
+@dataclass(frozen=True)
+class Text:
+    """What a layer's statistics are made of, beside the states: all of it plain, or opened again from what is."""
+
+    run: LayerRun
+    tokens: TokenSet
+    group_T: Tensor
+    positions: list[list[int]]
+    chunk: Path
+    inputs: Mapping[str, str]
+
+    @staticmethod
+    def of(run: LayerRun, tokens: TokenSet, chunk: Path) -> "Text":
+        group_T, positions = groups(tokens, run.architecture.vocab)
+        inputs = {"source": run.checkpoint.identity, "tokens": tokens.identity}
+        return Text(run, tokens, group_T.to(run.device), positions, chunk, inputs)
+
+
+def observe(text: Text, layer: int, at: Standing) -> Standing:
     """One layer forward; a MoE layer's sums are written to its file."""
-    a = run.architecture
+    a, state = text.run.architecture, at.states["text"]
     if layer not in a.moe_layers:
-        return run.advance(layer, [state])[0]
-    sums = LayerSums(group_T, 2 * len(tokens.domains), a.experts)
-    (after,) = run.advance(layer, [State(state.hidden_BTD, state.dropped, sums.observer, state.nonfinite)])
+        return replace(at, states={"text": text.run.advance(layer, [state])[0]})
+    sums = LayerSums(text.group_T, 2 * len(text.tokens.domains), a.experts)
+    (after,) = text.run.advance(layer, [replace(state, observer=sums.observer)])
     routed = int((sums.sums["tokens"] + sums.sums["nonfinite"]).sum())
-    if routed != tokens.tokens * a.top_k:
+    if routed != text.tokens.tokens * a.top_k:
         raise InputError(
-            f"layer {layer} routed {routed:,} tokens, wanted {tokens.tokens * a.top_k:,}; report this as a bug"
+            f"layer {layer} routed {routed:,} tokens, wanted {text.tokens.tokens * a.top_k:,}; report this as a bug"
         )
     body = {
-        "domains": tokens.domains,
-        "positions": positions,
+        "domains": text.tokens.domains,
+        "positions": text.positions,
         "routed": routed,
         "nonfinite_tokens": after.nonfinite.get(layer, 0),
     }
-    write_tensors(layer_file(chunk, layer), KIND, sums.tensors(), inputs, body)
-    return State(after.hidden_BTD, after.dropped, None, after.nonfinite)
+    write_tensors(layer_file(text.chunk, layer), KIND, sums.tensors(), text.inputs, body)
+    return replace(at, states={"text": replace(after, observer=None)})
+
+
+def embedded(run: LayerRun, tokens: TokenSet, seen: Mapping[int, Tensor]) -> Standing:
+    return Standing({"text": State(embed(run, tokens.ids_BT, seen))})
 
 
 def embed(run: LayerRun, ids_BT: Tensor, seen: Mapping[int, Tensor]) -> Tensor:
@@ -134,21 +141,3 @@ def groups(tokens: TokenSet, vocab: int) -> tuple[Tensor, list[list[int]]]:
         domain_T = domain_T.masked_fill(image_T, tokens.domains.index(IMAGE))
     group_T = domain_T * 2 + half_T
     return group_T, group_T.bincount(minlength=2 * len(tokens.domains)).reshape(-1, 2).tolist()
-
-
-def resume(chunk: Path, architecture: Architecture, inputs: dict[str, str]) -> tuple[int, Tensor | None]:
-    """The first layer still to do, and the hidden states before it (None: from the embedding)."""
-    missing = [layer for layer in architecture.moe_layers if not layer_file(chunk, layer).exists()]
-    if not missing:
-        return architecture.layers, None
-    if (chunk / "hidden.safetensors").exists():
-        tensors, body = read_tensors(chunk / "hidden.safetensors", "hidden", inputs)
-        if body["layer"] < missing[0]:
-            return body["layer"] + 1, tensors["hidden_BTD"]
-    return 0, None
-
-
-def save_hidden(chunk: Path, reached: tuple[int, State], inputs: dict[str, str]) -> None:
-    layer, state = reached
-    tensors = {"hidden_BTD": state.hidden_BTD.cpu()}
-    write_tensors(chunk / "hidden.safetensors", "hidden", tensors, inputs, {"layer": layer})

@@ -1,12 +1,17 @@
 """A model run one layer, and within it one expert, in memory at a time, forward and backward.
 
 `LayerRun` (layer.py) is the whole of it from outside, with the `State`s that it advances and the
-`Observer`s that watch (state.py). Inside: attention in chunks (attention.py), router and experts
-(experts.py), and what bounds the memory of both (memory.py).
+`Observer`s that watch (state.py). `Sweep` takes them through all layers and goes on where it was (sweep.py).
+Inside: attention in chunks (attention.py), router and experts (experts.py), and what bounds the memory of
+both (memory.py).
 backward.py goes the other way, and is asked for by its own name.
 """
 
 from .layer import LayerRun
 from .state import BlockPass, Change, ExpertPass, Intake, LinearPass, Observer, Routing, State
+from .sweep import STATES, Standing, Sweep
 
-__all__ = ["BlockPass", "Change", "ExpertPass", "Intake", "LayerRun", "LinearPass", "Observer", "Routing", "State"]
+__all__ = [
+    "STATES", "BlockPass", "Change", "ExpertPass", "Intake", "LayerRun", "LinearPass", "Observer", "Routing", "Standing",
+    "State", "Sweep",
+]  # fmt: skip

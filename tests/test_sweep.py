@@ -1,0 +1,215 @@
+"""The one sweep, and all that use it: cut short at any layer, and at any write, the same call ends in the same bits.
+
+Truths: the same call, not cut short. Leaves out what each of them computes, which has tests of its own.
+"""
+
+import io
+import json
+import pickle
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from children import child, contents, dying
+
+import moesaic.stream.sweep as sweep_module
+from moesaic.activations import observe
+from moesaic.artifact import read_tensors
+from moesaic.calibrate import calibrate
+from moesaic.checkpoint import Checkpoint
+from moesaic.errors import StaleError
+from moesaic.registry import collect
+from moesaic.stream import LayerRun, Standing, State, Sweep
+from moesaic.stream.sweep import EACH_LAYER, load, packed, save
+from moesaic.tokens import TokenSet, sha256_of
+
+CPU = torch.device("cpu")
+INPUTS = {"source": "a", "tokens": "b"}
+
+
+def rows(count: int, length: int = 24, seed: int = 0) -> TokenSet:
+    ids_BT = torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+    facts = {"ids_sha256": sha256_of(ids_BT), "tokenizer_sha256": "none", "seed": seed}
+    return TokenSet(ids_BT, torch.zeros(count, dtype=torch.int64), ("random",), facts)
+
+
+# One file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_standing_comes_back_as_it_was(tmp_path):
+    one, other = torch.randn(2, 3, 4), torch.randn(1, 3, 4).bfloat16()
+    states = {
+        "source": State(one, nonfinite={3: 2}),
+        "cut": State(one, {1: (0, 5)}),
+        "other": State(other, {2: ()}, nonfinite={0: 1}),
+    }
+    at = Standing(states, {"largest": {"a": 0.1}, "groups": [{"name": "x"}]}, {"sums": torch.arange(4)}, 3)
+    save(tmp_path / "states", at, INPUTS)
+    found = load(tmp_path / "states", INPUTS, CPU)
+    assert (found.done, found.notes, list(found.states)) == (3, at.notes, list(states))
+    for name, state in states.items():
+        after = found.states[name]
+        assert torch.equal(after.hidden_BTD, state.hidden_BTD) and after.hidden_BTD.dtype == state.hidden_BTD.dtype
+        assert {n: list(ids) for n, ids in after.dropped.items()} == {n: list(ids) for n, ids in state.dropped.items()}
+        assert after.nonfinite == state.nonfinite
+    assert torch.equal(found.tensors["sums"], torch.arange(4)) and list(found.tensors) == ["sums"]
+    assert found.states["source"].hidden_BTD is found.states["cut"].hidden_BTD, "one tensor, on disk too"
+    assert len([n for n in read_tensors(tmp_path / "states", "states")[0] if n.startswith("state.")]) == 2
+    with pytest.raises(StaleError, match="was made from tokens b, and this is c"):
+        load(tmp_path / "states", INPUTS | {"tokens": "c"}, CPU)
+
+
+def added(layer: int, at: Standing) -> Standing:
+    """A step for tests: the number of the layer is added, and noted."""
+    states = {name: State(s.hidden_BTD + layer) for name, s in at.states.items()}
+    return Standing(states, {"seen": [*at.notes.get("seen", []), layer]})
+
+
+def first() -> Standing:
+    return Standing({"text": State(torch.zeros(1, 1, 1))})
+
+
+@pytest.mark.parametrize("layers", [range(4), [3, 2, 1, 0]])
+def test_saved_after_each_layer_or_on_a_timer_or_on_ctrl_c_alone(tmp_path, monkeypatch, layers):
+    saved: list[int] = []
+    monkeypatch.setattr(sweep_module, "save", lambda file, at, inputs: saved.append(at.done))
+    for seconds, wanted in ((EACH_LAYER, [1, 2, 3, 4]), (None, []), (1e9, [])):
+        saved.clear()
+        found = Sweep(layers, tmp_path / "s", INPUTS, seconds).through(first(), added, lambda at: at)
+        assert saved == wanted and found.notes["seen"] == list(layers) and found.done == 4
+
+    def interrupted(at: Standing) -> None:
+        raise KeyboardInterrupt
+
+    for step_until, end in ((2, None), (9, interrupted)):
+
+        def step(layer: int, at: Standing, until: int = step_until) -> Standing:
+            if at.done == until:
+                raise KeyboardInterrupt
+            return added(layer, at)
+
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            Sweep(layers, tmp_path / "s", INPUTS).through(first(), step, end or (lambda at: at))
+        assert saved == [min(step_until, 4)]
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            Sweep(layers, None, INPUTS).through(first(), step, end or (lambda at: at))
+        assert saved == []
+
+
+def test_passes_hold_what_fits_beside_the_source():
+    assert packed([3, 0, 2, 0], 10, 30) == [[1, 3], [2, 0]]
+    assert packed([3, 0, 2, 0], 10, 1000) == [[1, 3, 2, 0]]
+    assert packed([1, 1], 10, 5) == [[0], [1]], "one goes at least"
+    assert packed([], 10, 1000) == []
+
+
+# All that sweep ---------------------------------------------------------------------------------------------------
+
+
+def statistics(model: Checkpoint, folder: Path) -> Any:
+    calibrate(model, rows(4), folder, quiet=True)
+
+
+def largest(model: Checkpoint, folder: Path) -> Any:
+    kept = {layer: (0, 2, 3, 5, 6) for layer in model.architecture.moe_layers}
+    return observe(model, kept, rows(3), folder, quiet=True)
+
+
+USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {"calibrate": statistics, "activations": largest}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    wide = dict(hidden_size=256, intermediate_size=128, shared_intermediate_size=128)
+    return Checkpoint.open(tiny.make(tmp_path_factory.mktemp("deep") / "m3", "minimax_m3_vl", layers=4, **wide))
+
+
+def outcome(user: str, model: Checkpoint, folder: Path) -> tuple[str, dict[str, bytes]]:
+    """What a user returns, and every file that it leaves."""
+    return json.dumps(USERS[user](model, folder), default=str), contents(folder)
+
+
+class Steps:
+    """Counts the layers begun by anybody, and interrupts one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.stop_at, self.steps = 0, -1, list[Any]()
+        through = Sweep.through
+
+        def counting(sweep: Sweep, at: Standing, step: Any, *others: Any, **named: Any) -> Any:
+            self.steps.append(step)
+
+            def counted(layer: int, before: Standing) -> Standing:
+                self.begun += 1
+                after = step(layer, before)
+                if self.begun == self.stop_at:
+                    raise KeyboardInterrupt
+                return after
+
+            return through(sweep, at, counted, *others, **named)
+
+        monkeypatch.setattr(Sweep, "through", counting)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    yield Steps(monkeypatch)
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_interrupted_in_any_layer_the_same_call_gives_the_same(user, model, tmp_path, steps):
+    """Ctrl-C at the end of a layer, when all is made and nothing is kept; then in the layer after it, and so on."""
+    whole = outcome(user, model, tmp_path / "whole")
+    layers, steps.begun = steps.begun, 0
+    assert layers >= model.architecture.layers
+    steps.stop_at, interrupts = random.Random(user).randint(1, 2), 0
+    for _ in range(layers + 1):
+        try:
+            again = outcome(user, model, tmp_path / "cut")
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+            steps.stop_at = steps.begun + random.Random(f"{user}{interrupts}").randint(2, 3)
+    assert again == whole and interrupts >= 1
+    assert steps.begun == layers + interrupts, "only the layers that were interrupted were done twice"
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_killed_at_any_write_the_same_call_gives_the_same(user, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "SAVE_SECONDS", 0.0)
+    whole, deaths = outcome(user, model, tmp_path / "whole"), 0
+    for at in random.Random(user).sample(range(2, 12), 2):
+        for sign in (signal.SIGKILL, signal.SIGINT):
+            folder = tmp_path / f"{at}-{sign}"
+            deaths += child(dying(lambda folder=folder: USERS[user](model, folder), at, sign)) in (130, -signal.SIGKILL)
+            assert outcome(user, model, folder) == whole, f"after death at write {at}"
+    assert deaths >= 2
+
+
+class Plain(pickle.Pickler):
+    """Takes data and functions of modules. A checkpoint goes as its path, a run as its checkpoint, a plug-in as its name."""
+
+    def reducer_override(self, found: Any) -> Any:
+        if isinstance(found, Checkpoint):
+            return Checkpoint.open, (found.path,)
+        if isinstance(found, LayerRun):
+            return LayerRun, (found.checkpoint, str(found.device), found.dtype, found.buffer_bytes)
+        if type(found).__name__ in ("Rounding", "NumberFormat", "Container"):
+            return collect, (type(found).__module__.rsplit(".", 1)[0], type(found))
+        return NotImplemented
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_what_is_done_at_a_layer_is_a_function_of_plain_data(user, model, tmp_path, steps):
+    """So that another process can do it: no closure, no live object that could not be opened there."""
+    USERS[user](model, tmp_path)
+    assert steps.steps
+    for step in steps.steps:
+        Plain(io.BytesIO()).dump(step)
