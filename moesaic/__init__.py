@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 FLOORS = (
     ("errors",),
     ("files",),
-    ("registry", "artifact", "progress", "verdict"),
+    ("registry", "artifact", "progress", "resources", "verdict"),
     ("formats", "plan", "criteria", "rope"),
     ("kernels", "families", "recode"),
     ("containers",),

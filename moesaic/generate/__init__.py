@@ -14,12 +14,11 @@ from ..checkpoint import Checkpoint, read_object
 from ..errors import CheckpointError
 from ..stream import Change
 from .batch import Batch, Passage
-from .decoder import Decoder, Feed, half_memory_bytes
+from .decoder import Decoder, Feed
 from .sampling import Sampling, Token
 
 __all__ = [
-    "Batch", "Completion", "Decoder", "Feed", "Passage", "Sampling", "Token", "end_tokens",
-    "generate", "half_memory_bytes",
+    "Batch", "Completion", "Decoder", "Feed", "Passage", "Sampling", "Token", "end_tokens", "generate",
 ]  # fmt: skip
 
 

@@ -5,7 +5,6 @@ the stream's own, attention is transformers' module on our rows of keys. Leaves 
 outcome: choosing tokens is sampling.py, and which sequences go on is batch.py.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
+from ..resources import Resources
 from ..stream import Change, LayerRun
 from ..stream.attention import ROW_COPIES, SCORE_COPIES
 from ..stream.experts import ExpertWeights, Share, pass_expert, route
@@ -38,7 +38,7 @@ class Feed:
 class Decoder:
     """One checkpoint, as a model that goes on where its caches end. Owns the weights that it keeps in memory.
 
-    memory_bytes   of weights between steps, by itself half of the device's; what does not fit is read again, each
+    memory_bytes   of weights between steps, default: half of what is available; what does not fit is read again, each
                    time it is needed. Experts stay decoded: at real dimensions to decode one took ten times as long
                    as to multiply it by a token, and five times as long as to read it
     dropped        MoE layer -> experts that cannot be selected, as in `stream.State`
@@ -57,7 +57,7 @@ class Decoder:
         self.run = LayerRun(checkpoint, device, attention=RAGGED)
         self.architecture = self.run.architecture
         self.dropped, self.changed = dropped or {}, changed or {}
-        self.resident = Resident(half_memory_bytes(self.run.device) if memory_bytes is None else memory_bytes)
+        self.resident = Resident(Resources().held_bytes(self.run.device) if memory_bytes is None else memory_bytes)
 
     def most_queries(self, length: int) -> int:
         """New tokens of a sequence whose attention over `length` keys fits the buffer; one at least."""
@@ -177,13 +177,6 @@ class Decoder:
             rows_vD = self.resident.pin(("head", span.start), make, total)
             logits_nV[:, span] = F.linear(x_nD, rows_vD)
         return logits_nV
-
-
-def half_memory_bytes(device: torch.device) -> int:
-    """Half of what the device has."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory // 2)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def total(*tensors: Tensor) -> int:

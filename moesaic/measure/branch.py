@@ -5,7 +5,6 @@ source's and cost nothing. From there on it rides along. What a single option co
 costs are asked in the same way; nothing is written. Leaves out which branches to ask for (prices).
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
 from ..plan import SOURCE, Plan, dropped
 from ..progress import progress
+from ..resources import Resources
 from ..rounding import Rounding, round_siblings, rounding_named
 from ..stream import Change, LayerRun, State
 from ..tokens import TokenSet
@@ -166,13 +166,6 @@ def changes(branches: Sequence[Branch], rounding: str) -> dict[str, Change]:
     return {format: partial(rounded, format=FORMATS[format], rounding=way) for format in formats}
 
 
-def free_bytes(device: torch.device) -> int:
-    """Half of the memory that is free where hidden states will be: what `measure` takes unless told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] // 2)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def affordable_tokens(checkpoint: Checkpoint, work: float, seconds: float) -> int:
     """How many tokens can be taken in about `seconds`, each through as many layers as `work`: from one row through one layer.
 
@@ -191,7 +184,7 @@ def measure(
 ) -> list[Measured]:  # fmt: skip
     """KL(source ‖ branch) of each branch on `tokens`, in nats, by running it.
 
-    memory_bytes  for hidden states, as `effort` counts them; by itself half of what is free. More of it means fewer
+    memory_bytes  for hidden states, as `effort` counts them; default: half of what is available. More of it means fewer
                   sweeps. What `LayerRun` needs for weights comes on top.
 
     Each batch leaves a file in `folder` when it is done, and its hidden states every ten minutes and on Ctrl-C: the
@@ -199,7 +192,7 @@ def measure(
     """
     run, way = LayerRun(checkpoint), changes(branches, rounding)
     inputs = {"source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding}
-    limit = memory_bytes or free_bytes(run.device)
+    limit = memory_bytes or Resources().held_bytes(run.device)
     names = [identity(branch.facts) for branch in branches]
     sweep_partials(folder)
     done = {

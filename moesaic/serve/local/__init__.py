@@ -11,7 +11,8 @@ from starlette.applications import Starlette
 
 from ...checkpoint import Checkpoint
 from ...errors import InputError
-from ...generate import Decoder, half_memory_bytes
+from ...generate import Decoder
+from ...resources import Resources
 from .app import application
 from .engine import Engine
 from .model import Limits, Served
@@ -36,14 +37,14 @@ def local(
     """The server of one checkpoint.
 
     key           that every request but /health has to bring
-    memory_bytes  of weights, by itself half of the machine's; what does not fit is read again when needed
-    cache_bytes   of keys and values, by itself an eighth as much as that half
+    memory_bytes  of weights, default half of what is available; what does not fit is read again when needed
+    cache_bytes   of keys and values, default an eighth of that half
     context       tokens of a prompt and its answer; by itself what the model and the cache hold
     concurrency   texts in the server's hands at a time; more are refused with 429
     new_tokens    the most of an answer
     """
     decoder = Decoder(checkpoint, memory_bytes)
-    cache_bytes = cache_bytes or half_memory_bytes(decoder.run.device) // CACHE_SHARE
+    cache_bytes = cache_bytes or Resources().held_bytes(decoder.run.device) // CACHE_SHARE
     cache_tokens = cache_bytes // token_bytes(checkpoint)
     most = min(checkpoint.architecture.context, cache_tokens)
     if (context is not None and context > most) or most < 2:
