@@ -44,7 +44,7 @@ def moved_biases(run: LayerRun, ids_BT: Tensor, kept: Mapping[int, Sequence[int]
         after = run.advance(layer, [replace(state, observer=Observer(route=seen.append))])[0]
         state = replace(after, observer=None)
         for routing in seen:
-            bias_E = run.checkpoint.read(run.architecture.routers[layer][1])
+            bias_E = run.checkpoint.read(run.architecture.routers[layer].correction)
             found[layer] = matched(routing, bias_E, list(kept[layer]))
     return found
 
@@ -70,7 +70,7 @@ def patched(source: Checkpoint, biases: Mapping[int, Tensor], folder: Path) -> C
     """A copy of a small model with other correction biases."""
     shutil.copytree(source.path, folder)
     for layer, bias_E in biases.items():
-        where = source.where(source.architecture.routers[layer][1])
+        where = source.where(source.architecture.routers[layer].correction)
         with open(folder / where.file, "r+b") as file:
             file.seek(where.offset)
             file.write(bias_E.numpy().tobytes())

@@ -110,9 +110,7 @@ Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its t
 
 def small_pieces(target: Target) -> Iterator[Placed]:
     source, plan = target.source, target.plan
-    rows = {
-        name: plan.kept[layer] for layer, names in target.architecture.routers.items() if plan.kept for name in names
-    }
+    rows = {name: plan.kept[layer] for name, layer in target.architecture.rows_of.items() if plan.kept}
     for info in target.architecture.tensors:
         stored = source.where(info.name)
         if info.name in rows:

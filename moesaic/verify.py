@@ -212,8 +212,8 @@ def side_by_side(
 
 def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:
     """Which rows of the source's tensor stand in the export's; None: all."""
-    plan, routers = target.plan, target.architecture.routers
-    return next((plan.kept[layer] for layer, names in routers.items() if name in names and plan.kept), None)
+    plan, rows_of = target.plan, target.architecture.rows_of
+    return plan.kept[rows_of[name]] if plan.kept and name in rows_of else None
 
 
 def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, meter: Meter) -> Verdict:

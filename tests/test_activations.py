@@ -160,7 +160,7 @@ def test_routing_is_compared_in_the_numbers_of_the_source(m3: Checkpoint, tmp_pa
     routing, top_k = seen[-1], m3.architecture.top_k
     mass = agreed = 0.0
     for ids, gates, affinity in zip(routing.experts_Tk, routing.gates_Tk, routing.affinity_TE):
-        bias = m3.read(m3.architecture.routers[first][1])
+        bias = m3.read(m3.architecture.routers[first].correction)
         left = sorted(kept[first], key=lambda e: -float(affinity[e] + bias[e]))[:top_k]
         agreed += len(set(left) & set(ids.tolist())) / top_k / len(routing.gates_Tk)
         mass += sum(float(g) for e, g in zip(ids, gates) if int(e) not in kept[first]) / len(routing.gates_Tk)
@@ -176,7 +176,7 @@ def test_routing_is_compared_in_the_numbers_of_the_source(m3: Checkpoint, tmp_pa
 
 
 def test_a_stranger_is_compared_without_routing_and_says_so(m3: Checkpoint, tmp_path: Path) -> None:
-    router = m3.architecture.routers[m3.architecture.moe_layers[0]][0]
+    router = m3.architecture.routers[m3.architecture.moe_layers[0]].weight
     other = changed(m3.path, tmp_path / "other", lambda n, t: t.flip(1) if n == router else t)
     scores = evaluate(m3, other, [Reading.of(text_rows(m3))], tmp_path, device="cpu", quiet=True)
     assert "resembles none" in scores.facts["routing"] and scores.find("router_agreement") is None

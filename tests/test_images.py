@@ -96,7 +96,7 @@ def test_experts_of_image_tokens_are_counted_apart(m3, data, tmp_path):
     with torch.no_grad():
         reference.model(inputs_embeds=embeds_BTD, use_cache=False)
     for at, layer in enumerate(a.moe_layers):
-        router, bias = (reference.values[name] for name in a.routers[layer])
+        router, bias = (reference.values[name] for name in a.routers[layer].tensors)
         chosen_Tk = (torch.sigmoid(entering[layer] @ router.T) + bias).topk(a.top_k).indices
         for domain, mine_T in (("image", image_BT.flatten()), ("mixed", ~image_BT.flatten())):
             wanted = chosen_Tk[mine_T].flatten().bincount(minlength=a.experts)

@@ -103,8 +103,8 @@ def test_a_stranger_is_no_relative(m2, m3, tmp_path):
 def test_two_rows_that_are_one_experts_are_no_pruning(m2, tmp_path):
     """Each expert is kept once, or it is another kind of surgery."""
     folder = Path(shutil.copytree(m2.path, tmp_path / "model"))
-    where = Checkpoint.open(folder).where(m2.architecture.routers[0][0])
-    rows = m2.read(m2.architecture.routers[0][0]).clone()
+    where = Checkpoint.open(folder).where(m2.architecture.routers[0].weight)
+    rows = m2.read(m2.architecture.routers[0].weight).clone()
     rows[3] = rows[4]
     with open(folder / where.file, "r+b") as f:
         f.seek(where.offset)

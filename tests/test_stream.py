@@ -24,10 +24,9 @@ from torch import Tensor
 
 import moesaic.stream.attention as attention_module
 from moesaic.checkpoint import Checkpoint
-from moesaic.errors import CheckpointError, FamilyError, InputError, PlanError
+from moesaic.errors import CheckpointError, FamilyError, InputError
 from moesaic.families import Linear
 from moesaic.stream import BlockPass, ExpertPass, LayerRun, Observer, Routing, State
-from moesaic.stream.experts import route
 from moesaic.stream.memory import ahead, spans
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -83,7 +82,7 @@ def margin(run: LayerRun, tokens_BT: Tensor) -> float:
     found, top_k = [], run.architecture.top_k
 
     def route(seen: Routing) -> None:
-        bias_E = run.checkpoint.read(run.architecture.routers[seen.layer][1])
+        bias_E = run.checkpoint.read(run.architecture.routers[seen.layer].correction)
         best = (seen.affinity_TE + bias_E).sort(descending=True).values
         found.append(float((best[:, top_k - 1] - best[:, top_k]).min()))
 
@@ -305,31 +304,7 @@ def test_a_sweep_continues_from_saved_states(source):
     assert torch.equal(later.hidden_BTD, whole[0].hidden_BTD)
 
 
-# Routing and what observers see
-
-
-def test_equal_scores_go_to_the_lower_expert():
-    """All affinities are 1/2, so the bias decides: experts 2 and 5 lead, then 0, 1, 3, 4 and 6 tie."""
-    x_TD, bias_E = torch.randn(50, 4), torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0])
-    routing = route(0, x_TD, torch.zeros(7, 4), bias_E, top_k=4)
-    assert routing.experts_Tk.unique(dim=0).tolist() == [[2, 5, 0, 1]]
-    assert torch.equal(routing.gates_Tk, torch.full((50, 4), 0.25))
-    without = route(0, x_TD, torch.zeros(7, 4), bias_E, 4, dropped=(5, 0))
-    assert without.experts_Tk.unique(dim=0).tolist() == [[2, 1, 3, 4]]
-
-
-def test_the_bias_chooses_and_does_not_weigh():
-    """Affinities σ(0), σ(1), σ(2) and a bias that lifts the two lower ones: gates are 0.5 and σ(1) over their sum."""
-    router_ED = torch.tensor([[0.0], [1.0], [2.0]])
-    routing = route(3, torch.ones(1, 1), router_ED, torch.tensor([2.0, 1.0, 0.0]), top_k=2)
-    assert routing.layer == 3 and routing.experts_Tk.tolist() == [[0, 1]]
-    low, high = 0.5, 1 / (1 + 2.718281828459045**-1)
-    assert routing.gates_Tk[0].tolist() == pytest.approx([low / (low + high), high / (low + high)])
-
-
-def test_too_few_experts_left():
-    with pytest.raises(PlanError, match="layer 5 has 7 experts and 4 of them are dropped; a token needs 4"):
-        route(5, torch.randn(3, 4), torch.zeros(7, 4), torch.zeros(7), 4, dropped=(0, 1, 2, 2, 6))
+# What observers see
 
 
 @dataclasses.dataclass

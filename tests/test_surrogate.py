@@ -20,7 +20,7 @@ from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
 from moesaic.stream import LayerRun, State
 from moesaic.stream.backward import Listener, drawn, retreat, tail
-from moesaic.stream.experts import route
+from moesaic.stream.router import route
 
 FORMATS = ("source", "mxfp4", "int2_g64")
 TOLERANCE = 2e-5  # of the largest gradient of a matrix
@@ -167,7 +167,6 @@ def slow_drops(
     with torch.no_grad():
         (middle_BTD,) = run.attention(layer, [State(hidden_BTD)])
         x_TD = block.post_attention_layernorm(middle_BTD).flatten(0, 1)
-        router_ED, bias_E = (run.checkpoint.read(n) for n in a.routers[layer])
         outputs = []
         for e in range(a.experts):
             w = run.decode_expert(run.read_expert(layer, e), None)
@@ -176,7 +175,7 @@ def slow_drops(
         f_TED = torch.stack(outputs, 1) * run.family.arithmetic.routed_scale(run.text)
 
         def routed(dropped: list[int]) -> Tensor:
-            r = route(layer, x_TD, router_ED, bias_E, a.top_k, dropped)
+            r = route(run.router(layer), x_TD, dropped)
             chosen_TkD = f_TED.gather(1, r.experts_Tk[..., None].expand(-1, -1, a.hidden))
             return (chosen_TkD * r.gates_Tk[..., None]).sum(1)
 

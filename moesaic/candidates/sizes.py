@@ -51,8 +51,8 @@ def option_bytes(source: Checkpoint, container: Container, unit: str, format: st
 def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
     """[K]: what is written whatever the formats: norms, embeddings, routers' rows, vision, texts, config, notes."""
     a = source.architecture
-    routers = [t for t in a.tensors if t.role in ("router", "router_bias")]
-    rest = [t for t in a.tensors if t.role not in ("router", "router_bias")]
+    routers = [t for t in a.tensors if t.name in a.rows_of]
+    rest = [t for t in a.tensors if t.name not in a.rows_of]
     total = sum(t.bytes for t in source.inventory)
     headers = 64 if total <= SMALL else (2 + 2 * total // SHARD_BYTES) * (64 + PAGE)
     config = len(json.dumps(source.config, indent=2).encode())

@@ -60,7 +60,7 @@ def kept_of(pruned: Checkpoint, base: Checkpoint) -> dict[int, list[int]]:
     found = {}
     for layer in a.moe_layers:
         mine, theirs = (
-            torch.nn.functional.normalize(c.read(c.architecture.routers[layer][0]).double(), dim=1)
+            torch.nn.functional.normalize(c.read(c.architecture.routers[layer].weight).double(), dim=1)
             for c in (pruned, base)
         )
         cosine, ids = (mine @ theirs.T).max(1)

@@ -69,6 +69,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How one layer's tokens find their experts: names of tensors on disk, any dtype, and the rule that they follow."""
+
+    weight: str  # [E, D]
+    rule: str  # one of those in stream/router.py
+    correction: str = ""  # [E], added to the scores for the choice and not for the gates
+    bias: str = ""  # [E], of the weight: part of scores and gates
+    groups: int = 1  # experts come in so many groups of equal size,
+    kept_groups: int = 1  # and a token's are all in so many of them
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All have one row an expert."""
+        return tuple(name for name in (self.weight, self.correction, self.bias) if name)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model of a family: counts, and every tensor it has, in the order of its modules."""
 
@@ -77,7 +94,7 @@ class Architecture:
     vocab: int
     context: int
     layers: int
-    moe_layers: tuple[int, ...]
+    routers: Mapping[int, Router]  # by MoE layer, in order
     experts: int
     top_k: int
     layer_prefix: str  # "model.layers."
@@ -87,8 +104,9 @@ class Architecture:
     norm: str
     head: str
 
-    def layer_name(self, layer: int, rest: str) -> str:
-        return f"{self.layer_prefix}{layer}.{rest}"
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(self.routers)
 
     @cached_property
     def by_name(self) -> dict[str, Linear]:
@@ -112,13 +130,9 @@ class Architecture:
         return found
 
     @cached_property
-    def routers(self) -> dict[int, tuple[str, str]]:
-        """MoE layer -> names of its router weight [E, D] and its correction bias [E], both F32 on disk."""
-        names = {t.role: {} for t in self.tensors if t.role in ("router", "router_bias")}  # type: dict[str, dict[int, str]]
-        for t in self.tensors:
-            if t.role in names:
-                names[t.role][int(t.name.removeprefix(self.layer_prefix).split(".", 1)[0])] = t.name
-        return {layer: (names["router"][layer], names["router_bias"][layer]) for layer in self.moe_layers}
+    def rows_of(self) -> dict[str, int]:
+        """Small tensor that has one row for each expert of a layer -> that layer."""
+        return {name: layer for layer, router in self.routers.items() for name in router.tensors}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .base import (
     Engine,
     Family,
     Linear,
+    Router,
     Serving,
     Talk,
     TensorInfo,
@@ -56,7 +57,8 @@ def read(config: Config) -> Architecture:
     ]
     return Architecture(
         family="minimax_m2", hidden=hidden, vocab=vocab, context=count(config, "max_position_embeddings"),
-        layers=layers, moe_layers=tuple(range(layers)), experts=experts, top_k=count(config, "num_experts_per_tok", experts),
+        layers=layers, routers={layer: router(layer) for layer in range(layers)},
+        experts=experts, top_k=count(config, "num_experts_per_tok", experts),
         layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
         embedding="model.embed_tokens.weight", norm="model.norm.weight", head="lm_head.weight",
     )  # fmt: skip
@@ -98,6 +100,11 @@ def small_tensors(config: Config, layer: int) -> list[TensorInfo]:
         TensorInfo(f"{at}block_sparse_moe.gate.weight", "F32", (experts, hidden), "router"),
         TensorInfo(f"{at}block_sparse_moe.e_score_correction_bias", "F32", (experts,), "router_bias"),
     ]
+
+
+def router(layer: int) -> Router:
+    at = f"{PREFIX}{layer}.block_sparse_moe."
+    return Router(f"{at}gate.weight", "sigmoid", correction=f"{at}e_score_correction_bias")
 
 
 def text(config: Config) -> Config:

@@ -20,6 +20,7 @@ from .base import (
     Engine,
     Family,
     Linear,
+    Router,
     Serving,
     Talk,
     TensorInfo,
@@ -117,7 +118,7 @@ def read(config: Config) -> Architecture:
     tensors += vision(config)
     return Architecture(
         family="minimax_m3_vl", hidden=hidden, vocab=vocab, context=count(t, "max_position_embeddings"), layers=layers,
-        moe_layers=moe_layers, experts=experts, top_k=count(t, "num_experts_per_tok", experts),
+        routers={layer: router(layer) for layer in moe_layers}, experts=experts, top_k=count(t, "num_experts_per_tok", experts),
         layer_prefix=PREFIX, linears=tuple(linears), tensors=tuple(tensors),
         embedding="language_model.model.embed_tokens.weight", norm="language_model.model.norm.weight",
         head="language_model.lm_head.weight",
@@ -207,6 +208,11 @@ def small_tensors(t: Config, layer: int, sparse: bool, is_moe: bool) -> list[Ten
             TensorInfo(f"{at}block_sparse_moe.e_score_correction_bias", "F32", (e,), "router_bias"),
         ]
     return found
+
+
+def router(layer: int) -> Router:
+    at = f"{PREFIX}{layer}.block_sparse_moe."
+    return Router(f"{at}gate.weight", "sigmoid", correction=f"{at}e_score_correction_bias")
 
 
 def vision(config: Config) -> list[TensorInfo]:

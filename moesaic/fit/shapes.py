@@ -210,7 +210,7 @@ def kinds(model: Model, serving: Serving) -> list[Kind]:
         counts[kind] += n
         names.setdefault(kind, []).append(projection)
     for tensor in a.tensors:
-        each = tensor.role in ("router", "router_bias")  # its rows are the experts'
+        each = tensor.name in a.rows_of  # its rows are the experts'
         own = (tensor.shape[1:] or (1,)) if each else tensor.shape
         counts[Kind(tensor.role, "", None, tensor.dtype, own, cut_of(tensor, serving), kv_heads, each)] += (
             tensor.shape[0] if each else 1

@@ -19,9 +19,10 @@ from ..errors import InputError
 from ..resources import Resources
 from ..stream import Change, LayerRun
 from ..stream.attention import ROW_COPIES, SCORE_COPIES
-from ..stream.experts import ExpertWeights, Share, pass_expert, route
+from ..stream.experts import ExpertWeights, Share, pass_expert
 from ..stream.layer import StoredExpert
 from ..stream.memory import ahead
+from ..stream.router import route
 from .attention import RAGGED
 from .cache import Cache, Rows
 from .resident import Resident
@@ -106,8 +107,8 @@ class Decoder:
     def moe(self, layer: int, block: Any, x_TD: Tensor) -> Tensor:
         """Routed experts, times the family's factor, and the shared one."""
         run = self.run
-        router_ED, bias_E = self.resident.pin(("router", layer), lambda: self.router(layer), lambda r: total(*r))
-        routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, self.dropped.get(layer, ()))
+        router = self.resident.pin(("router", layer), lambda: run.router(layer), lambda r: total(*r.tensors))
+        routing = route(router, x_TD, self.dropped.get(layer, ()))
         (unit,) = run.units(layer, ("experts",))
         change = self.changed.get(unit)
         share = Share.of(x_TD, routing, None, change)
@@ -138,10 +139,6 @@ class Decoder:
         weights = found if isinstance(found, ExpertWeights) else self.run.decode_expert(found, change)
         self.resident.keep(key, weights, total(weights.gate, weights.up, weights.down))
         return weights
-
-    def router(self, layer: int) -> tuple[Tensor, Tensor]:
-        weight, bias = self.architecture.routers[layer]
-        return self.run.checkpoint.read(weight).to(self.run.device), self.run.checkpoint.read(bias).to(self.run.device)
 
     def block(self, layer: int) -> Any:
         """transformers' decoder layer with all but its router and routed experts."""

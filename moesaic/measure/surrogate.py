@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun, Routing
 from ..stream.backward import GatePass, Listener, UnitPass
-from ..stream.experts import route
+from ..stream.router import route
 from ..tokens import TokenSet
 from .branch import Branch, changes
 from .prices import Key, Price, Prices
@@ -78,15 +78,12 @@ class Sums:
 
     def wanted(self, seen: Routing) -> Tensor | None:
         """Where each token goes as experts are dropped one by one, and with that all experts whose outputs are needed."""
-        router_ED, bias_E = (
-            self.run.checkpoint.read(n).to(self.run.device) for n in self.run.architecture.routers[seen.layer]
-        )
-        now_Tk, top_k = seen.experts_Tk.clone(), seen.experts_Tk.shape[1]
+        router, now_Tk = self.run.router(seen.layer), seen.experts_Tk.clone()
         needed_TE = torch.zeros_like(seen.affinity_TE, dtype=torch.bool)
         for kept in range(len(self.order_E) - 1, min(self.counts, default=len(self.order_E)) - 1, -1):
             gone = list(self.order_E[kept:])
             moved_n = (now_Tk == gone[0]).any(1).nonzero().flatten()
-            there = route(seen.layer, seen.x_TD[moved_n], router_ED, bias_E, top_k, gone)
+            there = route(router, seen.x_TD[moved_n], gone)
             now_Tk[moved_n] = there.experts_Tk
             needed_TE[moved_n] = needed_TE[moved_n].scatter(1, there.experts_Tk, True)
             self.steps.append((kept, moved_n, there.experts_Tk, there.gates_Tk))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..families import Linear
 from .attention import ROW_COPIES, SCORE_COPIES
-from .experts import INNER_COPIES, ExpertWeights, route
+from .experts import INNER_COPIES, ExpertWeights
 from .layer import LayerRun
 from .memory import ahead, spans
+from .router import route
 from .state import Routing, State, ignore
 
 Forward = Callable[[Tensor], Tensor]
@@ -174,11 +175,10 @@ def pulled(
 def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
     """Slopes before router, experts and shared expert."""
     a = run.architecture
-    router_ED, bias_E = (run.checkpoint.read(n).to(run.device) for n in a.routers[layer])
     routed_TD = slope_TD * run.family.arithmetic.routed_scale(run.text)
     with torch.enable_grad():
         leaf_TD = x_TD.detach().requires_grad_()
-        moving = route(layer, leaf_TD, router_ED, bias_E, a.top_k)
+        moving = route(run.router(layer), leaf_TD)
     routing = Routing(layer, moving.affinity_TE.detach(), moving.experts_Tk, moving.gates_Tk.detach(), x_TD)
     gate_TE = torch.zeros_like(routing.affinity_TE).scatter_(1, routing.experts_Tk, routing.gates_Tk)
     selected_TE = torch.zeros_like(gate_TE, dtype=torch.bool).scatter_(1, routing.experts_Tk, True)

@@ -1,8 +1,7 @@
-"""Router and experts of a MoE block: exact F32 routing, then one expert at a time over the tokens of all branches.
+"""Experts of a MoE block, one at a time over the tokens of all branches.
 
-transformers' router is not used because it keeps the correction bias in BF16, which routes other
-tokens; its experts are not used because they are one tensor a layer. Leaves out the shared expert,
-which is an ordinary module.
+transformers' experts are not used because they are one tensor a layer. Leaves out where tokens go (router), and the
+shared expert, which is an ordinary module.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PlanError
 from .memory import ahead, spans
 from .state import Change, ExpertPass, Intake, Observer, Routing
 
@@ -29,28 +27,6 @@ class ExpertWeights:
     gate: Tensor  # [I, D]
     up: Tensor  # [I, D]
     down: Tensor  # [D, I]
-
-
-def route(
-    layer: int, x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, dropped: Sequence[int] = ()
-) -> Routing:
-    """Sigmoid routing with a correction bias that takes part in the choice and not in the gates, all in F32.
-
-    Ties go to the lower id (a stable sort), on every device. Raises `PlanError` when `dropped` leaves
-    fewer experts than a token needs.
-    """
-    experts = router_ED.shape[0]
-    if experts - len(set(dropped)) < top_k:
-        raise PlanError(
-            f"layer {layer} has {experts} experts and {len(set(dropped))} of them are dropped; "
-            f"a token needs {top_k}, so keep at least as many"
-        )
-    affinity_TE = F.linear(x_TD.float(), router_ED).sigmoid()
-    selection_TE = affinity_TE + bias_E
-    selection_TE[:, list(dropped)] = -torch.inf
-    experts_Tk = selection_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    gates_Tk = affinity_TE.gather(1, experts_Tk)
-    return Routing(layer, affinity_TE, experts_Tk, gates_Tk / gates_Tk.sum(-1, keepdim=True), x_TD)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """`LayerRun`: hidden states advanced by one layer, whose weights are read and decoded for that and then dropped.
 
 transformers is the reference for arithmetic. Norms, attention, rotary and dense MLP are its own
-modules, built without memory and filled with exactly the values that the checkpoint means; router and
-experts are in experts.py. What a family has to say comes from `Family`. Leaves out going backward (backward).
+modules, built without memory and filled with exactly the values that the checkpoint means; the router is
+in router.py, experts are in experts.py. What a family has to say comes from `Family`. Leaves out going backward (backward).
 """
 
 import copy
@@ -22,8 +22,9 @@ from ..containers.base import FUSED
 from ..errors import CheckpointError, FamilyError, InputError
 from ..families import Linear
 from .attention import attend
-from .experts import INNER_COPIES, ExpertWeights, Share, route, run_experts
+from .experts import INNER_COPIES, ExpertWeights, Share, run_experts
 from .memory import default_buffer_bytes, spans
+from .router import LayerRouter, route
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
 FIRST = {name: members[0] for members in FUSED.values() for name in members}  # who multiply the same vectors
@@ -159,10 +160,9 @@ class LayerRun:
 
     def moe(self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
         """Add a MoE block's output to each of `hidden`."""
-        router_ED, bias_E = (self.checkpoint.read(n).to(self.device) for n in self.architecture.routers[layer])
-        (unit,), shares = self.units(layer, ("experts",)), []
+        router, (unit,), shares = self.router(layer), self.units(layer, ("experts",)), []
         for state, x_TD in zip(states, normed):
-            routing = route(layer, x_TD, router_ED, bias_E, self.architecture.top_k, state.dropped.get(layer, ()))
+            routing = route(router, x_TD, state.dropped.get(layer, ()))
             if state.observer is not None:
                 state.observer.route(routing)
             shares.append(Share.of(x_TD, routing, state.observer, state.changed.get(unit), state.rounded.get(unit)))
@@ -275,6 +275,15 @@ class LayerRun:
         if values and name in values:
             return values[name]
         return self.checkpoint.decode(name, self.device).to(self.dtype)
+
+    def router(self, layer: int) -> LayerRouter:
+        facts = self.architecture.routers[layer]
+        weight_ED, correction_E, bias_E = (
+            self.checkpoint.read(name).to(self.device).float() if name else None
+            for name in (facts.weight, facts.correction, facts.bias)
+        )
+        assert weight_ED is not None
+        return LayerRouter(layer, facts, weight_ED, correction_E, bias_E, self.architecture.top_k)
 
     def read_expert(self, layer: int, expert: int) -> StoredExpert:
         linears = self.architecture.experts_of[layer, expert]

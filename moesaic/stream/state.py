@@ -22,12 +22,12 @@ Intake = Callable[[Tensor, str], Tensor]
 class Routing:
     """Which experts the tokens of one MoE layer go to, and with which weights. All F32 but the ids.
 
-    `experts_Tk` holds the k ids of the highest selection scores (affinity + correction bias), highest
-    first; of equal scores the lower id wins. `gates_Tk` are their affinities over the sum of the k.
+    `experts_Tk` holds the k ids of the highest selection scores (affinity + correction bias), highest first; of equal
+    scores the lower id wins. `gates_Tk` are made of their affinities by the family's rule (router.py).
     """
 
     layer: int
-    affinity_TE: Tensor  # sigmoid of the router's logits, before the correction bias
+    affinity_TE: Tensor  # what the rule makes of the router's logits, before the correction bias
     experts_Tk: Tensor
     gates_Tk: Tensor
     x_TD: Tensor  # what is routed, in the run's dtype
