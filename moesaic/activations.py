@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .artifact import identity, read_json, sweep_partials, write_json
 from .checkpoint import Checkpoint
-from .containers import input_of
 from .errors import InputError
 from .families import Architecture
 from .plan import Plan, dropped
@@ -39,11 +38,11 @@ class Largest:
 
     def expert(self, seen: ExpertPass) -> None:
         matrices = self.architecture.experts_of[seen.layer, seen.expert]
-        self.take(input_of(matrices["gate"]), seen.x_nD)
-        self.take(input_of(matrices["down"]), seen.inner_nI)
+        self.take(matrices["gate"].input, seen.x_nD)
+        self.take(matrices["down"].input, seen.inner_nI)
 
     def linear(self, seen: LinearPass) -> None:
-        for name in {input_of(linear) for linear in seen.linears}:
+        for name in {linear.input for linear in seen.linears}:
             self.take(name, seen.x_nI)
 
     def take(self, name: str, x_nI: Tensor) -> None:

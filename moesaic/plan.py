@@ -22,7 +22,7 @@ class Plan:
     formats    unit name -> format name, or "source"; a unit that is not named keeps its source format
     container  the container to write
     rounding   the rounding that chooses codes, for units that change format
-    activations  input (`containers.input_of`) -> its largest |x| on text, where a format rounds activations by that
+    activations  input (`Linear.input`) -> its largest |x| on text, where a format rounds activations by that
     repaired   linear -> SHA-256 of its packed tensors, where the shared expert was fitted to what is dropped (`repair`)
     """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, sample
-from .containers import CONTAINERS, Container, Packing, input_of
+from .containers import CONTAINERS, Container, Packing
 from .errors import PlanError
 from .families import Architecture, Linear, with_experts
 from .formats import FORMATS, Scales
@@ -88,13 +88,13 @@ class Target:
             return {}
         share = packing.number_format.share
         assert share is not None
-        return {"inputs": share(torch.tensor(self.plan.activations[input_of(linear)]))}
+        return {"inputs": share(torch.tensor(self.plan.activations[linear.input]))}
 
     @property
     def uncalibrated(self) -> list[str]:
         """Inputs that the plan's formats round, and whose size it does not know."""
         asked = {
-            input_of(n)
+            n.input
             for n in self.architecture.linears
             if not n.expert and not keeps_values(self, n) and "inputs" in self.packing(n).parts(n.shape)
         }

@@ -439,7 +439,7 @@ def packings() -> list[tuple[str, str]]:
 def test_a_magnitude_that_no_weight_has_is_found_in_every_packing(container, format):
     packing = CONTAINERS[container].packing(format)
     shape, generator = (128, 256), torch.Generator().manual_seed(0)
-    linear = Linear("m", shape, "o", "u", 0, "o")
+    linear = Linear("m", shape, "o", "u", 0, "o", "columns")
     normal, verdicts = torch.randn(shape, generator=generator) * 0.02, set()
     for factor in (1.0, 1e-4, 1e-9, 1e3, 1e6, 0.0):
         scales = packing.number_format.scales(normal * factor)

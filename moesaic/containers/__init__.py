@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..registry import collect
-from .base import Container, Packing, Part, input_of, siblings
+from .base import Container, Packing, Part, siblings
 
 CONTAINERS = collect(__name__, Container)
 
@@ -23,4 +23,4 @@ def container_of(config: Mapping[str, Any]) -> Container:
     raise CheckpointError(f"config.json says quant_method {method!r}; moesaic reads {known} and unquantized BF16")
 
 
-__all__ = ["CONTAINERS", "Container", "Packing", "Part", "container_of", "input_of", "siblings"]
+__all__ = ["CONTAINERS", "Container", "Packing", "Part", "container_of", "siblings"]

@@ -22,6 +22,7 @@ from .base import (
     Container,
     Packing,
     Part,
+    check_loadable,
     compare,
     entries,
     expression,
@@ -120,13 +121,9 @@ def described(format: str) -> dict[str, Any]:
 
 
 def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]) -> str:
-    """`one_format`, and no integers for an indexer. Raises `PlanError`."""
+    """`one_format`, in which the engines load it. Raises `PlanError`."""
     format = one_format(unit, members, formats)
-    if format != "bf16" and any(linear.projection.startswith("index_") for linear in members):
-        raise PlanError(
-            f"{unit} holds an indexer, which vLLM loads from auto-round models unquantized only; give it bf16, "
-            "or write gptq or compressed_tensors"
-        )
+    check_loadable("auto_round", unit, members, format)
     return format
 
 

@@ -24,7 +24,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8, "I8": torch.int8,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
 }  # fmt: skip
-FUSED = {"qkv": ("q", "k", "v", "index_q", "index_k"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -168,14 +167,15 @@ def siblings(linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
     """
     groups: dict[tuple[str, int | None], list[Linear]] = {}
     for linear in linears:
-        groups.setdefault((input_of(linear), linear.expert), []).append(linear)
+        groups.setdefault((linear.input, linear.expert), []).append(linear)
     return [tuple(group) for group in groups.values()]
 
 
-def input_of(linear: Linear) -> str:
-    """A name for what a matrix multiplies: "layers.3.qkv.qkv", "layers.3.experts.gate_up", one for all experts of a layer."""
-    fused = next((name for name, members in FUSED.items() if linear.projection in members), linear.projection)
-    return f"{linear.unit}.{fused}"
+def check_loadable(container: str, unit: str, members: Sequence[Linear], format: str) -> None:
+    """Raises `PlanError` where the family knows of a matrix that an engine would not load so."""
+    for refusal in dict.fromkeys(refusal for linear in members for refusal in linear.refusals):
+        if refusal.meets(container, format):
+            raise PlanError(f"{unit} {refusal.why}")
 
 
 def firsts(members: Sequence[Linear]) -> list[Linear]:

@@ -29,6 +29,7 @@ from .base import (
     Part,
     Read,
     Write,
+    check_loadable,
     compare,
     entries,
     expression,
@@ -254,8 +255,7 @@ def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]
     if len(found) > 1:
         raise PlanError(f"{unit} would mix {' and '.join(found)}, and engines fuse its matrices; give them one format")
     format = FORMATS[found[0]]
-    if format.name in ("nvfp4", "nvfp4_a4") and any(linear.projection.startswith("index_") for linear in members):
-        raise PlanError(f"{unit} holds an indexer, which vLLM does not load in NVFP4; give it mxfp8, fp8_block or bf16")
+    check_loadable("compressed_tensors", unit, members, format.name)
     rows, columns = format.block
     for linear in members:
         if rows == 1 and columns and linear.shape[1] % columns:

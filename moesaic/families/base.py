@@ -7,7 +7,7 @@ module owns (an expert's activation), and vision: those tensors are carried alon
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,16 +52,42 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """What an engine would not load: a matrix in these formats of that container."""
+
+    container: str
+    formats: tuple[str, ...]  # empty: all but BF16
+    why: str  # what follows "layers.3.qkv holds an indexer, which …"
+
+    def meets(self, container: str, format: str) -> bool:
+        return container == self.container and (format in self.formats or (not self.formats and format != "bf16"))
+
+
+@dataclass(frozen=True)
 class Linear:
-    """One matrix [O, I] that a format may be chosen for. `name` is the module's, without ".weight"."""
+    """One matrix [O, I] that a format may be chosen for. `name` is the module's, without ".weight".
+
+    projection  what it is in its block: "q", "k", "v", "o", "index_q" …; of a MLP "gate", "up" and "down"
+    cut         along what devices share it: "rows", "columns", "kv" (rows, and no finer than a key/value head), "whole"
+    fused       a name for the matrices of its unit and expert that a server makes one of, because they multiply the
+                same vectors; "" where it stands alone
+    """
 
     name: str
     shape: tuple[int, int]
     role: str  # "experts", "qkv", "o", "shared", "dense"
     unit: str  # matrices of one unit share one format, because one kernel reads them: "layers.12.experts"
     layer: int
-    projection: str  # "gate", "up", "down", "q", "k", "v", "o", "index_q", "index_k"
+    projection: str
+    cut: str
+    fused: str = ""
     expert: int | None = None
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def input(self) -> str:
+        """A name for what it multiplies: "layers.3.qkv.qkv", or "layers.3.experts.gate_up" for all experts of a layer."""
+        return f"{self.unit}.{self.fused or self.projection}"
 
     @property
     def elements(self) -> int:
@@ -230,6 +256,31 @@ class Family:
     vision: Vision | None = None
     # config.json as a tool saved it -> as the vendor writes it, which every engine reads; raises FamilyError
     released: Callable[[Config], Config] = lambda config: config
+
+
+def gated(
+    at: str, names: tuple[str, str, str], hidden: int, inner: int, **facts: Any
+) -> list[Linear]:  # fmt: skip
+    """A MLP's gate, up and down projection under their names on disk; `facts` are those that the three share."""
+    return [
+        Linear(f"{at}{names[0]}", (inner, hidden), projection="gate", cut="rows", fused="gate_up", **facts),
+        Linear(f"{at}{names[1]}", (inner, hidden), projection="up", cut="rows", fused="gate_up", **facts),
+        Linear(f"{at}{names[2]}", (hidden, inner), projection="down", cut="columns", **facts),
+    ]
+
+
+def attended(
+    at: str, hidden: int, q: int, kv: int, layer: int, more: Sequence[Linear] = ()
+) -> list[Linear]:  # fmt: skip
+    """q, k and v of `q` and `kv` rows, `more` that is fused with them, and o."""
+    facts: dict[str, Any] = dict(role="qkv", unit=f"layers.{layer}.qkv", layer=layer, fused="qkv")
+    return [
+        Linear(f"{at}q_proj", (q, hidden), projection="q", cut="rows", **facts),
+        Linear(f"{at}k_proj", (kv, hidden), projection="k", cut="kv", **facts),
+        Linear(f"{at}v_proj", (kv, hidden), projection="v", cut="kv", **facts),
+        *more,
+        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o", "columns"),
+    ]
 
 
 def expect(config: Config, key: str, *wanted: Any) -> Any:

@@ -24,8 +24,10 @@ from .base import (
     Talk,
     TensorInfo,
     Wiring,
+    attended,
     count,
     expect,
+    gated,
 )
 
 PREFIX = "model.layers."
@@ -65,28 +67,21 @@ def read(config: Config) -> Architecture:
 
 
 def attention(config: Config, layer: int) -> list[Linear]:
-    hidden, width = config["hidden_size"], config["head_dim"]
+    width = config["head_dim"]
     q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
-    at, unit = f"{PREFIX}{layer}.self_attn.", f"layers.{layer}.qkv"
-    return [
-        Linear(f"{at}q_proj", (q, hidden), "qkv", unit, layer, "q"),
-        Linear(f"{at}k_proj", (kv, hidden), "qkv", unit, layer, "k"),
-        Linear(f"{at}v_proj", (kv, hidden), "qkv", unit, layer, "v"),
-        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o"),
-    ]
+    return attended(f"{PREFIX}{layer}.self_attn.", config["hidden_size"], q, kv, layer)
 
 
 def moe(config: Config, layer: int) -> list[Linear]:
-    hidden, inner, unit = config["hidden_size"], config["intermediate_size"], f"layers.{layer}.experts"
-    return [
-        Linear(f"{PREFIX}{layer}.block_sparse_moe.experts.{e}.{w}", shape, "experts", unit, layer, projection, e)
-        for e in range(config["num_local_experts"])
-        for w, projection, shape in (
-            ("w1", "gate", (inner, hidden)),
-            ("w2", "down", (hidden, inner)),
-            ("w3", "up", (inner, hidden)),
-        )
-    ]
+    """On disk an expert's matrices are in the order of their names."""
+    found: list[Linear] = []
+    for e in range(config["num_local_experts"]):
+        gate, up, down = gated(
+            f"{PREFIX}{layer}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2"), config["hidden_size"],
+            config["intermediate_size"], role="experts", unit=f"layers.{layer}.experts", layer=layer, expert=e,
+        )  # fmt: skip
+        found += [gate, down, up]
+    return found
 
 
 def small_tensors(config: Config, layer: int) -> list[TensorInfo]:

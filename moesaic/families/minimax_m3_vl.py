@@ -20,6 +20,7 @@ from .base import (
     Engine,
     Family,
     Linear,
+    Refusal,
     Router,
     Serving,
     Talk,
@@ -27,13 +28,26 @@ from .base import (
     Value,
     Vision,
     Wiring,
+    attended,
     count,
     expect,
+    gated,
     schedule,
     section,
 )
 
 PREFIX = "language_model.model.layers."
+INDEXER_REFUSALS = (
+    Refusal(
+        "compressed_tensors", ("nvfp4", "nvfp4_a4"),
+        "holds an indexer, which vLLM does not load in NVFP4; give it mxfp8, fp8_block or bf16",
+    ),
+    Refusal(
+        "auto_round", (),
+        "holds an indexer, which vLLM loads from auto-round models unquantized only; give it bf16, "
+        "or write gptq or compressed_tensors",
+    ),
+)  # fmt: skip
 
 
 def text(config: Config) -> Config:
@@ -150,26 +164,25 @@ def check(t: Config) -> None:
 
 
 def attention(t: Config, layer: int, sparse: bool) -> list[Linear]:
+    """Where attention is sparse, the indexer's q and k are fused with q, k and v."""
     hidden, width, s = t["hidden_size"], t["head_dim"], t["sparse_attention_config"]
-    q, kv = t["num_attention_heads"] * width, t["num_key_value_heads"] * width
-    index = s["sparse_index_dim"]
-    at, unit = f"{PREFIX}{layer}.self_attn.", f"layers.{layer}.qkv"
-    rows = [("q_proj", "q", q), ("k_proj", "k", kv), ("v_proj", "v", kv)]
-    if sparse:  # one fused matrix in the server: the indexer goes with q, k, v
-        rows += [("index_q_proj", "index_q", s["sparse_num_index_heads"] * index), ("index_k_proj", "index_k", index)]
-    return [Linear(at + name, (out, hidden), "qkv", unit, layer, p) for name, p, out in rows] + [
-        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o")
-    ]
-
-
-def gated(at: str, names: tuple[str, str, str], hidden: int, inner: int, **facts: Any) -> list[Linear]:
-    """A gate, an up and a down projection under their names on disk."""
-    return [
-        Linear(at + name, shape, projection=projection, **facts)
-        for name, projection, shape in zip(
-            names, ("gate", "up", "down"), ((inner, hidden), (inner, hidden), (hidden, inner))
+    q, kv, index = t["num_attention_heads"] * width, t["num_key_value_heads"] * width, s["sparse_index_dim"]
+    at, indexer = f"{PREFIX}{layer}.self_attn.", list[Linear]()
+    if sparse:
+        facts: dict[str, Any] = dict(
+            role="qkv", unit=f"layers.{layer}.qkv", layer=layer, fused="qkv", refusals=INDEXER_REFUSALS
         )
-    ]
+        indexer = [
+            Linear(
+                f"{at}index_q_proj",
+                (s["sparse_num_index_heads"] * index, hidden),
+                projection="index_q",
+                cut="kv",
+                **facts,
+            ),
+            Linear(f"{at}index_k_proj", (index, hidden), projection="index_k", cut="whole", **facts),
+        ]
+    return attended(at, hidden, q, kv, layer, indexer)
 
 
 def dense(t: Config, layer: int) -> list[Linear]:

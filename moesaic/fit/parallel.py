@@ -13,7 +13,7 @@ from ..errors import PlanError
 from ..families import FAMILIES, Linear
 from ..formats import FORMATS
 from ..plan import SOURCE
-from .shapes import CUTS, Kind, Layout, Model, Shapes
+from .shapes import Kind, Layout, Model, Shapes
 
 
 def check_layout(model: Model, layout: Layout) -> None:
@@ -64,8 +64,7 @@ def servable(
 def refusal(members: Sequence[Linear], packing: Packing, kv_heads: int, layout: Layout) -> str:
     """Why a unit in this packing could not be cut so; empty when it could."""
     kinds = dict.fromkeys(
-        Kind(n.role, n.projection, packing, "", n.shape, CUTS[n.projection], kv_heads, n.expert is not None)
-        for n in members
+        Kind(n.role, n.projection, packing, "", n.shape, n.cut, kv_heads, n.expert is not None) for n in members
     )
     return next((why for kind in kinds if (why := kind.refusal(layout))), "")
 

@@ -14,10 +14,6 @@ from ..target import Target
 
 Model = Checkpoint | Target  # on disk, or planned
 
-CUTS = {
-    "q": "rows", "k": "kv", "v": "kv", "index_q": "kv", "index_k": "whole",
-    "o": "columns", "gate": "rows", "up": "rows", "down": "columns",
-}  # fmt: skip
 VOCABULARY_MULTIPLE = 64  # vLLM pads to it, whatever the number of devices
 
 
@@ -202,11 +198,13 @@ class Shapes:
 def kinds(model: Model, serving: Serving) -> list[Kind]:
     """All tensors of a model: a few tens of kinds stand for tens of thousands."""
     a, kv_heads = model.architecture, serving.kv_heads
-    linears = Counter((n.role, model.formats[n.name], n.shape, n.expert is not None, n.projection) for n in a.linears)
+    linears = Counter(
+        (n.role, model.formats[n.name], n.shape, n.expert is not None, n.projection, n.cut) for n in a.linears
+    )
     counts: Counter[Kind] = Counter()
     names: dict[Kind, list[str]] = {}
-    for (role, format, shape, each, projection), n in linears.items():
-        kind = Kind(role, "", model.container.packing(format), "", shape, CUTS[projection], kv_heads, each)
+    for (role, format, shape, each, projection, cut), n in linears.items():
+        kind = Kind(role, "", model.container.packing(format), "", shape, cut, kv_heads, each)
         counts[kind] += n
         names.setdefault(kind, []).append(projection)
     for tensor in a.tensors:

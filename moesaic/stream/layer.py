@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
-from ..containers.base import FUSED
 from ..errors import CheckpointError, FamilyError, InputError
 from ..families import Linear
 from .attention import attend
@@ -27,7 +26,6 @@ from .memory import default_buffer_bytes, spans
 from .router import LayerRouter, route
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
-FIRST = {name: members[0] for members in FUSED.values() for name in members}  # who multiply the same vectors
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
 
@@ -205,8 +203,7 @@ class LayerRun:
                 if not linears or next(module.parameters()).is_meta:
                     continue
                 if (rounded := state.rounded.get(linears[0].unit)) is not None:
-                    projection = FIRST.get(linears[0].projection, linears[0].projection)
-                    hooks.append(module.register_forward_pre_hook(partial(take_in, rounded, projection)))
+                    hooks.append(module.register_forward_pre_hook(partial(take_in, rounded, linears[0].projection)))
                 if watching and observer is not None:
                     hooks.append(module.register_forward_pre_hook(partial(see_inputs, linears, observer.linear)))
         try:

@@ -13,8 +13,8 @@ from ..families import Linear
 
 # A unit's matrices, or of its experts one's, with their values [O, I] in F32 -> the values to multiply with instead.
 Change = Callable[[Sequence[Linear], Sequence[Tensor]], Sequence[Tensor]]
-# Activations [n, I] on their way into a unit's matrix of that projection ("gate" for what gate and up share, "q" for
-# q, k and v) -> what is multiplied instead; token by token.
+# Activations [n, I] on their way into a unit's matrix of that projection (any of those that share them) -> what is
+# multiplied instead; token by token.
 Intake = Callable[[Tensor, str], Tensor]
 
 
