@@ -47,8 +47,9 @@ from moesaic.measure import (
     trace,
 )
 from moesaic.measure.anchor import between, ends
-from moesaic.measure.branch import changes, state_of
+from moesaic.measure.branch import changes
 from moesaic.measure.composition import line
+from moesaic.measure.ride import state_of
 from moesaic.plan import SOURCE
 from moesaic.select import order_experts, scores
 from moesaic.stream import LayerRun, State

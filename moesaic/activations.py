@@ -79,17 +79,19 @@ def observe(
         return dict(read_json(folder / DONE, KIND, inputs)["largest"])
     sweep_partials(folder)
     run, a = LayerRun(source), source.architecture
-    under_way = Sweep(range(a.layers), folder / STATES, inputs)
+    under_way = Sweep(range(a.layers), folder / STATES, inputs, run.device)
     left_out = dropped(kept, a.experts)
-    at = under_way.begin(lambda: Standing({"text": State(run.embed(tokens.ids_BT), left_out)}), run.device)
+
+    def begin() -> Standing:
+        return Standing({"text": State(run.embed(tokens.ids_BT), left_out)})
 
     def end(at: Standing) -> dict[str, float]:
         largest: dict[str, float] = dict(at.notes)
         write_json(folder / DONE, KIND, {"tokens": tokens.tokens, "largest": largest}, inputs)
         return largest
 
-    with progress("activations", (a.layers - at.done) * tokens.tokens, "token-layers", quiet) as meter:
-        return under_way.through(at, partial(look, run), end, lambda _: meter.advance(tokens.tokens))
+    with progress("activations", (a.layers - under_way.done) * tokens.tokens, "token-layers", quiet) as meter:
+        return under_way.through(begin, partial(look, run), end, lambda _: meter.advance(tokens.tokens))
 
 
 def look(run: LayerRun, layer: int, at: Standing) -> Standing:

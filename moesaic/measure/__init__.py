@@ -1,15 +1,17 @@
 """Harm in nats: what options cost alone, what plans cost whole, and the rule that leads from one to the other.
 
-branch.py runs models that differ from the source in some units, any number in one sweep; excess.py is their KL;
+branch.py is models that differ from the source in some units; ride.py runs any number of them in one sweep; excess.py is
+their KL;
 prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (reverse.py) instead;
 anchor.py measures a few and puts the rest between them; trace.py has another tool's, to compare; composition.py fits the rule.
 """
 
 from .anchor import ANCHORED, anchored
-from .branch import Branch, Effort, Measured, affordable_tokens, effort, measure, some_rows
+from .branch import Branch, Effort, affordable_tokens, effort, some_rows
 from .composition import Rule
 from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
 from .reverse import reverse_work
+from .ride import Figures, Measured, measure, ridden
 from .surrogate import SURROGATE, Sensed, sense, surrogate
 from .trace import TRACE, trace
 
@@ -20,6 +22,7 @@ __all__ = [
     "TRACE",
     "Branch",
     "Effort",
+    "Figures",
     "Measured",
     "Price",
     "Prices",
@@ -33,6 +36,7 @@ __all__ = [
     "offers",
     "price",
     "reverse_work",
+    "ridden",
     "sense",
     "singles",
     "some_rows",

@@ -2,38 +2,32 @@
 
 A branch leaves the source at the first layer where it differs: until there its hidden states are the
 source's and cost nothing. From there on it rides along. What a single option costs and what a whole plan
-costs are asked in the same way; nothing is written. Leaves out which branches to ask for (prices).
+costs are asked in the same way; nothing is written. Leaves out running them (ride.py) and which
+to ask for (prices).
 """
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import identity, read_json, read_tensors, sweep_partials, write_json, write_tensors
 from ..checkpoint import Checkpoint
 from ..containers import siblings
 from ..errors import PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
-from ..plan import SOURCE, Plan, dropped
-from ..progress import progress
-from ..resources import Resources
+from ..plan import SOURCE, Plan
 from ..rounding import Rounding, round_siblings, rounding_named
 from ..stream import Change, LayerRun, State
+from ..stream.sweep import packed
 from ..tokens import TokenSet
-from .excess import excess
 
-KIND = "branches"
 COPIES = 5  # tensors [T, D] of a state in a MoE layer: before, after, normed, the experts' sum, and the shared expert's
-SAVE_SECONDS = 600.0  # between two saves of the hidden states
 
 
 @dataclass(frozen=True)
@@ -54,24 +48,6 @@ class Branch:
     @property
     def facts(self) -> dict[str, Any]:
         return {"formats": dict(self.formats), "kept": {str(n): list(ids) for n, ids in self.kept.items()}}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """KL(source ‖ branch) of one branch on some rows."""
-
-    kl_B: np.ndarray  # mean over each row's finite tokens, nats, float64
-    nonfinite: int  # tokens that are in no figure
-
-    @property
-    def nats(self) -> float:
-        """Per token; infinite where a token is not finite, as no plan should be made of such a branch."""
-        return float("inf") if self.nonfinite else float(self.kl_B.mean())
-
-    @property
-    def error(self) -> float:
-        """Standard error over rows; NaN for a single row."""
-        return float(self.kl_B.std(ddof=1) / len(self.kl_B) ** 0.5) if len(self.kl_B) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
@@ -109,19 +85,10 @@ class Effort:
         )
 
 
-def batches(
-    architecture: Architecture, branches: Sequence[Branch], state_bytes: int, memory_bytes: int
-) -> list[list[int]]:
-    """Branches (by number, those that differ earliest first) in groups whose hidden states fit in `memory_bytes`."""
-    order = sorted(range(len(branches)), key=lambda i: branches[i].first(architecture))
-    size = max(1, memory_bytes // state_bytes - 1)  # the source rides in every one
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
 def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memory_bytes: int) -> Effort:
     """Predict what `measure` takes with F32 hidden states."""
     a, state_bytes = checkpoint.architecture, COPIES * 4 * tokens * checkpoint.architecture.hidden
-    groups = batches(a, branches, state_bytes, memory_bytes)
+    groups = packed([branch.first(a) for branch in branches], state_bytes, memory_bytes)
     stored_L = np.zeros(a.layers, np.int64)
     for linear in a.linears:
         stored_L[linear.layer] += checkpoint.container.packing(checkpoint.formats[linear.name]).bytes(linear.shape)
@@ -176,111 +143,6 @@ def affordable_tokens(checkpoint: Checkpoint, work: float, seconds: float) -> in
     began = time.monotonic()
     run.advance(checkpoint.architecture.layers - 1, [State(run.embed(row_1T))])
     return int(seconds / (time.monotonic() - began) * row_1T.numel() / work)
-
-
-def measure(
-    checkpoint: Checkpoint, branches: Sequence[Branch], tokens: TokenSet, folder: Path, *,
-    rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False, title: str = "measure",
-) -> list[Measured]:  # fmt: skip
-    """KL(source ‖ branch) of each branch on `tokens`, in nats, by running it.
-
-    memory_bytes  for hidden states, as `effort` counts them; default: half of what is available. More of it means fewer
-                  sweeps. What `LayerRun` needs for weights comes on top.
-
-    Each batch leaves a file in `folder` when it is done, and its hidden states every ten minutes and on Ctrl-C: the
-    same call goes on from there, however much memory it is given then.
-    """
-    run, way = LayerRun(checkpoint), changes(branches, rounding)
-    inputs = {"source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding}
-    limit = memory_bytes or Resources().held_bytes(run.device)
-    names = [identity(branch.facts) for branch in branches]
-    sweep_partials(folder)
-    done = {
-        name: row
-        for file in sorted(folder.glob("*.json"))
-        for name, row in read_json(file, KIND, inputs)["found"].items()
-    }
-    left = {name: branch for name, branch in zip(names, branches) if name not in done}
-    foreseen, saved = effort(checkpoint, list(left.values()), tokens.tokens, limit), folder / "riders.safetensors"
-    if left and not quiet:
-        print(f"{title}: {foreseen}", file=sys.stderr, flush=True)
-    with progress(title, foreseen.work if left else 0, "token-layers", quiet) as meter:
-        at, source = 0, State(run.embed(tokens.ids_BT))
-        for group in grouped(run, left, saved, inputs, tokens.tokens, limit):
-            start = next(iter(group.values())).first(run.architecture)
-            while at < start:
-                (source,) = run.advance(at, [source])
-                at += 1
-                meter.advance(tokens.tokens)
-            found = dict(zip(group, ride(run, source, start, group, way, saved, inputs, meter.advance)))
-            write_json(folder / f"{identity(list(group))}.json", KIND, {"found": found}, inputs)
-            saved.unlink(missing_ok=True)
-            done |= found
-        meter.advance(meter.total - meter.done)
-    return [Measured(np.array(done[name]["kl_nats"]), done[name]["nonfinite"]) for name in names]
-
-
-Named = Mapping[str, Branch]  # by the identity of what they are
-
-
-def grouped(
-    run: LayerRun, left: Named, saved: Path, inputs: Mapping[str, str], tokens: int, memory_bytes: int
-) -> list[Named]:
-    """What is left to do in batches, first of all the one whose hidden states were saved."""
-    begun: list[str] = read_tensors(saved, "riders", inputs)[1]["names"] if saved.exists() else []
-    found: list[Named] = [{name: left[name] for name in begun}] if begun and set(begun) <= set(left) else []
-    rest = [name for name in left if not found or name not in found[0]]
-    state_bytes = COPIES * 4 * tokens * run.architecture.hidden
-    for group in batches(run.architecture, [left[name] for name in rest], state_bytes, memory_bytes):
-        found.append({rest[i]: left[rest[i]] for i in group})
-    return found
-
-
-def ride(
-    run: LayerRun, source: State, start: int, group: Named, way: Mapping[str, Change], saved: Path,
-    inputs: Mapping[str, str], advance: Callable[[int], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One batch, in order of where its branches differ, from layer `start` or where it was saved: its rows' KL."""
-    layers, branches = run.architecture.layers, list(group.values())
-    reached = start, [source]
-    if saved.exists():
-        tensors, body = read_tensors(saved, "riders", inputs)
-        h = [tensors[str(i)].to(run.device) for i in range(body["states"])]
-        reached = body["layer"], [State(h[0]), *(state_of(run, b, h_BTD, way) for b, h_BTD in zip(branches, h[1:]))]
-    clock = time.monotonic()
-    try:
-        while reached[0] < layers:
-            layer, states = reached
-            joining = [b for b in branches if b.first(run.architecture) == layer]
-            states = run.advance(layer, states + [state_of(run, b, states[0].hidden_BTD, way) for b in joining])
-            reached = layer + 1, states  # one assignment: an interrupt finds a layer and its own states
-            advance(len(states) * source.hidden_BTD[..., 0].numel())
-            if time.monotonic() - clock > SAVE_SECONDS:
-                save(saved, *reached, list(group), inputs)
-                clock = time.monotonic()
-    except KeyboardInterrupt:
-        save(saved, *reached, list(group), inputs)
-        raise
-    states = reached[1]
-    nowhere = len(branches) + 1 - len(states)  # branches that differ from the source in nothing
-    hidden = [s.hidden_BTD for s in states[1:]] + [states[0].hidden_BTD] * nowhere
-    each = head_layers(run.architecture) / run.architecture.vocab
-    found = excess(run, states[0].hidden_BTD, hidden, lambda logits: advance(round(logits * each)))
-    return [summary(kl_BS) for kl_BS in found]
-
-
-def state_of(run: LayerRun, branch: Branch, hidden_BTD: Tensor, way: Mapping[str, Change]) -> State:
-    left_out = dropped(branch.kept, run.architecture.experts)
-    return State(hidden_BTD, left_out, changed={unit: way[format] for unit, format in branch.formats.items()})
-
-
-def summary(kl_BS: Tensor) -> dict[str, Any]:
-    return {"kl_nats": kl_BS.nanmean(-1).nan_to_num(0.0).tolist(), "nonfinite": int(kl_BS.isnan().sum())}
-
-
-def save(file: Path, layer: int, states: Sequence[State], names: Sequence[str], inputs: Mapping[str, str]) -> None:
-    tensors = {str(i): s.hidden_BTD.cpu() for i, s in enumerate(states)}
-    write_tensors(file, "riders", tensors, inputs, {"layer": layer, "states": len(states), "names": list(names)})
 
 
 def some_rows(tokens: TokenSet, limit: int) -> TokenSet:

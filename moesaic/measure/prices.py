@@ -18,7 +18,8 @@ from ..errors import PlanError
 from ..formats import FORMATS
 from ..plan import SOURCE
 from ..tokens import TokenSet
-from .branch import Branch, measure
+from .branch import Branch
+from .ride import measure
 
 KIND = "costs"
 MEASURED = "measured"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..artifact import read_tensors, write_tensors
+from ..artifact import read_body, read_tensors, write_tensors
 from .state import State, ignore
 
 KIND = "states"
@@ -52,33 +52,41 @@ class Sweep:
     layers   in their order; the last one first for slopes
     file     of the saved standing; None: nothing is saved
     inputs   name -> identity of all that the states depend on
+    device   where saved states go on
     seconds  between two saves; `EACH_LAYER`: after every layer; None: `SAVE_SECONDS`
     """
 
     layers: Sequence[int]
     file: Path | None
     inputs: Mapping[str, str]
+    device: torch.device
     seconds: float | None = None
 
-    def begin(self, first: Callable[[], Standing], device: torch.device) -> Standing:
-        """What was saved, its states on `device`; else `first`. Raises `StaleError` where it is of other inputs."""
-        if self.file is None:
-            return first()
-        for leftover in self.file.parent.glob(f".{self.file.name}.*.partial"):
-            leftover.unlink(missing_ok=True)  # of a kill while it was written
-        if not self.file.exists():
-            return first()
-        return load(self.file, self.inputs, device)
+    @property
+    def done(self) -> int:
+        """How many layers are behind what was saved. Raises `StaleError` where it is of other inputs."""
+        return int(self.saved["done"])
+
+    @property
+    def saved(self) -> Mapping[str, Any]:
+        """ "done" and "notes" of what was saved; no layer and no notes where nothing was."""
+        if self.file is None or not self.file.exists():
+            return {"done": 0, "notes": {}}
+        return read_body(self.file, KIND, self.inputs)
 
     def through(
-        self, at: Standing, step: Step, end: Callable[[Standing], Result], done: Callable[[Standing], None] = ignore
-    ) -> Result:
-        """The layers that are left; `end` makes of the last standing what the sweep is for, and then nothing is kept.
+        self, first: Callable[[], Standing], step: Step, end: Callable[[Standing], Result],
+        done: Callable[[Standing], None] = ignore,
+    ) -> Result:  # fmt: skip
+        """From what was saved, or else `first`, through the layers that are left.
 
-        done  told after each layer. An interrupt, in `end` too, saves the last whole standing.
+        end   makes of the last standing what the sweep is for; after it nothing is kept
+        done  told after each layer
+
+        An interrupt, in `end` too, saves the last whole standing.
         """
-        kept, clock = at, time.monotonic()
-        seconds = SAVE_SECONDS if self.seconds is None else self.seconds
+        at = self.begin(first)
+        kept, clock, seconds = at.done, time.monotonic(), SAVE_SECONDS if self.seconds is None else self.seconds
         try:
             while at.done < len(self.layers):
                 # one assignment: an interrupt finds states and their own number
@@ -86,15 +94,22 @@ class Sweep:
                 done(at)
                 if self.file is not None and time.monotonic() - clock >= seconds:
                     save(self.file, at, self.inputs)
-                    kept, clock = at, time.monotonic()
+                    kept, clock = at.done, time.monotonic()
             found = end(at)
         except KeyboardInterrupt:
-            if self.file is not None and at is not kept:
+            if self.file is not None and at.done > kept:
                 save(self.file, at, self.inputs)
             raise
         if self.file is not None:
             self.file.unlink(missing_ok=True)
         return found
+
+    def begin(self, first: Callable[[], Standing]) -> Standing:
+        if self.file is None:
+            return first()
+        for leftover in self.file.parent.glob(f".{self.file.name}.*.partial"):
+            leftover.unlink(missing_ok=True)  # of a kill while it was written
+        return load(self.file, self.inputs, self.device) if self.file.exists() else first()
 
 
 def save(file: Path, at: Standing, inputs: Mapping[str, str]) -> None:
