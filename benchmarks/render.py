@@ -64,7 +64,7 @@ def main() -> None:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(Target.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {}, 4 * run.buffer_bytes)
+        work = Work(Target.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
         watched = State(began.hidden_BTD, observer=Observer(route=partial(take, work)))
         for _ in run.sweep([watched]):
             pass

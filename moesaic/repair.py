@@ -119,7 +119,7 @@ def fit_layer(
     (middle_BTD,) = run.attention(down.layer, [State(hidden_BTD)])
     full_BTD, cut_BTD = run.feed_forward(down.layer, [State(hidden_BTD), cut], [middle_BTD.clone(), middle_BTD])
     h_TI, cut_TD = torch.cat(seen), cut_BTD.flatten(0, 1)
-    delta_OI = correction(h_TI, full_BTD.flatten(0, 1).sub_(cut_TD), run.buffer_bytes)
+    delta_OI = correction(h_TI, full_BTD.flatten(0, 1).sub_(cut_TD), run.block_bytes)
     if not delta_OI.isfinite().all():
         raise InputError(
             f"layer {down.layer} gives values that are no numbers on this text, so that no shared expert can be "
@@ -128,18 +128,18 @@ def fit_layer(
     w_OI, format = weights_of(target, (down,), run.device), format_of(target, (down,))
     ((codes_OI, scales),) = round_siblings(ROUNDINGS["rtn"], [w_OI + delta_OI], format)
     step_OI = format.decode(codes_OI, scales) - w_OI
-    for span in spans(len(h_TI), 4 * sum(down.shape), run.buffer_bytes):
+    for span in spans(len(h_TI), 4 * sum(down.shape), run.block_bytes):
         cut_TD[span] += h_TI[span] @ step_OI.mT
     facts = {"group": down.name, "layer": down.layer, "tokens": len(h_TI)}
     return cut_BTD, write_group(folder, target, (down,), [(codes_OI, scales)], inputs, facts)
 
 
-def correction(h_TI: Tensor, lacking_TO: Tensor, buffer_bytes: int) -> Tensor:
+def correction(h_TI: Tensor, lacking_TO: Tensor, block_bytes: int) -> Tensor:
     """ΔW [O, I] that minimizes ‖lacking − H ΔWᵀ‖² + λ‖ΔW‖², by the normal equations in F64; F32."""
     inner, outer = h_TI.shape[1], lacking_TO.shape[1]
     gram_II = torch.zeros(inner, inner, dtype=torch.float64, device=h_TI.device)
     cross_IO = torch.zeros(inner, outer, dtype=torch.float64, device=h_TI.device)
-    for span in spans(len(h_TI), 8 * (inner + outer), buffer_bytes):
+    for span in spans(len(h_TI), 8 * (inner + outer), block_bytes):
         h_nI = h_TI[span].double()
         gram_II += h_nI.mT @ h_nI
         cross_IO += h_nI.mT @ lacking_TO[span].double()

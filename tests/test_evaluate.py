@@ -236,7 +236,7 @@ def test_small_steps_change_nothing(m3: Checkpoint, tmp_path: Path) -> None:
     export = changed(m3.path, tmp_path / "export", noisy)
     found = []
     for size in (1 << 17, 1 << 26):
-        runs = [LayerRun(c, "cpu", buffer_bytes=size) for c in (m3, export)]
+        runs = [LayerRun(c, "cpu", block_bytes=size) for c in (m3, export)]
         assert (len(list(runs[0].vocabulary_spans())) > 10) == (size == 1 << 17)
         outcome = lockstep(runs[0], {"none": Contender(runs[1])}, [reading.ids_BT], [reading.scored_BS])
         found.append(outcome.divergences["none"][0].values)

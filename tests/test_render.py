@@ -13,6 +13,7 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
 
+import moesaic.render.experts as experts_module
 import moesaic.render.work as work_module
 from moesaic.artifact import read_json
 from moesaic.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ def test_every_layer_is_calibrated_on_what_the_export_makes_of_the_text(source, 
 def test_what_matrices_are_seen_to_multiply_is_what_the_full_model_gives_them(source) -> None:
     """Sums of x xᵀ outside the routed experts, in small spans, against hooks on transformers' own modules."""
     tokens, sums, truth = some_tokens(source), {}, {}
-    run = LayerRun(source, "cpu", buffer_bytes=1 << 16)
+    run = LayerRun(source, "cpu", block_bytes=1 << 16)
 
     def see(seen: LinearPass) -> None:
         for linear in seen.linears:
@@ -199,10 +200,11 @@ def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> No
     assert read_json(tmp_path / "rounded" / "rendered.json", "rendered")["unreached"] == facts["unreached"]
 
 
-def test_one_expert_at_a_time_gives_what_all_at_once_do(m3, tmp_path) -> None:
+def test_one_expert_at_a_time_gives_what_all_at_once_do(m3, tmp_path, monkeypatch) -> None:
     plan, tokens = a_plan(m3, "int4_g32"), some_tokens(m3)
-    for name, memory_bytes in (("all", None), ("one", 1)):
-        render(m3, plan, tokens, tmp_path / name, quiet=True, memory_bytes=memory_bytes)
+    for name, blocks in (("all", experts_module.SIDE_BY_SIDE), ("one", 0)):
+        monkeypatch.setattr(experts_module, "SIDE_BY_SIDE", blocks)
+        render(m3, plan, tokens, tmp_path / name, quiet=True)
     codes = [
         (load_file(file)[name], load_file(tmp_path / "one" / file.name)[name])
         for file in (tmp_path / "all").glob("*.safetensors")

@@ -197,7 +197,7 @@ def test_attention_in_chunks(make, family, monkeypatch):
     whole = logits(LayerRun(pair.checkpoint), tokens_BT)
     caches = counted(monkeypatch, attention_module, "DynamicCache")
     masks = counted(monkeypatch, attention_module, "causal")
-    parts = logits(LayerRun(pair.checkpoint, buffer_bytes=SMALL), tokens_BT)
+    parts = logits(LayerRun(pair.checkpoint, block_bytes=SMALL), tokens_BT)
     assert caches["DynamicCache"] == 2 * pair.checkpoint.architecture.layers  # one a row and layer
     assert masks["causal"] >= 3 * caches["DynamicCache"]  # at least four chunks a row
     assert apart(parts, whole) < 1e-5
@@ -219,7 +219,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Counte
 
 def test_embedding_and_head_in_blocks(source):
     tokens_BT, hidden_nD = text(2, 70, source.architecture.vocab), torch.randn(9, source.architecture.hidden)
-    run, small = LayerRun(source), LayerRun(source, buffer_bytes=8 << 10)
+    run, small = LayerRun(source), LayerRun(source, block_bytes=8 << 10)
     assert len(list(small.vocabulary_spans())) > 10
     stored_VD = source.read(source.architecture.embedding).float()
     assert torch.equal(run.embed(tokens_BT), stored_VD[tokens_BT])
@@ -228,7 +228,7 @@ def test_embedding_and_head_in_blocks(source):
 
 
 def test_logit_spans_cover_all_tokens_once(source):
-    run = LayerRun(source, buffer_bytes=1 << 20)
+    run = LayerRun(source, block_bytes=1 << 20)
     found = list(run.logit_spans(1000, copies=4))
     assert [i for span in found for i in range(1000)[span]] == list(range(1000))
     assert len(found) > 1 and all(4 * 4 * source.architecture.vocab * (s.stop - s.start) <= 1 << 20 for s in found)
@@ -322,10 +322,10 @@ class Seen:
         )
 
 
-@pytest.mark.parametrize("buffer_bytes", (None, SMALL))
-def test_observers_see_what_is_computed(source, buffer_bytes):
+@pytest.mark.parametrize("block_bytes", (None, SMALL))
+def test_observers_see_what_is_computed(source, block_bytes):
     """Passes add up to the routed sum, the block's parts to the next hidden state; tokens and gates are the routing's."""
-    run, seen, experts = LayerRun(source, buffer_bytes=buffer_bytes), Seen(), Reference(source.path)
+    run, seen, experts = LayerRun(source, block_bytes=block_bytes), Seen(), Reference(source.path)
     sweep = run.sweep([State(run.embed(text(2, 150)), observer=seen.observer)])
     after = {layer: state.hidden_BTD.flatten(0, 1) for layer, (state,) in sweep}
     moe_layers = source.architecture.moe_layers

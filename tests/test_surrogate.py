@@ -72,7 +72,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("length", (40, 150))
 def test_gradients_are_those_of_the_whole_model(source, length):
     """Of every matrix, and of the embedded tokens; 150 tokens are beyond what sparse attention keeps."""
-    run, ids_BT = LayerRun(source, buffer_bytes=2 << 20), rows(3, length).ids_BT
+    run, ids_BT = LayerRun(source, block_bytes=2 << 20), rows(3, length).ids_BT
     hidden, labels_BS = boundaries(run, ids_BT), rows(3, length - 1, seed=1).ids_BT
     mine: dict[str, Tensor] = {}
 
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_whole_model(source, length):
 
 def test_labels_are_drawn_from_the_model(source):
     """Of one position drawn many times, shares are probabilities; blocks of the vocabulary do not show."""
-    run, hidden_BTD = LayerRun(source, buffer_bytes=1 << 18), boundaries(LayerRun(source), rows(1, 24).ids_BT)[-1]
+    run, hidden_BTD = LayerRun(source, block_bytes=1 << 18), boundaries(LayerRun(source), rows(1, 24).ids_BT)[-1]
     same_BTD = hidden_BTD[:, 5:7].expand(4000, -1, -1).contiguous()
     label_N = drawn(run, same_BTD, seed=3).flatten()
     p_V = run.logits(hidden_BTD[0, 5:6]).softmax(-1)[0].double()

@@ -221,7 +221,7 @@ class Plain(pickle.Pickler):
         if isinstance(found, Checkpoint):
             return Checkpoint.open, (found.path,)
         if isinstance(found, LayerRun):
-            return LayerRun, (found.checkpoint, str(found.device), found.dtype, found.buffer_bytes)
+            return LayerRun, (found.checkpoint, str(found.device), found.dtype, found.block_bytes)
         if type(found).__name__ in ("Rounding", "NumberFormat", "Container"):
             return collect, (type(found).__module__.rsplit(".", 1)[0], type(found))
         return NotImplemented

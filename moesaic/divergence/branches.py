@@ -30,7 +30,7 @@ def against(run: LayerRun, source_BTD: Tensor, branches: Sequence[Tensor], token
     comparisons = [Comparison.of(next_N) for _ in branches]
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(next_N), 8 * COPIES * len(head_vD), run.buffer_bytes):
+        for n in spans(len(next_N), 8 * COPIES * len(head_vD), run.block_bytes):
             source_nv = F.linear(states[0][n], head_vD)
             for comparison, x_ND in zip(comparisons, states[1:]):
                 comparison.add(n, block.start, source_nv, F.linear(x_ND[n], head_vD))
@@ -45,7 +45,7 @@ def overlaps(run: LayerRun, states: Sequence[Tensor], comparisons: Sequence[Comp
     found = [torch.zeros(len(states[0]), dtype=torch.float64, device=run.device) for _ in comparisons]
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(states[0]), 8 * COPIES * len(head_vD), run.buffer_bytes):
+        for n in spans(len(states[0]), 8 * COPIES * len(head_vD), run.block_bytes):
             source_nv = F.linear(states[0][n], head_vD).double()
             for i, (comparison, x_ND) in enumerate(zip(comparisons, states[1:])):
                 p_nv = (source_nv - comparison.source.log_z_N[n, None]).exp_()

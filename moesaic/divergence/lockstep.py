@@ -193,7 +193,7 @@ def head(
     comparisons = {side: Comparison.of(next_N) for side in sides if side != SOURCE}
     for block in source.vocabulary_spans():
         weights = {key: run.rows(run.architecture.head, block) for key, run in runs.items()}
-        for n in spans(len(next_N), 8 * COPIES * (block.stop - block.start), source.buffer_bytes):
+        for n in spans(len(next_N), 8 * COPIES * (block.stop - block.start), source.block_bytes):
             source_nv = F.linear(x_ND[SOURCE][n], weights[id(source)])
             for side, comparison in comparisons.items():
                 export_nv = F.linear(x_ND[side][n], weights[id(sides[side].run)])

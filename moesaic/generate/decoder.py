@@ -64,7 +64,7 @@ class Decoder:
         """New tokens of a sequence whose attention over `length` keys fits the buffer; one at least."""
         config = self.run.config
         query_bytes = 4 * config.num_attention_heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
-        return max(1, self.run.buffer_bytes // query_bytes)
+        return max(1, self.run.block_bytes // query_bytes)
 
     @torch.no_grad()
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
@@ -118,7 +118,7 @@ class Decoder:
         for expert, found in (
             ((e, read(e)) for e in selected) if here else ahead(read, selected)
         ):  # no thread for nothing
-            pass_expert(share, expert, self.decode_expert(found, change), activate, run.buffer_bytes)
+            pass_expert(share, expert, self.decode_expert(found, change), activate, run.block_bytes)
         out_TD = share.routed_TD.mul_(run.family.arithmetic.routed_scale(run.text))
         if run.family.wiring.shared:
             out_TD += block.get_submodule(run.family.wiring.shared)(x_TD)

@@ -35,13 +35,13 @@ def excess(
     log_z_N = torch.full((len(x_ND),), -torch.inf, dtype=torch.float64, device=run.device)
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(x_ND), 4 * COPIES * len(head_vD), run.buffer_bytes):
+        for n in spans(len(x_ND), 4 * COPIES * len(head_vD), run.block_bytes):
             found_n = F.linear(x_ND[n], head_vD).float().logsumexp(-1)
             log_z_N[n] = torch.logaddexp(log_z_N[n], found_n.double())
     u, m = (torch.zeros(len(branches), len(x_ND), dtype=torch.float64, device=run.device) for _ in "um")
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(x_ND), 4 * COPIES * len(head_vD), run.buffer_bytes):
+        for n in spans(len(x_ND), 4 * COPIES * len(head_vD), run.block_bytes):
             p_nv = (F.linear(x_ND[n], head_vD).float() - log_z_N[n, None].float()).exp_()
             for i, off_ND in enumerate(apart):
                 d_nv = F.linear(off_ND[n], head_vD).float()

@@ -38,12 +38,12 @@ DONE = "rendered.json"
 
 def render(
     source: Checkpoint, plan: Plan, tokens: TokenSet, folder: Path, quiet: bool = False,
-    device: torch.device | str | None = None, memory_bytes: int | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Round what `plan` changes, by its rounding, on `tokens`; returns what `folder`/rendered.json says.
 
-    Memory: that of `LayerRun`, and `memory_bytes` (by itself four times its buffer) for experts side by side with
-    their Hessians; one at least. Raises `PlanError` for a plan that cannot be carried out, `StaleError` when
+    Memory: that of `LayerRun`, and four of its blocks for experts side by side with their Hessians, or what one of
+    them needs. Raises `PlanError` for a plan that cannot be carried out, `StaleError` when
     `folder` holds matrices of another plan, source or text.
     """
     rounding = rounding_named(plan.rounding)
@@ -51,7 +51,7 @@ def render(
     if (folder / DONE).exists():
         return read_json(folder / DONE, "rendered", inputs)
     run = LayerRun(source, device)
-    work = Work(target, rounding, run, folder, inputs, memory_bytes or 4 * run.buffer_bytes)
+    work = Work(target, rounding, run, folder, inputs)
     layer, hidden_BTD = work.resume()
     before = run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device)
     state = State(before, dropped(plan.kept, source.architecture.experts))

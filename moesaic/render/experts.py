@@ -22,6 +22,9 @@ from .group import Group, Members, format_of, weights_of
 
 POOL = 2  # tokens at large for each column of a matrix
 BLOCK_TOKENS = (256, 2048)  # of an expert, at least and at most, for a rounding that tunes to its output
+SIDE_BY_SIDE = (
+    4  # blocks that experts rounded side by side may take: how many there are can change bits, so memory has no say
+)
 COPIES = 8  # F32 tensors the size of a Hessian that are alive at once, and as many the size of the weights
 
 Result = tuple[Group, Members, dict[str, Any]]
@@ -54,12 +57,12 @@ class Experts:
     run: LayerRun
     seen: Routing
 
-    def batches(self, experts: Sequence[Sequence[Group]], memory_bytes: int) -> Iterator[Sequence[Sequence[Group]]]:
-        """Groups of experts (gate with up, and down), as many experts at a time as the memory holds."""
+    def batches(self, experts: Sequence[Sequence[Group]]) -> Iterator[Sequence[Sequence[Group]]]:
+        """Groups of experts (gate with up, and down), as many experts at a time as `SIDE_BY_SIDE` blocks hold."""
         sizes = [
             width**2 + width * sum(n.shape[0] for n in group) for group in experts[0] for width in [group[0].shape[1]]
         ]
-        for span in spans(len(experts), 4 * COPIES * max(sizes), memory_bytes):
+        for span in spans(len(experts), 4 * COPIES * max(sizes), SIDE_BY_SIDE * self.run.block_bytes):
             yield experts[span]
 
     def round(self, experts: Sequence[Sequence[Group]]) -> list[Result]:
@@ -163,6 +166,6 @@ class Experts:
     def inputs(self, width: int, tokens: Tokens, to_input: ToInput) -> Inputs:
         """What a matrix of that width gets from tokens, a span of them in memory at a time."""
         found = Inputs.empty(width, self.run.device)
-        for span in spans(len(tokens.index_n), 16 * (self.seen.x_TD.shape[1] + width), self.run.buffer_bytes):
+        for span in spans(len(tokens.index_n), 16 * (self.seen.x_TD.shape[1] + width), self.run.block_bytes):
             found.add(to_input(self.seen.x_TD[tokens.index_n[span]]), tokens.weight_n[span])
         return found

@@ -30,7 +30,6 @@ class Work:
     run: LayerRun
     folder: Path
     inputs: Mapping[str, str]
-    memory_bytes: int
     meter: Meter = field(default_factory=lambda: Meter("render", 0, "weights"))
     facts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -79,7 +78,7 @@ class Work:
         for group in self.of_layer(seen.layer, "experts"):
             by_expert.setdefault(group[0].expert, []).append(group)
         experts = Experts(self.target, self.rounding, self.run, seen)
-        for batch in experts.batches(list(by_expert.values()), self.memory_bytes):
+        for batch in experts.batches(list(by_expert.values())):
             if all([self.is_done(group) for groups in batch for group in groups]):
                 continue
             for group, members, facts in experts.round(batch):

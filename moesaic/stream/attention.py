@@ -15,10 +15,10 @@ SCORE_COPIES = 3  # F32 tensors of [heads, queries, keys] that block-sparse sele
 ROW_COPIES = 8  # F32 tensors of [heads, queries, head_dim]: q, k, v, their norms and rotations
 
 
-def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffer_bytes: int) -> Tensor:
+def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, block_bytes: int) -> Tensor:
     """hidden + attention(norm(hidden)), [B, T, D], with `block`'s `input_layernorm` and `self_attn`.
 
-    A mask of [heads, queries, keys] may exist only for what `buffer_bytes` holds: whole rows if they
+    A mask of [heads, queries, keys] may exist only for what `block_bytes` holds: whole rows if they
     fit, else one row in chunks of queries through transformers' cache, which is the same sum in
     another order. Beside the buffer a chunk needs the keys and values of its row, once as cached and
     once repeated for every query head: 8 · heads · T · head_dim bytes in F32.
@@ -27,8 +27,8 @@ def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, buffe
     heads = config.num_attention_heads
     query_bytes = 4 * heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
     out_BTD = torch.empty_like(hidden_BTD)
-    for row in spans(rows, query_bytes * length, buffer_bytes // 4):  # more at a time are slower on a CPU
-        chunks = list(spans(length, query_bytes * (row.stop - row.start), buffer_bytes))
+    for row in spans(rows, query_bytes * length, block_bytes // 4):  # more at a time are slower on a CPU
+        chunks = list(spans(length, query_bytes * (row.stop - row.start), block_bytes))
         cache = DynamicCache(config=config) if len(chunks) > 1 else None
         for chunk in chunks:
             x_BQD = hidden_BTD[row, chunk]

@@ -76,7 +76,7 @@ def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, li
         before_TD = moe(run, layer, x_TD, slope_TD, listener)
     else:
         before_TD = mlp(run, layer, "mlp", x_TD, slope_TD, listener)
-    for span in spans(len(h_TD), 8 * 4 * h_TD.shape[1], run.buffer_bytes):
+    for span in spans(len(h_TD), 8 * 4 * h_TD.shape[1], run.block_bytes):
         before_TD[span] = pulled(norm, h_TD[span], before_TD[span])[0]
     slope_TD = slope_TD + before_TD
     return attention(run, layer, hidden_BTD, slope_TD.view_as(slope_BTD), listener)
@@ -99,7 +99,7 @@ def attention(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, 
     block = run.block(layer, ("input_layernorm", "self_attn")).requires_grad_(False)
     length, heads = hidden_BTD.shape[1], run.config.num_attention_heads
     row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * run.config.head_dim)
-    parts = list(spans(len(hidden_BTD), row_bytes, run.buffer_bytes // 4))
+    parts = list(spans(len(hidden_BTD), row_bytes, run.block_bytes // 4))
     forward = attention_of(run, block)
     return slope_BTD + module_back(run, layer, block, "self_attn", forward, hidden_BTD, slope_BTD, parts, listener)
 
@@ -109,7 +109,7 @@ def mlp(run: LayerRun, layer: int, name: str, x_TD: Tensor, slope_TD: Tensor, li
     block = run.block(layer, (name,)).requires_grad_(False)
     module = block.get_submodule(name)
     bytes_each = 2 * run.widening(module) * x_TD.shape[1] * x_TD.itemsize
-    parts = list(spans(len(x_TD), bytes_each, run.buffer_bytes))
+    parts = list(spans(len(x_TD), bytes_each, run.block_bytes))
     return module_back(run, layer, block, name, module, x_TD, slope_TD, parts, listener)
 
 
@@ -192,7 +192,7 @@ def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Lis
         inner = weights.gate.shape[0]
         for tokens_T, selected in ((selected_TE[:, e], True), (more_TE[:, e], False)):
             tokens = tokens_T.nonzero().flatten()
-            for span in spans(len(tokens), 4 * (2 * INNER_COPIES * inner + 4 * a.hidden), run.buffer_bytes):
+            for span in spans(len(tokens), 4 * (2 * INNER_COPIES * inner + 4 * a.hidden), run.block_bytes):
                 n = tokens[span]
                 if not selected:
                     f_nD, _ = expert(run, weights, x_TD[n])
@@ -238,7 +238,7 @@ def drawn(run: LayerRun, hidden_BTD: Tensor, seed: int) -> Tensor:
     chance = torch.Generator(run.device).manual_seed(seed)
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(x_ND), 16 * len(head_vD), run.buffer_bytes):
+        for n in spans(len(x_ND), 16 * len(head_vD), run.block_bytes):
             logits_nv = F.linear(x_ND[n], head_vD).float()
             noise_nv = torch.empty_like(logits_nv).exponential_(generator=chance).log_()
             best_n, at_n = (logits_nv - noise_nv).max(-1)
@@ -255,16 +255,16 @@ def tail(run: LayerRun, hidden_BTD: Tensor, labels_BS: Tensor) -> Tensor:
     log_z_N = torch.full((len(x_ND),), -torch.inf, device=run.device)
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(x_ND), 8 * len(head_vD), run.buffer_bytes):
+        for n in spans(len(x_ND), 8 * len(head_vD), run.block_bytes):
             log_z_N[n] = torch.logaddexp(log_z_N[n], F.linear(x_ND[n], head_vD).float().logsumexp(-1))
     slope_ND = torch.zeros_like(x_ND)
     for block in run.vocabulary_spans():
         head_vD = run.rows(run.architecture.head, block)
-        for n in spans(len(x_ND), 8 * len(head_vD), run.buffer_bytes):
+        for n in spans(len(x_ND), 8 * len(head_vD), run.block_bytes):
             p_nv = (F.linear(x_ND[n], head_vD).float() - log_z_N[n, None]).exp_()
             here_n = ((label_N[n] >= block.start) & (label_N[n] < block.stop)).nonzero().flatten()
             p_nv[here_n, label_N[n][here_n] - block.start] -= 1
             slope_ND[n] += p_nv.to(x_ND.dtype) @ head_vD
-    for n in spans(len(h_ND), 8 * 4 * h_ND.shape[1], run.buffer_bytes):
+    for n in spans(len(h_ND), 8 * 4 * h_ND.shape[1], run.block_bytes):
         slope_ND[n] = pulled(norm, h_ND[n], slope_ND[n])[0]
     return F.pad(slope_ND.view(*hidden_BTD[:, :-1].shape), (0, 0, 0, 1))

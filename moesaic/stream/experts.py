@@ -65,7 +65,7 @@ def run_experts(
     read: Callable[[int], Stored],
     decode: Callable[[Stored, Change | None], ExpertWeights],
     activate: Callable[[Tensor, Tensor], Tensor],
-    buffer_bytes: int,
+    block_bytes: int,
 ) -> None:
     """Add to each share's `routed_TD` the sum of gate · expert(x) over the experts that its tokens selected.
 
@@ -81,7 +81,7 @@ def run_experts(
             weights = decode(stored, change)
             for share in asking:
                 if share.change == change:
-                    pass_expert(share, expert, weights, activate, buffer_bytes)
+                    pass_expert(share, expert, weights, activate, block_bytes)
             del weights
         del stored  # before the next but one is read
 
@@ -91,12 +91,12 @@ def pass_expert(
     expert: int,
     weights: ExpertWeights,
     activate: Callable[[Tensor, Tensor], Tensor],
-    buffer_bytes: int,
+    block_bytes: int,
 ) -> None:
     width, inner = share.x_TD.shape[1], weights.gate.shape[0]
     positions = share.of_expert(expert)
     gates = share.routing.gates_Tk.flatten()
-    for span in spans(len(positions), 4 * (INNER_COPIES * inner + 2 * width), buffer_bytes):
+    for span in spans(len(positions), 4 * (INNER_COPIES * inner + 2 * width), block_bytes):
         tokens_n = positions[span] // share.routing.experts_Tk.shape[1]
         gates_n = gates[positions[span]]
         x_nD = share.x_TD[tokens_n]

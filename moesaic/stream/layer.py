@@ -22,7 +22,7 @@ from ..errors import CheckpointError, FamilyError, InputError
 from ..families import Linear
 from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, run_experts
-from .memory import default_buffer_bytes, spans
+from .memory import spans, standard_block_bytes
 from .router import LayerRouter, route
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
@@ -36,7 +36,7 @@ class LayerRun:
     go on later, or let several branches ride one reading of the weights.
 
     Memory: the largest of one layer's attention, its dense or shared MLP, and two experts (one decoded,
-    one as it is stored); `buffer_bytes` of working memory; and, for T tokens, four times T · D (before,
+    one as it is stored); `block_bytes` for what is made of one block of tokens; and, for T tokens, four times T · D (before,
     after, normed, and the experts' sum). Never the embedding or the head, which pass by in blocks.
     """
 
@@ -45,14 +45,15 @@ class LayerRun:
         checkpoint: Checkpoint,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-        buffer_bytes: int | None = None,
+        block_bytes: int | None = None,
         attention: str = "sdpa",
     ) -> None:
         """Raises `CheckpointError` for a folder without weights.
 
         device        where to compute; by itself CUDA where there is one, else CPU
         dtype         of weights, activations and hidden states; routers, gates and the experts' sum stay F32
-        buffer_bytes  working memory; less of it only makes smaller steps
+        block_bytes   what one block of tokens may take, and with the model's widths how many tokens it has: part of
+                      what a result depends on. Default: `standard_block_bytes`; others are for tests
         attention     what transformers' modules attend with, by its name there
         """
         if not checkpoint.has_weights:
@@ -63,7 +64,7 @@ class LayerRun:
         self.checkpoint, self.family, self.architecture = checkpoint, family, checkpoint.architecture
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype
-        self.buffer_bytes = buffer_bytes or default_buffer_bytes(self.device)
+        self.block_bytes = block_bytes or standard_block_bytes(self.device)
         self.config = text_config(family.wiring.configuration, checkpoint.config, attention)
         self.text = family.text(checkpoint.config)  # as on disk
         self.modeling = importlib.import_module(family.wiring.modeling)
@@ -115,7 +116,7 @@ class LayerRun:
 
     def logit_spans(self, tokens: int, copies: int = 4) -> Iterator[slice]:
         """`tokens` in slices of which `copies` tensors [n, V] in F32 fit the buffer, at least 64 at a time."""
-        limit = max(self.buffer_bytes, 64 * 4 * copies * self.architecture.vocab)
+        limit = max(self.block_bytes, 64 * 4 * copies * self.architecture.vocab)
         return spans(tokens, 4 * copies * self.architecture.vocab, limit)
 
     # The two halves of a layer. Each builds and fills its own modules, which are gone when it returns.
@@ -131,7 +132,7 @@ class LayerRun:
                     out[i] = found[same].clone()
                 else:
                     with self.watched(block, layer, states[i]):
-                        out[i] = attend(block, h_BTD, self.rotary, self.config, self.buffer_bytes)
+                        out[i] = attend(block, h_BTD, self.rotary, self.config, self.block_bytes)
                     found[same] = out[i]
         return out
 
@@ -169,7 +170,7 @@ class LayerRun:
             lambda expert: self.read_expert(layer, expert),
             self.decode_expert,
             lambda gate, up: self.family.arithmetic.activate(self.text, gate, up),
-            self.buffer_bytes,
+            self.block_bytes,
         )
         scale = self.family.arithmetic.routed_scale(self.text)
         shared: Sequence[Tensor | None] = [None] * len(states)
@@ -186,7 +187,7 @@ class LayerRun:
     def in_spans(self, module: nn.Module, x_TD: Tensor, widening: int) -> Tensor:
         """`module` on each token, a span at a time; it needs `widening` times the memory of its input."""
         out_TD = torch.empty_like(x_TD)
-        for span in spans(len(x_TD), widening * x_TD.shape[1] * x_TD.itemsize, self.buffer_bytes):
+        for span in spans(len(x_TD), widening * x_TD.shape[1] * x_TD.itemsize, self.block_bytes):
             out_TD[span] = module(x_TD[span])
         return out_TD
 
@@ -298,7 +299,7 @@ class LayerRun:
         return norm
 
     def vocabulary_spans(self) -> Iterator[slice]:
-        return spans(self.architecture.vocab, 8 * self.architecture.hidden, self.buffer_bytes // 4)
+        return spans(self.architecture.vocab, 8 * self.architecture.hidden, self.block_bytes // 4)
 
     def rows(self, name: str, span: slice) -> Tensor:
         """Rows of the embedding or the head."""

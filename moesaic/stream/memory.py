@@ -1,4 +1,9 @@
-"""What bounds the memory of a stream: work in spans of a given size, and weights read one item ahead, no more."""
+"""What bounds the memory of a stream: work in blocks of a fixed size, and weights read one item ahead, no more.
+
+How many tokens a block has decides the shapes of products and the order of sums, hence bits. So it follows from the
+model's widths and one constant, and never from the memory that a machine has or is told to use: that decides how much
+is held at once (`resources`), and whether a block fits at all.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +16,14 @@ Key = TypeVar("Key")
 Loaded = TypeVar("Loaded")
 
 
-def default_buffer_bytes(device: torch.device) -> int:
-    """Working memory beside weights and hidden states: 256 MiB, or a sixteenth of a GPU."""
+def standard_block_bytes(device: torch.device) -> int:
+    """Working memory of one block: 256 MiB, or about a sixteenth of a GPU.
+
+    Of a GPU's total the power of two below counts, which is the same whatever a driver keeps to itself: products of
+    different GPUs differ anyway, and those of one kind should not.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 16
+        return 1 << (torch.cuda.get_device_properties(device).total_memory // 16).bit_length() - 1
     return 256 << 20
 
 
