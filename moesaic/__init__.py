@@ -9,8 +9,9 @@ __version__ = "0.1.0"
 FLOORS = (
     ("errors",),
     ("files",),
+    ("utf8",),
     ("registry", "artifact", "progress", "resources", "verdict"),
-    ("formats", "plan", "criteria", "rope"),
+    ("formats", "plan", "criteria", "rope", "tokenizer"),
     ("kernels", "families", "recode"),
     ("containers",),
     ("checkpoint", "tokens"),

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from . import __version__
 from .errors import InputError, StaleError
 from .files import check_plain, read_file
+from .utf8 import decoded
 
 SCHEMA = 1
 
@@ -80,7 +81,7 @@ def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[s
 def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Read a JSON artifact. Raises `InputError` for another kind, `StaleError` for other inputs."""
     try:
-        found = json.loads(read_file(path).decode())
+        found = json.loads(decoded(read_file(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
     check(path, found, kind, inputs)

@@ -28,6 +28,7 @@ from .containers.base import DTYPES, inventory
 from .errors import CheckpointError, FileError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
 from .files import is_hidden, open_file, read_file, walk
+from .utf8 import decoded
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
@@ -228,7 +229,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A file of one JSON object. Raises `CheckpointError`."""
     try:
         with reading(path):
-            found = json.loads(read_file(path, path.parent).decode())
+            found = json.loads(decoded(read_file(path, path.parent)))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):

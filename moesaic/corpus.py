@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .errors import InputError
-from .tokens import Text, Tokenizer, TokenSet, python_texts, read_texts, split
+from .tokenizer import Tokenizer
+from .tokens import Text, TokenSet, python_texts, read_texts, split
 
 LENGTH = 2048  # tokens a row, unless the model's context is shorter
 POOL_TOKENS = 1 << 21  # scores by REAP still moved between 0.5 and 2.1 million tokens (the AIMER paper, on C4)

@@ -7,7 +7,6 @@ every use of such samples but calibration: all other stages skip them, text and 
 
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,10 @@ from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .errors import FamilyError, InputError
 from .families import Vision
-from .tokens import IMAGE, IMAGE_TOKENS, Tokenizer, TokenSet, has_image, read_entry, sha256_of
+from .files import check_link, check_plain, is_hidden
+from .tokenizer import Tokenizer
+from .tokens import IMAGE, IMAGE_TOKENS, TokenSet, data_files, has_image, read_entry, sha256_of
+from .utf8 import json_lines
 
 BUCKETS = (2**31 - 2**24) // IMAGE_TOKENS  # images that can be told apart, above any vocabulary
 
@@ -159,10 +161,22 @@ def look(sight: Sight, path: Path, seen: Mapping[int, Tensor], vocab: int) -> tu
 
 def read_samples(data: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Sample]]:
     """(domain, sample) of each line that names an image; the domain is the file's."""
-    files = [data] if data.is_file() else sorted(data.glob("*.jsonl"))
+    files, root = data_files(data, ".jsonl")
     for file in (f for f in files if f.suffix == ".jsonl"):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            entry = json.loads(line) if '"image"' in line else None
-            if entry is not None and has_image(entry):
-                text = read_entry(entry, f"{file} line {number}", tokenizer)
-                yield file.stem, Sample(file.parent / entry["image"], text)
+        for where, entry in json_lines(file, root, containing=b'"image"'):
+            if has_image(entry, where):
+                path = inside(file.parent, entry["image"], where)
+                yield file.stem, Sample(path, read_entry(entry, where, tokenizer))
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file of that name in `folder` or below. Raises `InputError` for one elsewhere, through links too, and for none."""
+    path = folder / name
+    try:
+        check_link(path, folder)
+        check_plain(path)
+        if is_hidden(path.name):
+            raise InputError(f"{path} is a hidden file; name the image itself")
+    except (OSError, ValueError, InputError) as error:  # ValueError: a null character in the name
+        raise InputError(f"{where} names the image {name[:80]!r}, and {str(error)[-300:]}") from error
+    return path

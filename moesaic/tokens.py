@@ -8,7 +8,6 @@ and any download.
 
 import hashlib
 import itertools
-import json
 import pydoc_data.topics
 import sys
 import sysconfig
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from .artifact import identity, read_tensors, write_tensors
 from .errors import InputError
+from .files import is_hidden
+from .tokenizer import Tokenizer
+from .utf8 import json_lines, pieces
 
 KIND = "tokens"
 JOINT = "\n\n"  # stands between the documents of one domain
@@ -51,47 +51,6 @@ class Text:
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.joined.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """The tokenizer of a model folder, and what it puts before a text of its own accord."""
-
-    folder: Path
-    inner: tokenizers.Tokenizer
-    sha256: str  # of tokenizer.json
-    bos: int | None
-
-    @staticmethod
-    def open(folder: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json`. Raises `InputError` when it is missing or no tokenizer."""
-        path = Path(folder) / "tokenizer.json"
-        try:
-            raw = path.read_bytes()
-            inner = tokenizers.Tokenizer.from_buffer(raw)
-        except FileNotFoundError:
-            raise InputError(f"{folder} has no tokenizer.json; copy it there from where the model came from") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no tokenizer that can be read ({error}); fetch it again") from error
-        inner.no_truncation()
-        inner.no_padding()
-        plain, dressed = (inner.encode("a", add_special_tokens=own).ids for own in (False, True))
-        bos = dressed[0] if len(dressed) > len(plain) and dressed[0] != plain[0] else None
-        return Tokenizer(Path(folder), inner, hashlib.sha256(raw).hexdigest(), bos)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of `text` alone: nothing added before or after it."""
-        return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
-
-    @cached_property
-    def chat(self) -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast.from_pretrained(self.folder)
-
-    def render(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
-        """A conversation as the model reads it. Raises `InputError` when the model has no chat template."""
-        if not self.chat.chat_template:
-            raise InputError(f"{where} holds chat messages and {self.folder} has no chat template; give `text` instead")
-        return str(self.chat.apply_chat_template(list(messages), tokenize=False))
 
 
 @dataclass(frozen=True)
@@ -206,7 +165,7 @@ def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
     `.txt` is one document; each line of `.jsonl` is one, an object with `text` or with `messages`.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in (".txt", ".jsonl"))
+    files, root = data_files(path, ".txt", ".jsonl")
     if not files:
         what = "holds no .txt and no .jsonl file" if path.is_dir() else "is no folder"
         raise InputError(f"{path} {what}; wanted text, one domain a file (code.txt, math.jsonl)")
@@ -214,13 +173,11 @@ def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
     for file in files:
         if file.stem in texts:
             raise InputError(f"{path} has two files of the domain {file.stem!r}; give one another name")
-        try:
-            whole = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read as UTF-8 text ({error})") from error
-        documents = read_lines(file, whole, tokenizer) if file.suffix == ".jsonl" else (whole,)
-        if file.suffix == ".jsonl" and whole.strip() and not documents:
-            continue  # images alone
+        documents, images = (
+            read_lines(file, root, tokenizer) if file.suffix == ".jsonl" else (("".join(pieces(file, root)),), 0)
+        )
+        if images and not documents:
+            continue
         if not any(d.strip() for d in documents):
             raise InputError(f"{file} holds no text; remove it or fill it")
         texts[file.stem] = Text(file.stem, documents)
@@ -229,24 +186,32 @@ def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
     return list(texts.values())
 
 
-def read_lines(file: Path, whole: str, tokenizer: Tokenizer) -> tuple[str, ...]:
-    documents = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is no JSON ({error})") from error
-        if not has_image(entry):
+def data_files(path: Path, *suffixes: str) -> tuple[list[Path], Path | None]:
+    """A file itself, or the files of a folder that end so, by name, and the folder that links may not leave."""
+    if path.exists() and not path.is_dir():
+        return [path], None
+    return sorted(f for f in path.glob("*") if f.suffix in suffixes and not is_hidden(f.name)), path
+
+
+def read_lines(file: Path, root: Path | None, tokenizer: Tokenizer) -> tuple[tuple[str, ...], int]:
+    """The documents of JSON Lines, and how many further lines have an image: those are images.py's."""
+    documents, images = [], 0
+    for where, entry in json_lines(file, root):
+        if has_image(entry, where):
+            images += 1
+        else:
             documents.append(read_entry(entry, where, tokenizer))
-    return tuple(documents)
+    return tuple(documents), images
 
 
-def has_image(entry: Any) -> bool:
+def has_image(entry: Any, where: str) -> bool:
     """Whether a sample's text belongs to an image: it is read with that (images.py), and nowhere else."""
-    return isinstance(entry, dict) and isinstance(entry.get("image"), str)
+    image = entry.get("image") if isinstance(entry, dict) else None
+    if image is not None and not isinstance(image, str):
+        raise InputError(
+            f"{where} has an `image` that is a {type(image).__name__}; wanted the name of a file beside it"
+        )
+    return image is not None
 
 
 def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:

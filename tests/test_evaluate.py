@@ -22,7 +22,8 @@ from moesaic.evaluate import EVALUATIONS, Reading, Scores, evaluate
 from moesaic.evaluate.kld import llama_text
 from moesaic.evaluate.perplexity import windows
 from moesaic.stream import LayerRun
-from moesaic.tokens import Text, Tokenizer, TokenSet
+from moesaic.tokenizer import Tokenizer
+from moesaic.tokens import Text, TokenSet
 
 
 def changed(source: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> Checkpoint:

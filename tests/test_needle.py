@@ -15,7 +15,7 @@ from moesaic.divergence import Estimate
 from moesaic.errors import InputError
 from moesaic.evaluate import Reading, evaluate
 from moesaic.evaluate.needle import CONTROL, haystacks
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 
 def made(checkpoint: Checkpoint, lengths: list[int], **more: Any) -> list[Reading]:

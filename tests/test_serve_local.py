@@ -29,7 +29,7 @@ from moesaic.errors import CheckpointError, InputError
 from moesaic.generate import Sampling, end_tokens, generate
 from moesaic.serve.local import local, read_key
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 MEMORY = 64 << 20
 PROMPT = "def add(a, b):\n    "

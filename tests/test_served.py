@@ -22,7 +22,7 @@ from moesaic.served import Server, read, score, writer
 from moesaic.served import swept as swept_values
 from moesaic.spots import PROMPTS
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 Answer = Callable[[str, dict[str, Any] | None], Any]
 

@@ -8,7 +8,7 @@ from test_evaluate import changed, noisy
 from moesaic.checkpoint import Checkpoint
 from moesaic.spots import PROBES, PROMPTS, Prompt, compare, judge, local
 from moesaic.spots.probe import asked
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 RIGHT = {
     "train": "It came 60 + 160 = 220 miles in 3.5 hours: 62.86 mph.",

@@ -16,7 +16,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError
 from moesaic.evaluate import evaluate
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install moesaic[tasks]")
 from lm_eval import simple_evaluate

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers, processors
 
 from moesaic.errors import InputError, StaleError
-from moesaic.tokens import Text, Tokenizer, TokenSet, allot, python_texts, read_texts, split, thin
+from moesaic.tokenizer import Tokenizer
+from moesaic.tokens import Text, TokenSet, allot, python_texts, read_texts, split, thin
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -180,7 +181,7 @@ def test_jsonl_of_text_and_of_chat(tmp_path: Path) -> None:
         ({"notes.md": "text"}, "holds no .txt and no .jsonl file"),
         ({"a.txt": " \n"}, "a.txt holds no text"),
         ({"a.txt": "text", "a.jsonl": '{"text": "more"}'}, "two files of the domain 'a'"),
-        ({"a.jsonl": "{"}, "a.jsonl line 1 is no JSON"),
+        ({"a.jsonl": "{"}, "a.jsonl line 1 is not JSON"),
         ({"a.jsonl": '{"prompt": "x"}'}, "neither `text` nor `messages`"),
         ({"a.txt": "short"}, "a holds 5 tokens and a row has 64"),
         ({"a.txt": "x" * 100}, "asked for 3 rows, and the text holds 1"),

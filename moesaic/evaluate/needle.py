@@ -15,7 +15,8 @@ import torch
 
 from ..divergence import Estimate
 from ..errors import InputError
-from ..tokens import Tokenizer, sha256_of
+from ..tokenizer import Tokenizer
+from ..tokens import sha256_of
 from .base import Evaluation, Reading, Score, Scoring
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

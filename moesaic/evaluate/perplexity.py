@@ -12,7 +12,9 @@ import torch
 
 from ..divergence import Estimate
 from ..errors import InputError
-from ..tokens import Text, Tokenizer, sha256_of
+from ..tokenizer import Tokenizer
+from ..tokens import Text, sha256_of
+from ..utf8 import read_utf8
 from .base import Evaluation, Reading, Score, Scoring
 
 TOKENISED = ("<unk>", " @-@ ")  # marks of the tokenised split; the raw one has neither
@@ -31,10 +33,7 @@ def windows(path: str | Path, tokenizer: Tokenizer, *, vocab: int, window: int, 
     file's, unless told) that claims to be WikiText-2 for text that is not the raw split.
     """
     name = name or Path(path).stem
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from error
+    text = read_utf8(Path(path))
     check_name(name, text)
     if not 1 <= stride <= window or window < 2:
         raise InputError(

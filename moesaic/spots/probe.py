@@ -11,7 +11,7 @@ from ..checkpoint import Checkpoint
 from ..divergence import Estimate, looped
 from ..evaluate import Score
 from ..generate import Sampling, end_tokens, generate
-from ..tokens import Tokenizer
+from ..tokenizer import Tokenizer
 from .prompts import PROBES, PROMPTS, Prompt
 
 Writer = Callable[[Sequence[Prompt], int, float], list[str]]  # prompts, new tokens, temperature -> texts

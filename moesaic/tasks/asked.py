@@ -16,7 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..errors import InputError
 from ..evaluate import Reading
-from ..tokens import Tokenizer, sha256_of
+from ..tokenizer import Tokenizer
+from ..tokens import sha256_of
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids before, ids whose likelihood is asked for
 Answer = tuple[float, bool]  # Σ ln p, and whether each id was the first choice

@@ -16,7 +16,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.export import export
 from moesaic.generate import Sampling, generate
 from moesaic.plan import Plan
-from moesaic.tokens import Tokenizer
+from moesaic.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.engines
 TESTBED = SHARED / "testbed"

@@ -13,6 +13,7 @@ from ...checkpoint import Checkpoint
 from ...errors import InputError
 from ...generate import Decoder
 from ...resources import Resources
+from ...utf8 import read_utf8
 from .app import application
 from .engine import Engine
 from .model import Limits, Served
@@ -64,7 +65,7 @@ def token_bytes(checkpoint: Checkpoint) -> int:
 
 def read_key(path: Path) -> str:
     """A key from a file, where no list of processes shows it."""
-    key = path.read_text(encoding="utf-8").strip()
+    key = read_utf8(path).strip()
     if not key or not key.isascii():
         raise InputError(f"{path} holds no key; wanted one line of ASCII")
     return key

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from ...checkpoint import Checkpoint, read_object
 from ...errors import InputError
 from ...generate import end_tokens
-from ...tokens import Tokenizer
+from ...tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 
