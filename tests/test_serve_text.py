@@ -1,7 +1,5 @@
 """Text of a stream: whatever the cuts, its pieces join to what the whole would have been."""
 
-import json
-
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -10,7 +8,7 @@ from tokenizers import Tokenizer
 
 from moesaic.families import FAMILIES
 from moesaic.serve.local.text import Answer, Detokenizer, Stopper
-from moesaic.serve.local.tools import call_objects, typed
+from moesaic.serve.local.tools import shapes_of
 
 M2, M3 = FAMILIES["minimax_m2"].talk, FAMILIES["minimax_m3_vl"].talk
 MARK = "]<]minimax[>["
@@ -66,18 +64,28 @@ def test_a_stop_word_ends_it_wherever_it_is_cut(data, text, words):
 
 
 PLAIN = "It is <b>warm</b> there."
-CALLS_M2 = '<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>'
+INVOKE = '\n<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>\n'
+BLOCK = f"<minimax:tool_call>{INVOKE}</minimax:tool_call>"
+BLOCK_M3 = f'{MARK}<tool_call>\n{MARK}<invoke name="f">{MARK}<a>1{MARK}</a>{MARK}</invoke>\n{MARK}</tool_call>'
+MADE = (("f", (("a", "1"),)),)
+TOOLS = shapes_of([{"type": "function", "function": {"name": "f"}}])
 ANSWERS = [
-    (M2, "reasoning", True, f"Hm.</think>{PLAIN}", [("reasoning", "Hm."), ("content", PLAIN)]),
-    (M2, "reasoning", True, "Hm.", [("reasoning", "Hm.")]),
-    (M2, "content", True, f"<think>Hm.</think>{PLAIN}", [("reasoning", "Hm."), ("content", PLAIN)]),
-    (M2, "content", True, f"a<minimax:tool_call>{CALLS_M2}</minimax:tool_call>b<thi",
-     [("content", "a"), ("calls", CALLS_M2), ("content", "b<thi")]),
-    (M2, "reasoning", True, f"Hm.<minimax:tool_call>{CALLS_M2}", [("reasoning", "Hm."), ("calls", CALLS_M2)]),
-    (M2, "content", False, f"<minimax:tool_call>{CALLS_M2}", [("content", f"<minimax:tool_call>{CALLS_M2}")]),
-    (M3, "content", True, f"<mm:think>Hm.</mm:think>x{MARK}<tool_call>y{MARK}</tool_call>",
-     [("reasoning", "Hm."), ("content", "x"), ("calls", "y")]),
-    (M3, "content", True, f"{MARK}<tool", [("content", f"{MARK}<tool")]),
+    (M2, "reasoning", TOOLS, f"Hm.</think>{PLAIN}", [("reasoning", "Hm."), ("content", PLAIN)]),
+    (M2, "reasoning", TOOLS, "Hm.", [("reasoning", "Hm.")]),
+    (M2, "content", TOOLS, f"<think>Hm.</think>{PLAIN}", [("reasoning", "Hm."), ("content", PLAIN)]),
+    (M2, "content", TOOLS, f"a{BLOCK}b<thi", [("content", "a"), ("calls", MADE), ("content", "b<thi")]),
+    (M2, "content", TOOLS, f"{BLOCK}\n{BLOCK.replace('1', 'x')}<think>b</think>c",
+     [("calls", MADE), ("content", "\n"), ("calls", (("f", (("a", "x"),)),)), ("reasoning", "b"), ("content", "c")]),
+    (M2, "reasoning", TOOLS, f"Hm.{BLOCK}", [("reasoning", "Hm."), ("calls", MADE)]),  # the model forgot to end it
+    (M2, "reasoning", TOOLS, f"I say {BLOCK}</think>b", [("reasoning", f"I say {BLOCK}"), ("content", "b")]),
+    (M2, "content", TOOLS, f"a <minimax:tool_call>, {BLOCK}", [("content", "a <minimax:tool_call>, "), ("calls", MADE)]),
+    (M2, "content", TOOLS, f"a<minimax:tool_call>{INVOKE}<invoke name=",
+     [("content", "a"), ("calls", MADE), ("content", "<invoke name=")]),
+    (M2, "content", TOOLS, f"a{BLOCK[:-40]}", [("content", f"a{BLOCK[:-40]}")]),
+    (M2, "content", {}, BLOCK, [("content", BLOCK)]),
+    (M3, "content", TOOLS, f"<mm:think>Hm.</mm:think>x{BLOCK_M3}",
+     [("reasoning", "Hm."), ("content", "x"), ("calls", MADE)]),
+    (M3, "content", TOOLS, f"{MARK}<tool", [("content", f"{MARK}<tool")]),
 ]  # fmt: skip
 
 
@@ -93,74 +101,3 @@ def test_an_answer_comes_apart_wherever_it_is_cut(talk, inside, tools, text, wan
             else:
                 found.append((kind, piece))
     assert found == wanted
-
-
-# Tool calls ------------------------------------------------------------------------------------------------------
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string"}, "days": {"type": "integer"}, "share": {"type": ["number", "null"]},
-        "metric": {"anyOf": [{"type": "boolean"}, {"type": "string"}]}, "tags": {"type": "array", "items": {"type": "string"}},
-        "where": {"type": "object", "properties": {"x": {"type": "number"}}}, "mode": {"enum": [1, 2]},
-        "rows": {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}},
-    },
-}  # fmt: skip
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
-
-
-def arguments(calls):
-    return [json.loads(call["function"]["arguments"]) for call in call_objects(calls, TOOLS, 0)]
-
-
-def test_calls_as_the_first_family_writes_them():
-    text = (
-        '<invoke name="f">\n<parameter name="city"> New\nYork </parameter><parameter name="days">3</parameter>'
-        '<parameter name="share">null</parameter><parameter name="metric">true</parameter>'
-        '<parameter name="tags">["a", "b"]</parameter><parameter name="where">{"x": 1.5}</parameter></invoke>'
-        "<invoke name='f'><parameter name='days'>three</parameter><parameter name='mode'>2</parameter></invoke>"
-        '<invoke name="f"><parameter name="city">cut o'
-    )
-    assert arguments(M2.read_calls(text)) == [
-        {"city": " New\nYork ", "days": 3, "share": None, "metric": True, "tags": ["a", "b"], "where": {"x": 1.5}},
-        {"days": "three", "mode": 2},
-    ]
-
-
-def element(name: str, inside: str) -> str:
-    return f"{MARK}<{name}>{inside}{MARK}</{name}>"
-
-
-def invoke(inside: str) -> str:
-    return f'{MARK}<invoke name="f">{inside}{MARK}</invoke>\n'
-
-
-def test_calls_as_the_second_family_writes_them():
-    rows = element("rows", "".join(element("item", element("n", str(n))) for n in (1, 2)))
-    tags = element("tags", element("item", "a < b") + element("item", "]<]c"))
-    text = (
-        invoke(element("city", "Köln") + element("days", "3") + tags)
-        + invoke(element("where", element("x", "1e3") + element("y", "south")) + rows)
-        + invoke("")
-        + invoke(f"{MARK}<city>{MARK}</days>")  # closed by another name
-        + f'{MARK}<invoke name="f">{MARK}<city>cut o'
-    )
-    assert arguments(M3.read_calls(text)) == [
-        {"city": "Köln", "days": 3, "tags": ["a < b", "]<]c"]},
-        {"where": {"x": 1000, "y": "south"}, "rows": [{"n": 1}, {"n": 2}]},
-        {},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("words", "schema", "wanted"),
-    [
-        ("7", {"type": "string"}, "7"), ("7", {"type": "integer"}, 7), ("7.0", {"type": "integer"}, "7.0"),
-        ("nan", {"type": "number"}, "nan"), ("1e999", {"type": "number"}, "1e999"), ("0.5", {"type": "number"}, 0.5),
-        ("True", {"type": "boolean"}, True), ("yes", {"type": "boolean"}, "yes"), ("[1", {"type": "array"}, "[1"),
-        ("null", {"type": ["null", "string"]}, None), ("7", None, "7"), ("7", {"type": 5}, "7"), ("7", {"anyOf": 5}, "7"),
-        ("9" * 2000, {"type": "integer"}, "9" * 2000), ("", {"type": "object"}, ""), ("{}", {"type": "object"}, {}),
-    ],
-)  # fmt: skip
-def test_words_become_what_the_schema_says(words, schema, wanted):
-    assert typed(words, schema) == wanted and type(typed(words, schema)) is type(wanted)

@@ -183,17 +183,28 @@ class Serving:
     attention_backend: str = ""  # vLLM's name; "" leaves it to the server
 
 
-Value = str | list[tuple[str, Any]]  # of an argument, as it was written: words, or named values in it
-Call = tuple[str, list[tuple[str, Value]]]  # a tool's name, and its arguments in order
+@dataclass(frozen=True)
+class Markup:
+    """How a chat template writes the tool calls of an answer: one block of calls, each with its values.
+
+    In a tag {} stands for a name. A string is written as it is. Anything else is JSON, or where `nested`, elements
+    as the values themselves are: an object's after its members but for null ones, a list's all called "item".
+    """
+
+    block: tuple[str, str]  # around all calls
+    call: tuple[str, str]
+    value: tuple[str, str]
+    gaps: tuple[str, str, str, str]  # what follows an opened block, an opened call, a closed value, a closed call
+    mark: str = ""  # that every tag begins with
+    nested: bool = False
 
 
 @dataclass(frozen=True)
 class Talk:
-    """How an answer says what it thinks and which tools it calls: words that stand before and after either."""
+    """How an answer says what it thinks and which tools it calls."""
 
-    think: tuple[str, str]
-    calls: tuple[str, str]
-    read_calls: Callable[[str], list[Call]]  # what stands between the words of `calls`; what is malformed is left out
+    think: tuple[str, str]  # the words around it
+    calls: Markup
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 The configs promise three MTP modules and no released file holds a tensor of them, so none is expected.
 """
 
-import re
 from typing import Any
 
 from torch.nn.functional import silu
@@ -14,11 +13,11 @@ from .base import (
     MOST_LAYERS,
     Architecture,
     Arithmetic,
-    Call,
     Config,
     Engine,
     Family,
     Linear,
+    Markup,
     Router,
     Serving,
     Talk,
@@ -134,13 +133,12 @@ def serving(config: Config) -> Serving:
     )  # fmt: skip
 
 
-INVOKE = re.compile(r"""<invoke name=["']?([^"'>]+)["']?>(.*?)</invoke>""", re.DOTALL)
-PARAMETER = re.compile(r"""<parameter name=["']?([^"'>]+)["']?>(.*?)</parameter>""", re.DOTALL)
-
-
-def read_calls(text: str) -> list[Call]:
-    """As the model's chat template writes them; white space in a value is part of it."""
-    return [(name, list(PARAMETER.findall(inside))) for name, inside in INVOKE.findall(text)]
+CALLS = Markup(
+    block=("<minimax:tool_call>", "</minimax:tool_call>"),
+    call=('<invoke name="{}">', "</invoke>"),
+    value=('<parameter name="{}">', "</parameter>"),
+    gaps=("\n", "\n", "\n", "\n"),
+)
 
 
 MINIMAX_M2 = Family(
@@ -158,6 +156,6 @@ MINIMAX_M2 = Family(
         parameters=parameters,
     ),
     engine=Engine(engine_name, serving),
-    talk=Talk(("<think>", "</think>"), ("<minimax:tool_call>", "</minimax:tool_call>"), read_calls),
+    talk=Talk(("<think>", "</think>"), CALLS),
     released=plain_rope,
 )

@@ -5,7 +5,6 @@ configs promise MTP modules (and the BF16 index counts one in its total_size), b
 holds a tensor of them, so none is expected.
 """
 
-import re
 from typing import Any
 
 from ..errors import FamilyError
@@ -15,17 +14,16 @@ from .base import (
     MOST_LAYERS,
     Architecture,
     Arithmetic,
-    Call,
     Config,
     Engine,
     Family,
     Linear,
+    Markup,
     Refusal,
     Router,
     Serving,
     Talk,
     TensorInfo,
-    Value,
     Vision,
     Wiring,
     attended,
@@ -329,33 +327,15 @@ VISION = Vision(
 )
 
 
-MARK = "]<]minimax[>["  # before every tag of a tool call
-TAG = re.compile(re.escape(MARK) + r"<(/?)(invoke name=)?[\"']?([^<>\"']+)[\"']?>")
-
-
-def read_calls(text: str) -> list[Call]:
-    """As the model's chat template writes them: elements named after arguments, in each other where a value has parts.
-
-    A call that is malformed or not complete is left out.
-    """
-    found: list[Call] = []
-    open_tags: list[tuple[str, list[tuple[str, Value]]]] = []  # the call at the bottom, and the elements open in it
-    end = 0
-    for tag in TAG.finditer(text):
-        closing, call, name = tag[1], tag[2], tag[3]
-        if call:
-            open_tags = [(name, [])]
-        elif open_tags and not closing:
-            open_tags.append((name, []))
-        elif len(open_tags) > 1 and name == open_tags[-1][0]:
-            _, parts = open_tags.pop()
-            open_tags[-1][1].append((name, parts or text[end : tag.start()]))
-        elif len(open_tags) == 1 and name == "invoke":
-            found.append(open_tags.pop())
-        else:
-            open_tags = []
-        end = tag.end()
-    return found
+MARK = "]<]minimax[>["
+CALLS = Markup(
+    block=(f"{MARK}<tool_call>", f"{MARK}</tool_call>"),
+    call=(MARK + '<invoke name="{}">', f"{MARK}</invoke>"),
+    value=(MARK + "<{}>", MARK + "</{}>"),
+    gaps=("\n", "", "", "\n"),
+    mark=MARK,
+    nested=True,
+)
 
 
 MINIMAX_M3_VL = Family(
@@ -374,7 +354,7 @@ MINIMAX_M3_VL = Family(
         shared="mlp.shared_experts",
     ),
     engine=Engine(engine_name, serving),
-    talk=Talk(("<mm:think>", "</mm:think>"), (f"{MARK}<tool_call>", f"{MARK}</tool_call>"), read_calls),
+    talk=Talk(("<mm:think>", "</mm:think>"), CALLS),
     released=released,
     vision=VISION,
 )

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .fields import Fields
 from .model import Served, normal
 from .requests import MOST_LOGPROBS, Text, read_wish, steps, usage
 from .text import BROKEN, Answer, Part
-from .tools import call_objects
+from .tools import call_objects, shapes_of
 
 
 @dataclass
@@ -23,7 +23,6 @@ class Reply:
     """One choice as a message. `add` returns what is new as a delta of OpenAI's stream."""
 
     answer: Answer
-    tools: Sequence[Mapping[str, Any]]
     reasoning: str = ""
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -33,7 +32,7 @@ class Reply:
         delta: dict[str, Any] = {}
         for kind, piece in parts:
             if kind == "calls":
-                new = call_objects(self.answer.talk.read_calls(piece), self.tools, len(self.calls))
+                new = call_objects(piece, self.answer.tools, self.answer.talk.calls, len(self.calls))
                 self.calls += new
                 delta["tool_calls"] = [*delta.get("tool_calls", []), *new]
             elif kind == "reasoning":
@@ -108,7 +107,8 @@ async def chat(fields: Fields, request: Request, served: Served) -> AsyncIterato
     prompt = await asyncio.to_thread(served.encode, written, special=False)
     asks, texts = wish.asks(served, [prompt]), list[Text]()
     inside = "reasoning" if served.thinks(written) else "content"
-    replies = [Reply(Answer(served.checkpoint.family.talk, inside, bool(tools)), tools) for _ in asks]
+    shapes = shapes_of(tools)
+    replies = [Reply(Answer(served.checkpoint.family.talk, inside, shapes)) for _ in asks]
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
     chunk, begun = {**head, "object": "chat.completion.chunk"}, set[int]()
     async for index, gained, news in steps(request, served, asks, wish, texts):

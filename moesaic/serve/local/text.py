@@ -4,12 +4,15 @@ A character may be spread over tokens and a word over pieces, so both hold back 
 something else. What has been let out never changes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import tokenizers
 
 from ...families import Talk
+from .calls import head, read_block
+from .schema import Shape
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what the tokenizer makes of bytes that are no whole character
 
@@ -77,7 +80,7 @@ def unfinished(text: str, words: Sequence[str]) -> int:
     return next(ends, 0)
 
 
-Part = tuple[str, str]  # "reasoning" or "content" with a piece of it, or "calls" with a whole block of them
+Part = tuple[str, Any]  # "reasoning" or "content" with a piece of it, or "calls" with the calls of a block
 
 
 @dataclass
@@ -85,41 +88,74 @@ class Answer:
     """A chat answer taken apart by the words of its family.
 
     `inside` is the part that it begins in: "reasoning" where the prompt has opened it. Without `tools` what
-    looks like a call is content.
+    looks like a call is content. A block of calls is read when the answer is over, because only then can it be
+    told whether a word of its grammar stood in an argument; one within reasoning that is closed later is reasoning.
     """
 
     talk: Talk
     inside: str
-    tools: bool
+    tools: Mapping[str, Shape]
     held: str = ""
+    block: bool = False  # whether `held` begins with a block, of which the rest is to come
 
     def push(self, text: str) -> Iterator[Part]:
         self.held += text
-        while True:
+        while not (self.block and self.inside == "content"):
             words = self.words()
+            begun, sure = self.begun()
             at, word = min(((at, w) for w in words if (at := self.held.find(w)) >= 0), default=(-1, ""))
-            if at < 0:
-                break
-            before, self.held = self.held[:at], self.held[at + len(word) :]
-            yield from self.part(before)
-            self.inside = words[word]
-        if self.inside != "calls":
-            keep = unfinished(self.held, list(self.words()))
+            if at >= 0 and (self.inside == "reasoning" or not 0 <= begun < at):
+                before, self.held = self.held[:at], self.held[at + len(word) :]
+                self.inside, inside, self.block = words[word], self.inside, False
+                yield from part(inside, before)
+                continue
+            keep = (
+                len(self.held) - begun
+                if begun >= 0
+                else unfinished(self.held, [*words, *([self.opening] if self.tools else [])])
+            )
             piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-            yield from self.part(piece)
+            self.block = sure
+            yield from part(self.inside, piece)
+            break
 
     def rest(self) -> Iterator[Part]:
+        while self.block:
+            whole, self.held, self.block = self.held, "", False
+            found = read_block(whole.removeprefix(self.opening), self.talk.calls, self.tools)
+            if not found.calls:
+                yield from part(self.inside, whole)
+                return
+            self.inside = "content"
+            yield "calls", found.calls
+            if not found.closed:
+                yield from part("content", found.rest)
+                return
+            yield from self.push(found.rest)
         piece, self.held = self.held, ""
-        yield from self.part(piece)
+        yield from part(self.inside, piece)
 
-    def part(self, text: str) -> Iterator[Part]:
-        if text:
-            yield self.inside, text
+    @property
+    def opening(self) -> str:
+        return self.talk.calls.block[0]
+
+    def begun(self) -> tuple[int, bool]:
+        """Where in `held` a block begins or may begin, -1 for nowhere, and whether it does: a call has to follow."""
+        if self.block:
+            return 0, True
+        word, call, at = self.opening, head(self.talk.calls.call[0]), -1
+        while self.tools and (at := self.held.find(word, at + 1)) >= 0:
+            after = self.held[at + len(word) :].lstrip()
+            if after.startswith(call) or call.startswith(after):
+                return at, after.startswith(call)
+        return -1, False
 
     def words(self) -> dict[str, str]:
-        """The words that matter here, with the part that begins after each."""
-        (think, thought), (call, called) = self.talk.think, self.talk.calls
-        if self.inside == "calls":
-            return {called: "content"}
-        found = {thought: "content"} if self.inside == "reasoning" else {think: "reasoning", thought: "content"}
-        return found | ({call: "calls"} if self.tools else {})
+        """The words around reasoning that matter here, with the part that begins after each."""
+        think, thought = self.talk.think
+        return {thought: "content"} if self.inside == "reasoning" else {think: "reasoning", thought: "content"}
+
+
+def part(inside: str, text: str) -> Iterator[Part]:
+    if text:
+        yield inside, text
