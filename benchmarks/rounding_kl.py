@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
-from moesaic.make import make
+from moesaic.make import make, rendered
 from moesaic.measure.excess import excess
 from moesaic.plan import Plan
 from moesaic.quantize import SCOPES, formats_of
@@ -47,7 +47,8 @@ def kl_of_rows(
     calibration, heldout = both
     shutil.rmtree(folder, ignore_errors=True)
     began = time.process_time()
-    result, _ = make(source, plan, folder / "out", folder / "rendered", lambda: calibration, quiet=True)
+    plan, _ = rendered(source, plan, folder / "out", folder, lambda: calibration, quiet=True)
+    result = make(source, plan, folder / "out", folder, quiet=True)
     seconds = time.process_time() - began
     _, hidden_BTD = last_hidden(result, heldout)
     (kl_BS,) = excess(run, wanted_BTD, [hidden_BTD])

@@ -11,7 +11,7 @@ FLOORS = (
     ("files",),
     ("utf8",),
     ("registry", "artifact", "progress", "resources", "verdict"),
-    ("formats", "plan", "criteria", "rope", "tokenizer"),
+    ("formats", "plan", "overlay", "criteria", "rope", "tokenizer"),
     ("kernels", "families", "recode"),
     ("containers",),
     ("checkpoint", "tokens"),

@@ -38,10 +38,9 @@ from .errors import CheckError, InputError
 from .evaluate import Reading, Scores, evaluate
 from .fit import Layout, check_layout
 from .formats import FORMATS
-from .make import expert_errors, make, rounding_on
+from .make import expert_errors, make, rendered, rounding_on
 from .measure import Prices
 from .plan import SOURCE, Plan
-from .render import BESIDE
 from .report import report
 from .rounding import ROUNDINGS
 from .select import Selection, check_names, select_experts
@@ -126,8 +125,10 @@ def compress(
     if Target.of(source, plan).uncalibrated:
         plan = calibrated(source, plan, text(), run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
+    plan, rounded = rendered(source, plan, run / "model", run, text, quiet)
+    plan.save(run / "plan.json", {"source": source.identity})
 
-    result, rendered = make(source, plan, run / "model", run / BESIDE, text, quiet)
+    result = make(source, plan, run / "model", run, quiet)
     if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
         raise CheckError(
             f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
@@ -144,7 +145,7 @@ def compress(
         "report": str(page),
         "verified": dict(verdict.compared),
         "chosen": chosen.facts if chosen else None,
-        "rendered": rendered,
+        "rendered": rounded,
         "settled": settled_by(run) if recipe.until_stable else None,
     }
 

@@ -15,7 +15,6 @@ from .errors import InputError
 from .export import check_free, export
 from .fit import Layout, check_layout
 from .plan import Plan
-from .render import BESIDE, is_dropped
 from .target import Target, keeps_bytes, keeps_values
 from .verify import verify
 
@@ -54,22 +53,17 @@ def export_run(
         if not (model / "config.json").exists():
             export_run(run, None, None, None, check, quiet)
         return convert(model, out or run / f"model-{to}", to, layout, check, quiet)
-    rendered = run / BESIDE if (run / BESIDE).exists() else None
-    if rendered and is_dropped(rendered) and not ((out or model) / "config.json").exists():
-        raise InputError(
-            f"what {run} rounded on text lies in {model} alone; copy that folder, or if it is gone, run compress again"
-        )
     check_free(out or model, source)
-    return written(Target.of(source, plan), out or model, rendered, layout, check, quiet)
+    return written(Target.of(source, plan), out or model, run, layout, check, quiet)
 
 
 def written(
-    target: Target, out: Path, rendered: Path | None, layout: Layout | None, check: bool, quiet: bool
+    target: Target, out: Path, overlays: Path | None, layout: Layout | None, check: bool, quiet: bool
 ) -> dict[str, Any]:
     source = target.source
     if layout is not None:
         check_layout(target, layout)
-    result = export(source, target.plan, out, quiet, rendered)
+    result = export(source, target.plan, out, quiet, overlays)
     facts: dict[str, Any] = {
         "model": str(source.path),
         "out": str(out),
@@ -80,7 +74,7 @@ def written(
         "bytes": sum(t.bytes for t in result.inventory),
     }
     if check:
-        verdict = verify(out, source, quiet, rendered)
+        verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
         verdict.require(out, "remove it and export again")
     write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})

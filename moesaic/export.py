@@ -15,46 +15,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, overlay
 from .artifact import atomic, writing
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, reading, sample
 from .containers import Packing, siblings
+from .containers.base import DTYPES
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
 from .files import open_file, walk
 from .plan import Plan
 from .progress import progress
 from .recode import recode
-from .render import from_files
 from .rounding import Rounding, round_siblings, rounding_named
 from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
-from .target import Target, keeps_bytes, keeps_values
+from .target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
 
 NOTE = "moesaic/plan.json"
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
 WRITTEN_ANEW = ("config.json", INDEX, "README.md")
 
 
-def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rendered: Path | None = None) -> Checkpoint:
+def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overlays: Path | None = None) -> Checkpoint:
     """Write the model that `plan` makes of `source` to the folder `out`, and open it.
 
-    `rendered` is the folder of `render` where the plan's rounding needs data, or that of `repair`.
+    `overlays` is the folder in which those that the plan names lie; default: the export's own moesaic/.
     Memory: a few decoded matrices for each of two threads. Raises `PlanError` before the first byte
     when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
     too small. Interrupted at any byte, the same call continues.
     """
     target, rounding = Target.of(source, plan), rounding_of(plan)
-    if rounding.needs and rendered is None:
+    if rounding.needs and any(is_made_of_source(target, n) for n in target.architecture.linears):
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
-    if plan.repaired and rendered is None:
-        raise PlanError("the plan has shared experts that were repaired on text, and they are not at hand; prune again")
     if unknown := target.uncalibrated:
         raise PlanError(
             f"the plan rounds activations as they come, and does not know how large {sample(unknown)} get; "
             "compress measures that on text"
         )
     try_recoding(target)
-    shards = plan_shards(sorted_pieces(target, rendered), SHARD_BYTES)
+    take = from_overlays(target, overlays or out / "moesaic", (out / "config.json").exists())
+    shards = plan_shards(sorted_pieces(target, take), SHARD_BYTES)
     claim(out, source, plan)
     prepare_kernels(target, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
@@ -72,10 +71,16 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, rende
 def claim(out: Path, source: Checkpoint, plan: Plan) -> None:
     """Make `out` this export's folder, or find that it already is."""
     check_free(out, source)
-    note = out / NOTE
-    if not note.exists():
-        plan.save(note, {"source": source.identity})
-    elif Plan.load(note) != plan:
+    if not (out / NOTE).exists():
+        plan.save(out / NOTE, {"source": source.identity})
+    elif Plan.load(out / NOTE) != plan:
+        raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
+
+
+def check_plan(out: Path, source: Checkpoint, plan: Plan) -> None:
+    """Refuse an `out` that holds an export by another plan, whatever overlays `plan` is still to get. Errors as `check_free`."""
+    check_free(out, source)
+    if (out / NOTE).exists() and Plan.load(out / NOTE).identity != plan.identity:
         raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
 
 
@@ -97,23 +102,64 @@ def rounding_of(plan: Plan) -> Rounding:
     return rounding_named(plan.rounding)
 
 
-def sorted_pieces(target: Target, rendered: Path | None = None) -> list[Piece]:
-    """All pieces, in the order in which their bytes lie in the source, so that disks read forwards."""
-    found = list(small_pieces(target)) + list(linear_pieces(target, rendered))
+Take = Callable[[Sequence[str]], Iterator[Tensor]]  # names of matrices or tensors of the target -> tensors as written
+
+
+def from_overlays(target: Target, folder: Path, is_whole: bool) -> Take:
+    """What the plan's overlays in `folder` hold. Of an export that `is_whole`, their tensors may be gone.
+
+    Raises `InputError` for an overlay that is not there or incomplete, `StaleError` for one of another plan or source;
+    and so does each tensor when its turn comes.
+    """
+    inputs, folders = bound(target.source, target.plan), dict[str, Path]()
+    for name, digests in target.plan.overlays.items():
+        found = overlay.listing(folder / name, inputs)["items"]
+        if found != digests:
+            other = sorted(k for k in {*found, *digests} if found.get(k) != digests.get(k))
+            raise StaleError(f"{folder / name} is not the overlay that the plan names: it differs in {sample(other)}")
+        lost = [item for item in digests if not overlay.path_of(folder / name, item).exists()]
+        if lost and not is_whole:
+            raise InputError(
+                f"{folder / name} lacks {sample(lost)}: an export took them in and they were removed, or they are lost; "
+                "copy that export, or make the overlay again"
+            )
+        folders |= dict.fromkeys(digests, folder / name)
+
+    def take(items: Sequence[str]) -> Iterator[Tensor]:
+        for item in items:
+            wanted = target.item(item)
+            tensors = overlay.get(folders[item], item, [t.name for t in wanted], inputs, target.plan.overlaid[item])
+            for info, tensor in zip(wanted, tensors):
+                if (tensor.dtype, tuple(tensor.shape)) != (DTYPES[info.dtype], info.shape):
+                    found = f"{tensor.dtype} {list(tensor.shape)}"
+                    raise InputError(f"{info.name} of an overlay is {found}, wanted {info.dtype} {list(info.shape)}")
+                yield tensor
+
+    return take
+
+
+def sorted_pieces(target: Target, take: Take | None = None) -> list[Piece]:
+    """All pieces, in the order in which their bytes lie in the source, so that disks read forwards.
+
+    Without `take` they tell sizes, and what is in overlays cannot be made.
+    """
+    found = list(small_pieces(target, take)) + list(linear_pieces(target, take))
     return [piece for _, piece in sorted(found, key=lambda p: p[0])]
 
 
 Placed = tuple[tuple[str, int], Piece]
-Make = Callable[[tuple[Linear, ...]], Iterable[Tensor]]  # of a group that a server fuses: its packed tensors
+Make = Callable[[], Iterable[Tensor]]  # the packed tensors of a group that a server fuses
 Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its tensors by meaning
 
 
-def small_pieces(target: Target) -> Iterator[Placed]:
+def small_pieces(target: Target, take: Take | None) -> Iterator[Placed]:
     source, plan = target.source, target.plan
     rows = {name: plan.kept[layer] for name, layer in target.architecture.rows_of.items() if plan.kept}
     for info in target.architecture.tensors:
         stored = source.where(info.name)
-        if info.name in rows:
+        if info.name in plan.overlaid:
+            yield (stored.file, stored.offset), Piece((info,), make=take and partial(take, (info.name,)))
+        elif info.name in rows:
             yield (
                 (stored.file, stored.offset),
                 Piece((info,), make=partial(slice_rows, source, info.name, rows[info.name])),
@@ -127,29 +173,29 @@ def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable
     return (source.read(name)[list(rows)],)
 
 
-def linear_pieces(target: Target, rendered: Path | None) -> Iterator[Placed]:
+def linear_pieces(target: Target, take: Take | None) -> Iterator[Placed]:
     changed = [n for n in target.architecture.linears if not keeps_bytes(target, n)]
     for linear in target.architecture.linears:
         if keeps_bytes(target, linear):
             yield from copies(target, linear)
-    by_text = any(is_by_text(target, n) for n in changed)
-    taken = from_files(rendered, target) if rendered is not None and by_text else None
-    for group in siblings(changed):
+    for group in apart(target, siblings(changed)):
         place = target.container.place(target.architecture, group[0])
         tensors = tuple(info for n in group for info in tensors_of(target, n).values())
         first = next(iter(stored_parts(target, group[0]).values()))
-        made: Make = partial(round_together, target, rounding=rounding_of(target.plan))
-        if taken is not None and is_by_text(target, group[0]):
-            made = taken
+        make: Make | None = partial(round_together, target, group, rounding_of(target.plan))
+        if group[0].name in target.plan.overlaid:
+            make = take and partial(take, [n.name for n in group])
         elif keeps_values(target, group[0]):
-            made = partial(recoded, target)
-        yield (first.file, first.offset), Piece(tensors, make=partial(made, group), row=place.row, rows=place.rows)
+            make = partial(recoded, target, group)
+        yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
 
 
-def is_by_text(target: Target, linear: Linear) -> bool:
-    """Whether a matrix is what it is because of text, and cannot be had from the source alone."""
-    rounded_so = bool(rounding_of(target.plan).needs) and not keeps_values(target, linear)
-    return rounded_so or linear.name in target.plan.repaired
+def apart(target: Target, groups: Iterable[tuple[Linear, ...]]) -> Iterator[tuple[Linear, ...]]:
+    """Groups with what overlays hold apart from what they do not."""
+    for group in groups:
+        for inside in (True, False):
+            if part := tuple(n for n in group if (n.name in target.plan.overlaid) == inside):
+                yield part
 
 
 def copies(target: Target, linear: Linear) -> Iterator[Placed]:
@@ -221,7 +267,7 @@ def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
 
 def prepare_kernels(target: Target, quiet: bool) -> None:
     """Compile before a meter runs what will be needed while it does."""
-    changed = (n for n in target.architecture.linears if not keeps_values(target, n) and not is_by_text(target, n))
+    changed = (n for n in target.architecture.linears if is_made_of_source(target, n))
     written = {target.packing(n).format for n in changed if in_kernels(target, (n,))}
     if rounding_of(target.plan).kernel and written:
         kernels.of(kernels.device()).prepare(written, quiet)

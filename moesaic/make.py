@@ -1,44 +1,53 @@
-"""A plan made true: rendered on text where its rounding looks at data, and then written.
+"""A plan carried out: rendered on text where its rounding looks at data, and then written.
 
-Rendered matrices lie in a folder of their own until they are in the export's shards; its rendered.json stays, with
-what each rounding had to go by and the digest of every group, which `verify` holds the shards to. Leaves out choosing
-a plan, and checking what was written.
+Rendered matrices lie in an overlay until they are in the export's shards; its listing stays, with what each rounding
+had to go by. Leaves out choosing a plan, and checking what was written.
 """
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import overlay
 from .checkpoint import Checkpoint, sample
 from .corpus import Corpus
-from .export import claim, export, rounding_of
+from .export import check_plan, export, rounding_of
 from .plan import Plan
-from .render import drop, is_dropped, render
+from .render import FOLDER, render
 from .rounding import ROUNDINGS
 from .target import Target
 from .tokens import TokenSet
 from .verdict import Verdict
 
 
-def make(
-    source: Checkpoint, plan: Plan, out: Path, rendered: Path, text: Callable[[], TokenSet], quiet: bool = False
-) -> tuple[Checkpoint, dict[str, Any] | None]:
-    """Write what `plan` makes of `source` to `out`; returns the export, and what rendering reports if it took place.
+def rendered(
+    source: Checkpoint, plan: Plan, out: Path, overlays: Path, text: Callable[[], TokenSet], quiet: bool = False
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan with an overlay of what its rounding needs text for, and what rendering that reports.
 
-    Where the plan's rounding needs no data, `text` is not called, and nothing is in the folder `rendered`. Memory,
-    errors and resumption are `render`'s and `export`'s.
+    The overlay lies in `overlays`, and `out` is where the export is going to be. Where the rounding needs no data, the plan
+    stays as it is and `text` is not called. Memory, errors and resumption are `render`'s.
     """
     if not rounding_of(plan).needs:
-        return export(source, plan, out, quiet), None
-    Target.of(source, plan)  # refuses before the folder is taken
-    claim(out, source, plan)
-    if is_dropped(rendered) and not (out / "config.json").exists():
-        shutil.rmtree(rendered)  # the export that had taken it in is gone
-    facts = render(source, plan, text(), rendered, quiet)
-    result = export(source, plan, out, quiet, rendered)
-    drop(rendered)
-    return result, {name: value for name, value in facts.items() if name not in ("by_group", "inputs")}
+        return plan, None
+    Target.of(source, plan)  # refuses before the hours
+    check_plan(out, source, plan)
+    folder = overlays / FOLDER
+    if overlay.is_dropped(folder) and not (out / "config.json").exists():
+        shutil.rmtree(folder)  # the export that had taken it in is gone
+    facts = render(source, plan, text(), folder, quiet)
+    told = {name: value for name, value in facts.items() if name not in ("by_group", "inputs", "items")}
+    return replace(plan, overlays={FOLDER: facts["items"]} if facts["items"] else {}), told
+
+
+def make(source: Checkpoint, plan: Plan, out: Path, overlays: Path, quiet: bool = False) -> Checkpoint:
+    """Write the export, and free the disk of the overlays that it has taken in. Resumption and errors are `export`'s."""
+    result = export(source, plan, out, quiet, overlays)
+    for name in plan.overlays:
+        overlay.drop(overlays / name)
+    return result
 
 
 def rounding_on(name: str, corpus: Corpus) -> str:

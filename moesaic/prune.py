@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import overlay
 from .artifact import atomic, write_json
 from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from .checkpoint import Checkpoint
@@ -20,7 +21,6 @@ from .loops import Probe, probe
 from .plan import Plan
 from .preview import Candidate, Kept, Outlook, candidates, plot, preview
 from .progress import progress
-from .render import drop, is_dropped
 from .repair import FOLDER as REPAIRED
 from .repair import check_repairable, repair
 from .select import POOLED, check_names, select_experts
@@ -94,8 +94,8 @@ def prune(
     mended: dict[str, Any] = {}
     if mend:
         plan, mended["repair"] = repaired(source, plan, corpus, work, quiet)
-    result = export(source, plan, out, quiet, work / REPAIRED if plan.repaired else None)
-    drop(work / REPAIRED)
+    result = export(source, plan, out, quiet)
+    overlay.drop(work / REPAIRED)
     facts = selection.facts() | {
         "command": command,
         "model": str(model),
@@ -119,12 +119,12 @@ def prune(
 def repaired(source: Checkpoint, plan: Plan, corpus: Corpus, work: Path, quiet: bool) -> tuple[Plan, dict[str, Any]]:
     """The plan with shared experts fitted to its cut, if that helps on text not fitted on; and what it changed."""
     folder = work / REPAIRED
-    if is_dropped(folder) and not (work.parent / "config.json").exists():
+    if overlay.is_dropped(folder) and not (work.parent / "config.json").exists():
         shutil.rmtree(folder)  # the export that had taken it in is gone
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     tokens = corpus.calibration(source, work / "tokens.safetensors")
     found, facts = repair(source, plan, tokens, rows, folder, corpus.seed, quiet)
-    return replace(plan, repaired=found), facts
+    return replace(plan, overlays={REPAIRED: found} if found else {}), facts
 
 
 def know(source: Checkpoint, counts: Sequence[int], ranking: Ranking, corpus: Corpus, work: Path, quiet: bool) -> Known:

@@ -14,9 +14,8 @@ from .errors import InputError
 from .export import check_free
 from .fit import Layout, check_layout
 from .formats import FORMATS
-from .make import expert_errors, make, rounding_on
+from .make import expert_errors, make, rendered, rounding_on
 from .plan import SOURCE, Plan
-from .render import FOLDER
 from .rounding import ROUNDINGS
 from .target import Target
 from .tokens import TokenSet
@@ -53,7 +52,8 @@ def quantize(
     def text() -> TokenSet:
         return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")
 
-    result, rendered = make(source, plan, out, out / FOLDER, text, quiet)
+    plan, told = rendered(source, plan, out, out / "moesaic", text, quiet)
+    result = make(source, plan, out, out / "moesaic", quiet)
     facts: dict[str, Any] = {
         "command": command,
         "model": str(model),
@@ -63,7 +63,7 @@ def quantize(
         "rest": rest,
         "container": to,
         "rounding": plan.rounding,
-        "rendered": rendered,
+        "rendered": told,
         "source_bytes": sum(t.bytes for t in source.inventory),
         "bytes": sum(t.bytes for t in result.inventory),
     }

@@ -3,7 +3,7 @@
 Of each layer one matrix is fitted anew by least squares, on text, in the model that is repaired so far: the shared
 expert's down projection W becomes W + R Hᵀ (H Hᵀ + λ I)⁻¹, H being what it multiplies and R what the cut block lacks
 of the full block's output on the same input. Whether that helps is measured on other text, row by row. The matrices
-lie in a folder like a rendering's until `export` has taken them in. Leaves out families without a shared expert.
+lie in an overlay until `export` has taken them in. Leaves out families without a shared expert.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import overlay
 from .artifact import read_json, read_tensors, write_json, write_tensors
 from .checkpoint import Checkpoint, sample
 from .divergence import Bootstrap, against
@@ -20,12 +21,11 @@ from .errors import CheckError, InputError
 from .families import Linear
 from .plan import Plan, dropped
 from .progress import progress
-from .render import DONE, digests, inputs_of
 from .render.group import format_of, read_values, weights_of, write_group
 from .rounding import ROUNDINGS, round_siblings
 from .stream import Change, LayerRun, LinearPass, Observer, State
 from .stream.memory import spans
-from .target import Target, is_repairable
+from .target import Target, bound
 from .tokens import TokenSet
 
 FOLDER, VERDICT = "repaired", "repair.json"
@@ -36,8 +36,8 @@ FIT_TOKENS = 16_384  # five for each column of the largest shared expert that th
 def repair(
     source: Checkpoint, plan: Plan, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
-    """Fit the shared experts of what `plan` cuts from `source`; returns the plan's `repaired`, empty where it does not
-    help, and JSON-able facts of what it changed.
+    """Fit the shared experts of what `plan` cuts from `source`; returns the items of the overlay in `folder`, none where it does
+    not help, and JSON-able facts of what it changed.
 
     It helps where the 95 % interval of its change of KL(source ‖ cut), paired over the rows of `heldout`, lies below
     zero. Interrupted, the same call goes on at the layer it had reached; done before, it only reads. Memory: that of
@@ -46,19 +46,19 @@ def repair(
     """
     check_repairable(source)
     fitted = tokens.take(range(0, tokens.rows, -(-tokens.tokens // FIT_TOKENS)))
-    inputs = inputs_of(source, plan) | {"tokens": fitted.identity}
+    inputs = bound(source, plan) | {"tokens": fitted.identity}
     target, run = Target.of(source, plan), LayerRun(source)
-    if not (folder / DONE).exists():
+    if not overlay.is_finished(folder):
         fit(run, target, fitted, folder, inputs, quiet)
-    found = read_json(folder / DONE, "rendered", inputs)
+    found = overlay.listing(folder, inputs)
     inputs["heldout"] = heldout.identity
     if not (folder / VERDICT).exists():
         facts = measured(run, target, heldout, folder, seed, quiet)
-        counts = {"matrices": len(found["by_group"]), "fitted_tokens": fitted.tokens}
+        counts = {"matrices": len(found["items"]), "fitted_tokens": fitted.tokens}
         write_json(folder / VERDICT, "repair", counts | facts, inputs)
     facts = read_json(folder / VERDICT, "repair", inputs)
     told = {name: value for name, value in facts.items() if name not in ("kind", "schema", "maker", "inputs")}
-    return digests(folder) if facts["kept"] else {}, told
+    return found["items"] if facts["kept"] else {}, told
 
 
 def check_repairable(source: Checkpoint) -> None:
@@ -72,6 +72,11 @@ def check_repairable(source: Checkpoint) -> None:
             f"{source.path} rounds what {sample(bound)} multiply by a scale that was measured for them as they are; "
             "leave out --repair"
         )
+
+
+def is_repairable(linear: Linear) -> bool:
+    """Whether a matrix may stand in for dropped experts: every token passes it, and it adds to what they added to."""
+    return linear.role == "shared" and linear.projection == "down"
 
 
 # Fitting ----------------------------------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ def fit(
             meter.advance(1)
     if len(groups) != (wanted := sum(map(is_repairable, target.architecture.linears))):
         raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
-    write_json(folder / DONE, "rendered", {"by_group": groups}, inputs)
+    overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, {})
     saved.unlink()
 
 
@@ -156,7 +161,7 @@ def repaired(target: Target, folder: Path) -> Change:
     def change(linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
         found = {n.name: w_OI for n, w_OI in zip(linears, values)}
         for linear in filter(is_repairable, linears):
-            found |= read_values(folder, target, (linear,), inputs_of(target.source, target.plan))
+            found |= read_values(folder, target, (linear,), bound(target.source, target.plan))
         return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
 
     return change

@@ -6,15 +6,16 @@ or refused in a second. A source that is a bare config will do. Leaves out writi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, sample
-from .containers import CONTAINERS, Container, Packing
+from .containers import CONTAINERS, Container, Packing, siblings
 from .errors import PlanError
-from .families import Architecture, Linear, with_experts
+from .families import Architecture, Linear, TensorInfo, with_experts
 from .formats import FORMATS, Scales
 from .plan import SOURCE, Plan
 from .recode import twins
@@ -49,8 +50,6 @@ class Target:
         )
         new = source.family.read(config)
         origin = {linear.name: origin_of(linear, old, plan) for linear in new.linears}
-        if foreign := [name for name in plan.repaired if name not in origin or not is_repairable(origin[name])]:
-            raise PlanError(f"the plan repairs {sample(foreign)}; wanted down projections of shared experts")
         before = {name: source.formats[linear.name] for name, linear in origin.items()}
         formats: dict[str, str] = {}
         keeping = set()
@@ -72,7 +71,9 @@ class Target:
             config.pop(key, None)
         if (quantization := container.config(new, formats, source.config)) is not None:
             config |= dict.fromkeys(container.keys, quantization)
-        return Target(source, plan, container, config, new, formats, origin, frozenset(keeping))
+        target = Target(source, plan, container, config, new, formats, origin, frozenset(keeping))
+        check_overlaid(target)
+        return target
 
     def packing(self, linear: Linear) -> Packing:
         return self.container.packing(self.formats[linear.name])
@@ -90,13 +91,23 @@ class Target:
         assert share is not None
         return {"inputs": share(torch.tensor(self.plan.activations[linear.input]))}
 
+    @cached_property
+    def plain(self) -> dict[str, TensorInfo]:
+        """Norms, routers, embeddings and the rest that is no matrix of a unit, by name."""
+        return {tensor.name: tensor for tensor in self.architecture.tensors}
+
+    def item(self, name: str) -> list[TensorInfo]:
+        """The tensors of what an overlay holds under `name`, in their order: a packed matrix's, or the tensor itself."""
+        linear = self.architecture.by_name.get(name)
+        return [self.plain[name]] if linear is None else self.packing(linear).tensors(name, linear.shape)
+
     @property
     def uncalibrated(self) -> list[str]:
         """Inputs that the plan's formats round, and whose size it does not know."""
         asked = {
             n.input
             for n in self.architecture.linears
-            if not n.expert and not keeps_values(self, n) and "inputs" in self.packing(n).parts(n.shape)
+            if not n.expert and is_made_of_source(self, n) and "inputs" in self.packing(n).parts(n.shape)
         }
         return sorted(asked - set(self.plan.activations))
 
@@ -127,6 +138,22 @@ def check_kept(architecture: Architecture, plan: Plan) -> None:
         )
 
 
+def check_overlaid(target: Target) -> None:
+    """Raises `PlanError` for an overlay that the target has no place for, or that cuts a scale that matrices share."""
+    overlaid = target.plan.overlaid
+    if foreign := [item for item in overlaid if item not in target.plain and item not in target.architecture.by_name]:
+        raise PlanError(f"an overlay of the plan holds {sample(foreign)}, which the model does not have")
+    if not overlaid:
+        return
+    for group in siblings(target.architecture.linears):
+        inside = [n.name for n in group if n.name in overlaid]
+        if inside and len(inside) < len(group) and target.packing(group[0]).number_format.share is not None:
+            raise PlanError(
+                f"an overlay of the plan holds {sample(inside)} without all of {', '.join(n.name for n in group)}, "
+                "which share a scale; put all of them into it"
+            )
+
+
 def origin_of(linear: Linear, old: Architecture, plan: Plan) -> Linear:
     if linear.expert is None or not plan.kept:
         return old.by_name[linear.name]
@@ -151,14 +178,19 @@ def twin(container: Container, unit: str, members: Sequence[Linear], format: str
     )
 
 
-def is_repairable(linear: Linear) -> bool:
-    """Whether a matrix may stand in for dropped experts: every token passes it, and it adds to what they added to."""
-    return linear.role == "shared" and linear.projection == "down"
+def bound(source: Checkpoint, plan: Plan) -> dict[str, str]:
+    """What overlays are made from: the source, and what was decided."""
+    return {"source": source.identity, "plan": plan.identity}
 
 
 def keeps_values(target: Target, linear: Linear) -> bool:
     """Whether the target's weights are the source's to the bit, whatever they are packed as."""
-    return linear.unit in target.keeping and linear.name not in target.plan.repaired
+    return linear.unit in target.keeping and linear.name not in target.plan.overlaid
+
+
+def is_made_of_source(target: Target, linear: Linear) -> bool:
+    """Whether a matrix is rounded anew, and not in an overlay."""
+    return not keeps_values(target, linear) and linear.name not in target.plan.overlaid
 
 
 def keeps_bytes(target: Target, linear: Linear) -> bool:

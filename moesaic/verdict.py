@@ -11,7 +11,7 @@ from .errors import CheckError
 class Finding:
     """One thing that is wrong: which check, where, what."""
 
-    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "rendered", …
+    check: str  # "structure", "plan", "counts", "index", "files", "finite", "magnitude", "bytes", "rows", "overlay", …
     where: str
     what: str
 

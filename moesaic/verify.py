@@ -2,12 +2,12 @@
 
 Tensors are read by the safetensors library, not by the code that wrote them. Without the source,
 everything that a folder can say about itself is checked; with it, every tensor is compared with what
-the plan says it is: copied bytes, sliced rows, or what rounding the source again gives again. Leaves
+the plan says it is: copied bytes, sliced rows, what an overlay held, or what rounding the source again gives. Leaves
 out quality (evaluate) and engines (tests/engines).
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from . import overlay
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
@@ -28,17 +29,16 @@ from .files import same_files
 from .plan import Plan
 from .progress import Meter, progress
 from .reader import Reader
-from .render import BESIDE, DONE, FOLDER, digest, digests
 from .rounding import round_siblings
-from .target import Target, keeps_bytes, keeps_values
+from .target import Target, is_made_of_source, keeps_bytes, keeps_values
 from .verdict import Verdict
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
 CLOSE = 0.7  # error over weight, root mean squares: two bits stay below it, scales twice too large do not
 THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
-AGAINST_SOURCE = ("bytes", "rows", "codes", "rendered", "repaired", "near")
-# near: rounded on text, of which the size alone is known
+AGAINST_SOURCE = ("bytes", "rows", "codes", "overlay", "near")
+# near: rounded on text without an overlay, so that size and error alone can be told
 CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
@@ -52,13 +52,11 @@ class Sides:
     source: Reader | None
     target: Target | None
     bad: Mapping[str, str]  # tensors whose header entry already has a finding
-    rendered: Mapping[str, str]  # groups whose rounding looked at data -> digest of what was to be written
 
 
-def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, rendered: Path | None = None) -> Verdict:
-    """Check the model folder `out`, against its source if that is at hand, and what was `rendered` for it.
+def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> Verdict:
+    """Check the model folder `out`, and against its source if that is at hand.
 
-    By itself it looks for that in the export and beside it, where quantize and compress leave it.
     Reads every byte of the export and the source's matching tensors, and rounds again what was rounded without text;
     memory is a few matrices. Raises only where there is nothing to check; all else is a `Finding`.
     """
@@ -79,7 +77,7 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, ren
     if target is not None:
         prepare_kernels(target, quiet)
     reader = Reader(source) if source is not None and target is not None else None
-    sides = Sides(Reader(export), reader, target, bad, digests(rendered or evidence(out)))
+    sides = Sides(Reader(export), reader, target, bad)
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -88,11 +86,6 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False, ren
             return verdict
     check_coverage(sides, verdict)
     return verdict
-
-
-def evidence(out: Path) -> Path:
-    """Where what was rounded on text for the export `out` is told."""
-    return next((f for f in (out / FOLDER, out.resolve().parent / BESIDE) if (f / DONE).exists()), out / FOLDER)
 
 
 def check_folder(export: Checkpoint, verdict: Verdict) -> None:
@@ -173,16 +166,23 @@ def together(sides: Sides) -> Iterator[tuple[Linear, ...]]:
     """Matrices that were rounded together, and the others one by one: so much is in memory at a time."""
     target = sides.target
     for group in siblings(sides.export.checkpoint.architecture.linears):
-        if target is None or any(n.name not in target.origin or keeps_bytes(target, n) for n in group):
-            yield from ((n,) for n in group)
-        else:
-            yield group
+        alone = [n for n in group if target is None or n.name in target.plan.overlaid]
+        rest = tuple(n for n in group if n not in alone)
+        if target is None or any(n.name not in target.origin or keeps_bytes(target, n) for n in rest):
+            alone, rest = list(group), ()
+        yield from ((n,) for n in alone)
+        if rest:
+            yield rest
 
 
 def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
     """A norm, embedding, router or vision tensor: finite, and the source's own bytes or rows."""
     verdict, bad, same, source = Verdict(), 0, True, sides.source
     rows = None if sides.target is None else kept_rows(sides.target, name)
+    wanted_digest = None if sides.target is None else sides.target.plan.overlaid.get(name)
+    if wanted_digest is not None:
+        source = None
+        check_overlaid(name, sides.export.blocks(name), 1, wanted_digest, verdict)
     for mine, wanted in side_by_side(sides.export, source, name, rows):
         bad += not_finite(mine)
         same &= wanted is None or same_bytes(mine, wanted)
@@ -231,13 +231,12 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
                 for key in differing_parts(stored[linear.name], wanted):
                     verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
         if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
-            if keeps_values(target, group[0]):
+            if group[0].name in target.plan.overlaid:
+                check_taken(sides.source, target, group[0], stored[group[0].name], verdict)
+            elif keeps_values(target, group[0]):
                 check_recoded(sides.source, target, group, stored, verdict)
-            elif group[0].name in target.plan.repaired:
-                check_repaired(target, group[0], stored[group[0].name], verdict)
             else:
                 check_rounded(sides.source, target, group, stored, by_reference, verdict)
-                check_rendered(sides, target, group, stored, verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
     return verdict
 
@@ -248,7 +247,7 @@ def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict
     if source is None or target is None or any(keeps_values(target, n) for n in group):
         return False
     rounding, (low, high) = rounding_of(target.plan), PLAUSIBLE_RMS
-    if not rounding.kernel or group[0].name in target.plan.repaired or not in_kernels(target, group):
+    if not (rounding.kernel and is_made_of_source(target, group[0]) and in_kernels(target, group)):
         return False
     again = list(requantized(target, group, rounding.kernel == "searched", source.parts, measure=True))
     squares = {n.name: (made.squared_error or 0.0, made.squared_weight or 0.0) for n, (_, made) in zip(group, again)}
@@ -303,11 +302,9 @@ def check_rounded(
     for i, (linear, w_OI) in enumerate(zip(group, weights)):
         packing, parts = target.packing(linear), stored[linear.name]
         mine = packing.decode(parts, linear.shape)
-        ratio = root_mean_square(mine) / max(root_mean_square(w_OI), 1e-30)
-        if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
-            verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
-        verdict.errors[linear.name] = sum_of_squares(mine - w_OI), sum_of_squares(w_OI)
+        compare(linear, mine, w_OI, verdict)
         if again is None:
+            verdict.compared["near"] += len(parts)
             continue
         verdict.compared["codes"] += len(parts)
         wanted = again[i]
@@ -317,22 +314,29 @@ def check_rounded(
             verdict.add("codes", linear.name, what)
 
 
-def check_rendered(sides: Sides, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
-    """What was rounded on text cannot be had again from the source; that it is here unchanged can be told."""
-    if rounding_of(target.plan).needs:
-        tensors = [stored[n.name][key] for n in group for key in target.packing(n).parts(n.shape)]
-        wanted = sides.rendered.get(group[0].name)
-        verdict.compared["near" if wanted is None else "rendered"] += len(tensors)
-        if wanted is not None and digest(tensors) != wanted:
-            verdict.add("rendered", group[0].name, "and what is fused with it are not what was rounded on text")
+def compare(linear: Linear, mine_OI: Tensor, w_OI: Tensor, verdict: Verdict) -> None:
+    """Values beside the source's: their error is noted, and they are about as large."""
+    ratio = root_mean_square(mine_OI) / max(root_mean_square(w_OI), 1e-30)
+    if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
+        verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
+    verdict.errors[linear.name] = sum_of_squares(mine_OI - w_OI), sum_of_squares(w_OI)
 
 
-def check_repaired(target: Target, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
-    """A shared expert fitted on text to what was dropped: the plan has its digest."""
-    tensors = [stored[key] for key in target.packing(linear).parts(linear.shape)]
-    verdict.compared["repaired"] += len(tensors)
-    if digest(tensors) != target.plan.repaired[linear.name]:
-        verdict.add("repaired", linear.name, "is not what was fitted to stand in for dropped experts")
+def check_taken(source: Reader, target: Target, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """A matrix of an overlay: what the plan has the digest of, and where it was rounded, about as large as the source's."""
+    packing = target.packing(linear)
+    tensors = [stored[key] for key in packing.parts(linear.shape)]
+    check_overlaid(linear.name, tensors, len(tensors), target.plan.overlaid[linear.name], verdict)
+    if linear.unit not in target.keeping:
+        origin = target.origin[linear.name]
+        w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
+        compare(linear, packing.decode(stored, linear.shape), w_OI, verdict)
+
+
+def check_overlaid(name: str, tensors: Iterable[Tensor], count: int, wanted: str, verdict: Verdict) -> None:
+    verdict.compared["overlay"] += count
+    if overlay.digest(tensors) != wanted:
+        verdict.add("overlay", name, "is not what the plan's overlay held")
 
 
 def rounded_again(

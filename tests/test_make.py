@@ -4,6 +4,7 @@ What each rounding and the rendering do is test_rounding.py's and test_render.py
 """
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import tiny
 from children import child, contents, dying
 
+from moesaic import overlay
 from moesaic.artifact import read_json
+from moesaic.candidates import stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
@@ -44,7 +47,7 @@ def test_data_is_used_where_there_is_some(model, data, tmp_path, rounding, infor
     assert facts["rounding"] == Plan.load(tmp_path / "out" / "moesaic" / "plan.json").rounding == informed
     matrices = sum(n.role == "experts" for n in model.architecture.linears)
     assert facts["rendered"]["groups"] == 2 * matrices / 3 and facts["rendered"]["tokens"] == 256
-    assert facts["verified"]["rendered"] == 3 * matrices and facts["verified"].get("codes", 0) == 0
+    assert facts["verified"]["overlay"] == 3 * matrices and facts["verified"].get("codes", 0) == 0
 
 
 def test_without_data_search_reads_none(model, tmp_path) -> None:
@@ -56,7 +59,7 @@ def test_without_data_search_reads_none(model, tmp_path) -> None:
 def test_what_was_rounded_on_text_is_told_from_anything_else(model, data, tmp_path) -> None:
     rounded(model, tmp_path / "out", data, "gptq")
     out, result = tmp_path / "out", Checkpoint.open(tmp_path / "out")
-    assert sorted(f.name for f in (out / "moesaic" / "rendered").iterdir()) == ["rendered.json"], (
+    assert sorted(f.name for f in (out / "moesaic" / "rendered").iterdir()) == ["overlay.json"], (
         "or the disk is held twice"
     )
     assert verify(out, model, quiet=True).holds
@@ -68,10 +71,11 @@ def test_what_was_rounded_on_text_is_told_from_anything_else(model, data, tmp_pa
         f.seek(where.offset + 5)
         f.write(bytes([byte ^ 1]))
     (finding,) = verify(out, model, quiet=True).findings
-    assert finding.check == "rendered" and finding.where == result.architecture.experts_of[0, 2]["gate"].name
-    (out / "moesaic" / "rendered" / "rendered.json").unlink()  # then nothing tells, and that is said
-    verdict = verify(out, model, quiet=True)
-    assert verdict.holds and verdict.compared["near"] > 0 and not verdict.compared["rendered"]
+    assert finding.check == "overlay" and finding.where == name
+    plan = Plan.load(out / "moesaic" / "plan.json")
+    replace(plan, overlays={}).save(out / "moesaic" / "plan.json", {"source": model.identity})
+    verdict = verify(out, model, quiet=True)  # then nothing tells, and that is said
+    assert verdict.holds and verdict.compared["near"] > 0 and not verdict.compared["overlay"]
 
 
 def test_after_any_death_the_same_call_finishes_the_same_folder(model, data, tmp_path) -> None:
@@ -103,12 +107,13 @@ def test_compress_within_a_budget_is_rounded_on_text(model, data, tmp_path, caps
     call += ["--tokens", "256", "--length", "64", "--evaluation-tokens", "256", "--quiet"]
     assert main(call) == 0
     told = capsys.readouterr().out
-    plan, facts = Plan.load(run / "plan.json"), read_json(run / "rendered" / "rendered.json", "rendered")
+    plan, facts = Plan.load(run / "plan.json"), overlay.listing(run / "rendered")
     assert plan.rounding == facts["rounding"] == "gptq" and "before it was written, by rtn" in told
     assert f"rounded  {facts['groups']:,} groups of matrices by gptq on 256 tokens" in told
-    assert read_json(run / "verify.json", "verify")["compared"]["rendered"] > 0
+    assert read_json(run / "verify.json", "verify")["compared"]["overlay"] > 0
     assert "GPTQ" in (run / "report.html").read_text()
     assert main(["verify", str(run / "model"), "--source", str(model.path), "--quiet"]) == 0
-    assert "rendered" in capsys.readouterr().out
-    before = contents(run / "model")
+    assert "overlay" in capsys.readouterr().out
+    before, tried = contents(run / "model"), read_json(run / "candidates.json", "candidates")
+    assert tried["candidates"][tried["ships"]]["bytes"] == stored_bytes(run / "model"), "digests count too"
     assert main(call) == 0 and contents(run / "model") == before

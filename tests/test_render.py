@@ -5,6 +5,7 @@ uninterrupted rendering. Leaves out how well each rounding rounds (test_rounding
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import moesaic.render.experts as experts_module
 import moesaic.render.work as work_module
-from moesaic.artifact import read_json
+from moesaic import overlay
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
@@ -40,6 +41,11 @@ def a_plan(source: Checkpoint, experts: str = "int4_g32", rest: str = "source", 
     return Plan("compressed_tensors", formats=units, rounding=rounding)
 
 
+def ready(plan: Plan, folder: Path) -> Plan:
+    """The plan with what was rendered into `folder`."""
+    return dataclasses.replace(plan, overlays={folder.name: overlay.listing(folder)["items"]})
+
+
 @torch.no_grad()
 def hidden_after(checkpoint: Checkpoint, tokens: TokenSet) -> dict[int, Tensor]:
     run = LayerRun(checkpoint, "cpu")
@@ -58,13 +64,13 @@ def test_every_layer_is_calibrated_on_what_the_export_makes_of_the_text(source, 
         return after
 
     monkeypatch.setattr(work_module.Work, "advance", watched)
-    facts = render(source, plan, tokens, tmp_path / "rounded", quiet=True)
-    result = export(source, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+    render(source, plan, tokens, tmp_path / "rounded", quiet=True)
+    result = export(source, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     wanted = hidden_after(result, tokens)
     assert seen.keys() == wanted.keys() == set(range(source.architecture.layers))
     assert all(torch.allclose(seen[layer], wanted[layer], rtol=1e-4, atol=1e-5) for layer in wanted)
     assert not torch.allclose(seen[1], hidden_after(source, tokens)[1], rtol=1e-2)
-    assert facts["groups"] == len(list((tmp_path / "rounded").glob("*.safetensors")))
+    assert len(result.architecture.linears) == len(list((tmp_path / "rounded").glob("*.safetensors")))
     assert verify(tmp_path / "out", source, quiet=True).holds
 
 
@@ -106,7 +112,7 @@ def test_an_experts_hessians_are_those_of_its_tokens(m2, tmp_path, monkeypatch) 
         lambda rounding, batch, rows, format: found.append(batch) or original(rounding, batch, rows, format),
     )
     render(m2, plan, tokens, tmp_path / "rounded", quiet=True)
-    result = export(m2, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+    result = export(m2, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
 
     run, routed = LayerRun(m2, "cpu"), []
     next(run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))]))
@@ -140,7 +146,8 @@ def test_error_fed_forward_and_data_beat_rounding_to_nearest(m2, tmp_path) -> No
         plan = a_plan(m2, "int2_g32", rounding=way)
         if way != "rtn":
             render(m2, plan, tokens, tmp_path / way, quiet=True)
-        result = export(m2, plan, tmp_path / f"out-{way}", quiet=True, rendered=tmp_path / way)
+            plan = ready(plan, tmp_path / way)
+        result = export(m2, plan, tmp_path / f"out-{way}", quiet=True, overlays=tmp_path)
         off[way] = float((hidden_after(result, tokens)[m2.architecture.layers - 1] - wanted).square().sum())
     assert off["descent"] < off["gptq"] < 0.5 * off["rtn"]
 
@@ -161,8 +168,9 @@ def test_interrupted_anywhere_the_same_call_ends_in_the_same_bytes(m3, tmp_path,
     monkeypatch.setattr(work_module, "write_group", dying)
     with pytest.raises(KeyboardInterrupt):
         render(m3, plan, tokens, tmp_path / "parts", quiet=True)
+    early = dataclasses.replace(plan, overlays={"parts": overlay.listing(tmp_path / "whole")["items"]})
     with pytest.raises(InputError, match="run the stage that writes it"):
-        export(m3, plan, tmp_path / "early", quiet=True, rendered=tmp_path / "parts")
+        export(m3, early, tmp_path / "early", quiet=True, overlays=tmp_path)
     assert render(m3, plan, tokens, tmp_path / "parts", quiet=True) == whole
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert len(calls) == whole["groups"] + 1  # only the one that died was made twice
@@ -177,7 +185,7 @@ def test_other_text_or_another_plan_is_refused(m2, tmp_path) -> None:
         render(m2, plan, some_tokens(m2, seed=1), tmp_path / "rounded", quiet=True)
     other = a_plan(m2, "int8_g32")
     with pytest.raises(StaleError, match="was made from plan"):
-        export(m2, other, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+        export(m2, ready(other, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     with pytest.raises(PlanError, match="rounding gptq needs hessian_EII: render the plan on text first"):
         export(m2, plan, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
@@ -197,7 +205,7 @@ def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> No
     assert set(facts["unreached"]) <= set(facts["mostly_pooled"])
     pooled = {(g["layer"], g["expert"], g["tokens"]): g["pooled"] for g in facts["by_group"]}
     assert {pooled[0, e, 0] for e in missing} == {1.0}
-    assert read_json(tmp_path / "rounded" / "rendered.json", "rendered")["unreached"] == facts["unreached"]
+    assert overlay.listing(tmp_path / "rounded")["unreached"] == facts["unreached"]
 
 
 def test_one_expert_at_a_time_gives_what_all_at_once_do(m3, tmp_path, monkeypatch) -> None:
@@ -218,7 +226,7 @@ def test_a_pruned_models_tokens_go_to_the_experts_that_stay(source, tmp_path) ->
     kept = {layer: (1, 2, 4, 7) for layer in source.architecture.moe_layers}
     plan, tokens = dataclasses.replace(a_plan(source, "mxfp4"), kept=kept), some_tokens(source)
     facts = render(source, plan, tokens, tmp_path / "rounded", quiet=True)
-    result = export(source, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+    result = export(source, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     assert verify(tmp_path / "out", source, quiet=True).holds
     last = source.architecture.moe_layers[-1]
     run, seen = LayerRun(result, "cpu"), []
@@ -234,7 +242,7 @@ def test_autoround_tunes_experts_by_their_output(m3, tmp_path, monkeypatch) -> N
     monkeypatch.setattr(autoround_module, "STEPS", 10)
     plan, tokens = a_plan(m3, "int2_g32", "int4_g32", rounding="autoround"), some_tokens(m3)
     facts = render(m3, plan, tokens, tmp_path / "rounded", quiet=True)
-    export(m3, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+    export(m3, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     assert verify(tmp_path / "out", m3, quiet=True).holds
     assert facts["groups"] == len({g["group"] for g in facts["by_group"]})
 
@@ -242,7 +250,7 @@ def test_autoround_tunes_experts_by_their_output(m3, tmp_path, monkeypatch) -> N
 def test_gate_and_up_share_their_second_scale(m2, tmp_path) -> None:
     plan = a_plan(m2, "nvfp4")
     render(m2, plan, some_tokens(m2), tmp_path / "rounded", quiet=True)
-    export(m2, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "rounded")
+    export(m2, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     found = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
     pairs = [(n, n.replace(".w1.", ".w3.")) for n in found if n.endswith(".w1.weight_global_scale")]
     assert len(pairs) == 2 * m2.architecture.experts

@@ -8,7 +8,6 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ from moesaic.artifact import write_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
-from moesaic.errors import CheckError, InputError, PlanError, StaleError
+from moesaic.errors import CheckError, InputError, StaleError
 from moesaic.export import export
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
 from moesaic.prune import prune
-from moesaic.render import inputs_of
 from moesaic.repair import RIDGE, correction, repair
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
 from moesaic.stream import LayerRun
-from moesaic.target import Target
+from moesaic.target import bound
 from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
@@ -68,7 +66,7 @@ def fitted(m3: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def made(m3, fitted, tmp_path_factory) -> Path:
     folder, digests, _ = fitted
     out = tmp_path_factory.mktemp("made") / "out"
-    export(m3, Plan("mxfp8", KEPT, repaired=digests), out, quiet=True, rendered=folder)
+    export(m3, Plan("mxfp8", KEPT, overlays={"repaired": digests}), out, quiet=True, overlays=folder.parent)
     return out
 
 
@@ -115,8 +113,8 @@ def test_every_matrix_is_that_of_a_dense_fit_through_the_full_model(request, tmp
     source = request.getfixturevalue(kind)
     digests, facts = repaired(source, tmp_path / "repaired")
     assert list(digests) == [DOWN.format(layer) for layer in KEPT] and facts["matrices"] == 2
-    plan = Plan(source.container.name, KEPT, repaired=digests)
-    export(source, plan, tmp_path / "out", quiet=True, rendered=tmp_path / "repaired")
+    plan = Plan(source.container.name, KEPT, overlays={"repaired": digests})
+    export(source, plan, tmp_path / "out", quiet=True, overlays=tmp_path)
     store = mxfp8 if kind == "m3" else lambda w_OI: w_OI.bfloat16().float()
     wanted = dense_fit(source.path, some_tokens(source, 20, 0).ids_BT, store)
     after, before = decoded(tmp_path / "out"), decoded(source.path)
@@ -149,7 +147,7 @@ def test_nothing_but_the_repaired_matrices_differs_from_a_plain_cut(m3, made, tm
     changed = {n for n in a.stored if not torch.equal(*(x.read(n).view(torch.uint8) for x in (a, b)))}
     assert {n.rsplit(".", 1)[0] for n in changed} == {DOWN.format(layer) for layer in KEPT}
     assert (tmp_path / "cut" / "config.json").read_bytes() == (made / "config.json").read_bytes()
-    assert "repaired" not in json.loads((tmp_path / "cut" / "moesaic" / "plan.json").read_text())
+    assert "overlays" not in json.loads((tmp_path / "cut" / "moesaic" / "plan.json").read_text())
 
 
 def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
@@ -163,7 +161,7 @@ def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
 def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
     """A saved state, as a fault would leave it, that is behind layer 1 and has no matrix of it."""
     plan, tokens = Plan("mxfp8", KEPT), some_tokens(m3, 8, 0)
-    inputs = inputs_of(m3, plan) | {"tokens": tokens.take(range(tokens.rows)).identity}
+    inputs = bound(m3, plan) | {"tokens": tokens.take(range(tokens.rows)).identity}
     state = {"hidden_BTD": LayerRun(m3).embed(tokens.ids_BT)}
     write_tensors(tmp_path / "hidden.safetensors", "hidden", state, inputs, {"layer": 1, "groups": []})
     with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):
@@ -175,7 +173,7 @@ def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
 
 def test_a_repaired_export_verifies_and_says_so(m3, made):
     verdict = verify(made, m3, quiet=True)
-    assert verdict.holds and verdict.compared["repaired"] == 4, "codes and scales of two matrices"
+    assert verdict.holds and verdict.compared["overlay"] == 4, "codes and scales of two matrices"
     assert verdict.compared["codes"] == verdict.compared["near"] == 0
 
 
@@ -184,7 +182,7 @@ def test_a_flipped_bit_in_a_repaired_matrix_is_found(m3, made, tmp_path, part):
     broken = Path(shutil.copytree(made, tmp_path / "broken"))
     flip(broken, f"{DOWN.format(1)}.{part}")
     findings = verify(broken, m3, quiet=True).findings
-    assert [(f.check, f.where) for f in findings] == [("repaired", DOWN.format(1))]
+    assert [(f.check, f.where) for f in findings] == [("overlay", DOWN.format(1))]
 
 
 def test_another_changed_matrix_is_found_beside_the_repaired_ones(m3, made, tmp_path):
@@ -199,12 +197,6 @@ def test_a_plan_that_says_nothing_of_it_excuses_nothing(m3, made, tmp_path):
     Plan("mxfp8", KEPT).save(broken / "moesaic" / "plan.json", {"source": m3.identity})
     findings = verify(broken, m3, quiet=True).findings
     assert findings and {f.check for f in findings} == {"bytes"}
-
-
-def test_a_plan_may_repair_shared_experts_alone(m3):
-    name = m3.architecture.linears[0].name
-    with pytest.raises(PlanError, match="wanted down projections of shared experts"):
-        Target.of(m3, Plan("mxfp8", KEPT, repaired={name: "0"}))
 
 
 def flip(path: Path, name: str) -> None:
@@ -240,7 +232,7 @@ def test_prune_repairs_and_dies_and_goes_on(m3, data, tmp_path, capsys):
     said, note = capsys.readouterr().out, json.loads((tmp_path / "whole" / "moesaic" / "prune.json").read_text())
     change = note["repair"]["change_nats"]
     assert note["repair"]["kept"] and f"({change['value']:+.4f} ± {change['error']:.4f})" in said and "; kept" in said
-    assert Plan.load(tmp_path / "whole" / "moesaic" / "plan.json").repaired and note["verified"]["repaired"] == 4
+    assert Plan.load(tmp_path / "whole" / "moesaic" / "plan.json").overlays and note["verified"]["overlay"] == 4
     assert "Fitted the shared experts of 2 layers" in done.steps(gather(tmp_path / "whole"))[1]
     assert not list((tmp_path / "whole" / "moesaic" / "repaired").glob("*.safetensors")), "they are in the export"
     for at in (9, 5, 20):  # in the second fit, before the verdict, in the shards
@@ -256,7 +248,7 @@ def test_prune_repairs_and_dies_and_goes_on(m3, data, tmp_path, capsys):
     (tmp_path / "again" / "config.json").unlink()
     for shard in (tmp_path / "again").glob("*.safetensors"):
         shard.unlink()
-    assert prune(m3.path, tmp_path / "again", 4, corpus=corpus, quiet=True, mend=True)["verified"]["repaired"] == 4
+    assert prune(m3.path, tmp_path / "again", 4, corpus=corpus, quiet=True, mend=True)["verified"]["overlay"] == 4
 
 
 def test_a_model_without_a_shared_expert_is_refused_at_once(m2, data, tmp_path):
@@ -266,6 +258,6 @@ def test_a_model_without_a_shared_expert_is_refused_at_once(m2, data, tmp_path):
 
 
 def test_what_was_repaired_is_not_written_without_its_matrices(m3, fitted, tmp_path):
-    plan = replace(Plan("mxfp8", KEPT), repaired=fitted[1])
-    with pytest.raises(PlanError, match="not at hand"):
+    plan = Plan("mxfp8", KEPT, overlays={"repaired": fitted[1]})
+    with pytest.raises(InputError, match="run the stage that writes it"):
         export(m3, plan, tmp_path / "out", quiet=True)

@@ -122,8 +122,12 @@ class Setting:
     @property
     def trial(self) -> str:
         """The rounding that options and plans are tried with: the plan's own, unless that looks at data."""
-        needs = self.rounding in ROUNDINGS and ROUNDINGS[self.rounding].needs
-        return STAND_IN if needs else self.rounding
+        return STAND_IN if self.reads_text else self.rounding
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the plan's rounding does, so that its matrices come from an overlay."""
+        return self.rounding in ROUNDINGS and bool(ROUNDINGS[self.rounding].needs)
 
     def measure(self, plans: Sequence[Plan], text: TokenSet, title: str) -> list[Measured]:
         return measure(
@@ -208,7 +212,7 @@ def check_budget(setting: Setting) -> None:
         np.zeros((0, a.experts), np.int64),
         tokens=0,
     )
-    menu = menu_of(setting.source, setting.container, prices, [least])
+    menu = menu_of(setting.source, setting.container, prices, [least], listed=setting.reads_text)
     if (limit := budget.bytes(menu)) is not None:
         Frontier.of(menu).fit(limit)
 
@@ -256,7 +260,7 @@ def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
     """Learn how prices compose, by plans measured whole on `text`, and draw the curve. Leaves rule.json, frontier.json."""
     source, container, kept = setting.source, setting.container, setting.kept
     rule = learn(setting, prices, text)
-    menu = menu_of(source, container, prices, kept, rule.weight)
+    menu = menu_of(source, container, prices, kept, rule.weight, setting.reads_text)
     traced = Traced(prices, rule, menu, Frontier.of(menu), setting.budget.bytes(menu))
     inputs = {"source": source.identity, "tokens": text.identity}
     note_frontier(setting.run / "frontier.json", traced.frontier, menu, rule, traced.budget_bytes, prices.harm, inputs)
@@ -266,7 +270,7 @@ def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
 def learn(setting: Setting, prices: Prices, text: TokenSet) -> Rule:
     """Measure plans whole and fit the rule; rule.json keeps both."""
     source, container, kept, budget = setting.source, setting.container, setting.kept, setting.budget
-    menu = menu_of(source, container, prices, kept)
+    menu = menu_of(source, container, prices, kept, listed=setting.reads_text)
     made = varied(menu, budget.rule_plans - 2, seed=0)
     middle = budget.formats[len(budget.formats) // 2]
     made += [(uniform(menu, f, len(kept) - 1)[0], kept[-1]) for f in dict.fromkeys((middle, budget.formats[-1]))]

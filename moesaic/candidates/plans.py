@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..measure import Prices, Rule
 from ..plan import SOURCE, Plan
 from ..target import Target
-from .sizes import fixed_bytes, folder_bytes, option_bytes
+from .sizes import fixed_bytes, folder_bytes, listed_bytes, option_bytes
 
 JITTER = 1.0  # of ln harm, when plans off the frontier are wanted
 NEIGHBOURS = 16  # kept counts nearer than a 16th of the experts count as alike
@@ -33,8 +33,13 @@ class Candidate:
     predicted_nats: float
 
 
-def menu_of(source: Checkpoint, container: Container, prices: Prices, kept: Sequence[int], weight: float = 1.0) -> Menu:
+def menu_of(
+    source: Checkpoint, container: Container, prices: Prices, kept: Sequence[int], weight: float = 1.0,
+    listed: bool = False,
+) -> Menu:  # fmt: skip
     """Everything on offer, with bytes as on disk and harm in nats: rounding, and dropping times `weight`.
+
+    With `listed`, plans will be rounded on text, and have digests of what that gives.
 
     Harm of dropping is a layer's alone, whatever the format of what stays.
     """
@@ -48,7 +53,7 @@ def menu_of(source: Checkpoint, container: Container, prices: Prices, kept: Sequ
     weights = sum(n.elements for n in source.architecture.linears) + sum(
         t.elements for t in source.architecture.tensors
     )
-    return Menu(tuple(choices), tuple(kept), fixed_bytes(source, kept), weights)
+    return Menu(tuple(choices), tuple(kept), fixed_bytes(source, kept) + listed * listed_bytes(source, kept), weights)
 
 
 def sums(prices: Prices, formats: Mapping[str, str], kept: int) -> tuple[float, float]:

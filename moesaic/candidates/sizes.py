@@ -7,6 +7,7 @@ out harm (measure).
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ from ..allocate.menu import Ints
 from ..artifact import header
 from ..checkpoint import Checkpoint
 from ..containers import Container
-from ..export import carried, sorted_pieces
+from ..export import carried, rounding_of, sorted_pieces
 from ..families import TensorInfo
-from ..plan import SOURCE
+from ..plan import SOURCE, Plan
+from ..render import FOLDER
 from ..shards import PAGE, SHARD_BYTES, SMALL, index_of, plan_shards
-from ..target import Target
+from ..target import Target, is_made_of_source
 
 SHARD = "model-00001-of-00001.safetensors"
 UNIT_BYTES = 400  # of config.json and the plan, for each unit: its name, its format, its share of the patterns
 NOTE_BYTES = 8_192  # of config.json and the plan beside the source's config
+LISTED_BYTES = 75  # of the plan, for the digest of a matrix, beside its name
 FOLDER_BYTES = 4_096  # of a folder itself, as `du` counts it
 
 
@@ -45,6 +48,14 @@ def option_bytes(source: Checkpoint, container: Container, unit: str, format: st
     for n in members:
         assert n.expert is not None
         each_E[n.expert + 1] += packing.bytes(n.shape) + entries[n.name]
+    return each_E.cumsum()[list(kept)]
+
+
+def listed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
+    """[K]: what the plan takes to have the digest of every matrix, as it does where all are rounded on text."""
+    each_E = np.zeros(source.architecture.experts + 1, np.int64)  # experts that stay are numbered from 0
+    for n in source.architecture.linears:
+        each_E[0 if n.expert is None else n.expert + 1] += LISTED_BYTES + len(n.name)
     return each_E.cumsum()[list(kept)]
 
 
@@ -71,12 +82,22 @@ def folder_bytes(target: Target) -> int:
         json.dumps(index_of(shards), indent=2) + "\n",
         json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
         json.dumps(
-            {**header("plan", {"source": target.source.identity}), **target.plan.body}, indent=1, ensure_ascii=False
+            {**header("plan", {"source": target.source.identity}), **as_listed(target).body},
+            indent=1,
+            ensure_ascii=False,
         )
         + "\n",
     ]
     files = sum((target.source.path / f).stat().st_size for f in carried(target.source.path))
     return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(target.source)
+
+
+def as_listed(target: Target) -> Plan:
+    """The plan as the export has it: what its rounding needs text for will be in an overlay."""
+    if not rounding_of(target.plan).needs:
+        return target.plan
+    rounded = [n.name for n in target.architecture.linears if is_made_of_source(target, n)]
+    return replace(target.plan, overlays={FOLDER: dict.fromkeys(rounded, "0" * 64)} if rounded else {})
 
 
 def folders(source: Checkpoint) -> int:

@@ -1,26 +1,24 @@
-"""Matrices of a target that a server fuses, as one: their weights stacked by rows, and their file when rounded."""
+"""Matrices of a target that a server fuses, as one: their weights stacked by rows, and their items in an overlay."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..artifact import read_tensors, write_tensors
+from .. import overlay
 from ..families import Linear
 from ..formats import NumberFormat, Scales
 from ..target import Target
-
-KIND = "rounded"
 
 Group = tuple[Linear, ...]  # of the target
 Members = Sequence[tuple[Tensor, Scales]]  # codes [O, I] and scales of each
 
 
-def path_of(folder: Path, group: Group) -> Path:
-    return folder / f"{group[0].name}.safetensors"
+def is_written(folder: Path, group: Group) -> bool:
+    """Whether all members are in the overlay: the first one is put there last."""
+    return overlay.path_of(folder, group[0].name).exists()
 
 
 def format_of(target: Target, group: Group) -> NumberFormat:
@@ -32,38 +30,26 @@ def weights_of(target: Target, group: Group, device: torch.device) -> Tensor:
     return torch.cat([target.source.decode(target.origin[n.name].name, device) for n in group])
 
 
-def names_of(target: Target, linear: Linear) -> dict[str, str]:
-    """What a matrix's tensors are called in its file, by meaning."""
-    return {key: f"{linear.name}.{part.suffix}" for key, part in target.packing(linear).parts(linear.shape).items()}
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of packed tensors in their order: what an export of them must hold."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def write_group(
     folder: Path, target: Target, group: Group, members: Members, inputs: Mapping[str, str], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Pack and write; returns `facts`, which are in the file too, with the digest."""
-    tensors: dict[str, Tensor] = {}
-    for linear, (codes_OI, scales) in zip(group, members, strict=True):
-        packed = target.pack(linear, codes_OI.cpu(), on_cpu(scales))
-        tensors |= {
-            name: packed[key].clone() for key, name in names_of(target, linear).items()
-        }  # siblings share a scale
-    whole = {**facts, "sha256": digest(tensors.values())}
-    write_tensors(path_of(folder, group), KIND, tensors, inputs, {"facts": whole})
+    """Pack and put into the overlay; returns `facts`, which are there too, with the members' digests."""
+    packed = {n.name: packed_tensors(target, n, *member) for n, member in zip(group, members, strict=True)}
+    whole = {**facts, "sha256": {name: overlay.digest(tensors.values()) for name, tensors in packed.items()}}
+    for linear in reversed(group):
+        overlay.put(folder, linear.name, packed[linear.name], inputs, whole if linear is group[0] else None)
     return whole
 
 
-def read_packed(folder: Path, target: Target, group: Group, inputs: Mapping[str, str]) -> dict[str, Tensor]:
-    """A group's tensors by name, in the order of its members' parts."""
-    tensors, _ = read_tensors(path_of(folder, group), KIND, inputs)
-    return {name: tensors[name] for linear in group for name in names_of(target, linear).values()}
+def read_facts(folder: Path, group: Group, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What `write_group` returned."""
+    return overlay.facts_of(folder, group[0].name, inputs)
+
+
+def packed_tensors(target: Target, linear: Linear, codes_OI: Tensor, scales: Scales) -> dict[str, Tensor]:
+    """A matrix's tensors by the names that its item has for them."""
+    packed, parts = target.pack(linear, codes_OI.cpu(), on_cpu(scales)), target.packing(linear).parts(linear.shape)
+    return {info.name: packed[key] for key, info in zip(parts, target.item(linear.name))}
 
 
 def on_cpu(scales: Scales) -> Scales:
@@ -73,8 +59,10 @@ def on_cpu(scales: Scales) -> Scales:
 
 def read_values(folder: Path, target: Target, group: Group, inputs: Mapping[str, str]) -> dict[str, Tensor]:
     """F32 values of each member as written, by its name in the source."""
-    tensors, found = read_packed(folder, target, group, inputs), {}
+    found = {}
     for linear in group:
-        parts = {key: tensors[name] for key, name in names_of(target, linear).items()}
-        found[target.origin[linear.name].name] = target.packing(linear).decode(parts, linear.shape)
+        names, packing = [info.name for info in target.item(linear.name)], target.packing(linear)
+        tensors = overlay.get(folder, linear.name, names, inputs)
+        parts = dict(zip(packing.parts(linear.shape), tensors, strict=True))
+        found[target.origin[linear.name].name] = packing.decode(parts, linear.shape)
     return found

@@ -18,7 +18,7 @@ from ..rounding import Inputs, Rounding, round_members
 from ..stream import LayerRun, LinearPass, Observer, Routing, State
 from ..target import Target, keeps_values
 from .experts import Experts, batch_of
-from .group import KIND, Group, Members, format_of, path_of, read_values, weights_of, write_group
+from .group import Group, Members, format_of, is_written, read_facts, read_values, weights_of, write_group
 
 
 @dataclass
@@ -106,11 +106,10 @@ class Work:
 
     def is_done(self, group: Group) -> bool:
         """Whether this rendering wrote the group before it was interrupted; if so, its facts are taken in."""
-        path = path_of(self.folder, group)
-        if not path.exists():
+        if not is_written(self.folder, group):
             return False
         if group[0].name not in {facts["group"] for facts in self.facts}:
-            self.record(read_tensors(path, KIND, self.inputs)[1]["facts"])
+            self.record(read_facts(self.folder, group, self.inputs))
         return True
 
     def write(self, group: Group, members: Members, facts: Mapping[str, Any]) -> None:
@@ -126,6 +125,6 @@ class Work:
         """A `Change`: the values of matrices as far as they have been rounded."""
         found = {n.name: w_OI for n, w_OI in zip(linears, values)}
         for group in dict.fromkeys(self.by_origin[n.name] for n in linears if n.name in self.by_origin):
-            if path_of(self.folder, group).exists():
+            if is_written(self.folder, group):
                 found |= read_values(self.folder, self.target, group, self.inputs)
         return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]

@@ -72,8 +72,8 @@ CHECKS = {
     "bytes": "tensors byte-identical to the source",
     "rows": "router tensors equal to the kept rows of the source",
     "codes": "tensors that rounding the source again gives again",
-    "near": "tensors rounded on text, held to the source by their size alone",
-    "rendered": "tensors unchanged since they were rounded on text",
+    "near": "tensors that cannot be rounded again, held to the source by their size and error",
+    "overlay": "tensors unchanged since they were made on text",
 }
 
 

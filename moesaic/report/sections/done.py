@@ -29,10 +29,10 @@ def steps(facts: Facts) -> list[str]:
         budget = f"{words.decimal(c['budget_bytes'])} ({words.binary(c['budget_bytes'])})"
         several = f"the {len(c['candidates'])} most promising plans were measured on {c['tokens']:,} unseen tokens"
         found.append(f"Priced every choice in nats and solved for a budget of {budget}; {several}, and the best ships.")
-    if facts.plan is not None and facts.plan.repaired and facts.selection is not None:
+    if facts.plan is not None and "repaired" in facts.plan.overlays and facts.selection is not None:
         change = facts.selection["repair"]["change_nats"]
         found.append(
-            f"Fitted the shared experts of {len(facts.plan.repaired)} layers to what the dropped ones had added: "
+            f"Fitted the shared experts of {len(facts.plan.overlays['repaired'])} layers to what the dropped ones had added: "
             f"{change['value']:+.4f} ± {change['error']:.4f} nats of KL on text not fitted on."
         )
     if facts.plan is not None:
