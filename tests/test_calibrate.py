@@ -19,17 +19,20 @@ import tiny
 import torch
 from children import child, contents, dying
 from reference import Reference
+from safetensors import safe_open
 from torch import Tensor
 
 import moesaic.calibrate.sweep as calibrate_module
 import moesaic.calibrate.weights as weights_module
 import moesaic.stream.sweep as sweep_module
 from moesaic.calibrate import SUMS, LayerSums, Statistics, calibrate, check_unread, groups, weigh
+from moesaic.calibrate.statistics import layer_file
 from moesaic.checkpoint import Checkpoint
 from moesaic.criteria import WEIGHT_SUMS
 from moesaic.errors import CheckpointError, InputError, StaleError
 from moesaic.progress import Meter
 from moesaic.select import select_experts
+from moesaic.stream import LayerRun, Observer, State
 from moesaic.tokens import TokenSet
 
 DOMAINS = ("code", "math")
@@ -165,9 +168,20 @@ def test_pairs_and_moments_fit_the_sums(model, tmp_path):
     together_EE = s.layer(layer, "together_EE")
     assert torch.equal(together_EE, together_EE.T) and together_EE.diagonal().tolist() == totals["tokens"][0].tolist()
     assert int(together_EE.sum()) == 120 * model.architecture.top_k**2
-    mean_norm = s.layer(layer, "mean_ED").norm(dim=1).double().numpy()
-    assert (mean_norm <= totals["norm"][0] * (1 + 1e-6)).all(), "the norm of a sum is no more than the sum of norms"
-    assert s.layer(layer, "inputs_ED").shape == (model.architecture.experts, model.architecture.hidden)
+
+
+def test_squares_of_inputs_are_those_of_the_tokens_that_chose_an_expert(model, tmp_path):
+    """By a slow loop over what experts were seen to multiply; they and the pairs are all that is kept beside sums."""
+    s, layer, passes = calibrate(model, tokens_of(0), tmp_path, quiet=True), model.architecture.moe_layers[0], []
+    run = LayerRun(model)
+    for at, _ in run.sweep([State(run.embed(tokens_of(0).ids_BT), observer=Observer(expert=passes.append))]):
+        if at == layer:
+            break
+    for seen in (p for p in passes if p.layer == layer):
+        for name, x_nI in (("inputs_ED", seen.x_nD), ("inner_EI", seen.inner_nI)):
+            assert s.layer(layer, name)[seen.expert] == pytest.approx(sum(x_I.square() for x_I in x_nI), rel=1e-4)
+    with safe_open(layer_file(s.folders[0], layer), "pt") as file:
+        assert {n for n in file.keys() if "_" in n} == {"inputs_ED", "inner_EI", "together_EE"}  # noqa: SIM118
 
 
 def test_the_same_call_writes_the_same_and_then_only_reads(model, tmp_path):

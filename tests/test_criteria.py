@@ -87,7 +87,6 @@ def test_what_else_is_kept_of_the_worked_example(worked):
     assert worked.sums["tokens"].tolist() == [[0, 1, 0], [0, 2, 0]]
     assert worked.sums["gate2"][:, 1].tolist() == [0.25, 0.0625 + 0.5625]
     tensors = worked.tensors()
-    assert tensors["mean_ED"].tolist() == [[0, 0], [16, 31], [0, 0]]
     assert tensors["inputs_ED"][1].tolist() == [0 + 4 + 16, 1 + 9 + 25]
     assert tensors["inner_EI"][1].tolist() == [16 + 36 + 81]
 

@@ -82,7 +82,7 @@ class Statistics:
         return [(self.layers[i], int(e)) for i, e in np.argwhere(high)]
 
     def layer(self, layer: int, name: str) -> Tensor:
-        """A layer's "mean_ED", "inputs_ED", "inner_EI" or "together_EE", summed over all text seen."""
+        """A layer's "inputs_ED", "inner_EI" or "together_EE", summed over all text seen."""
         parts = [read_tensors(layer_file(folder, layer), KIND)[0][name] for folder in self.folders]
         return torch.stack(parts).sum(0)
 

@@ -2,7 +2,8 @@
 
 Sums are kept by domain and by half (every second row), so that experts can be ranked again for other
 domains, and the ranking of one half held against that of the other. Only selected experts run, with
-exact gates. Leaves out scores (criteria) and inputs of attention (rounding asks for those itself).
+exact gates. What is as wide as a token is summed where the layer is, and comes from there once. Leaves out scores
+(criteria) and inputs of attention (rounding asks for those itself).
 """
 
 from dataclasses import dataclass, field
@@ -25,14 +26,16 @@ def only(seen: ExpertPass, mask_n: Tensor) -> ExpertPass:
 
 @dataclass
 class LayerSums:
-    """What one MoE layer's observer adds up, in F64; G groups are domain × half, E experts."""
+    """What one MoE layer's observer adds up, in F64, and squares of inputs in F32; G groups are domain × half, E experts.
+
+    Memory on the device of the layer: 4 · E · (D + I) bytes.
+    """
 
     group_T: Tensor
     groups: int
     experts: int
     sums: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, E]
-    mean_ED: Tensor | None = None  # Σ f
-    inputs_ED: Tensor | None = None  # Σ x², for scale search on gate and up
+    inputs_ED: Tensor | None = None  # Σ x², for what weighs errors of gate and up by their inputs
     inner_EI: Tensor | None = None  # Σ inner², for the down projection
     together_EE: Tensor | None = None  # tokens that selected both
     weighted: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # expert, tokens, g‖f‖
@@ -73,13 +76,11 @@ class LayerSums:
         self.sums[name][:, expert] += group_n.bincount(values_n, minlength=self.groups).double().cpu()
 
     def moments(self, seen: ExpertPass) -> None:
-        if self.mean_ED is None or self.inputs_ED is None or self.inner_EI is None:
-            width, inner = seen.x_nD.shape[1], seen.inner_nI.shape[1]
-            self.mean_ED, self.inputs_ED = torch.zeros(self.experts, width), torch.zeros(self.experts, width)
-            self.inner_EI = torch.zeros(self.experts, inner)
-        self.mean_ED[seen.expert] += seen.f_nD.float().sum(0).cpu()
-        self.inputs_ED[seen.expert] += seen.x_nD.float().square().sum(0).cpu()
-        self.inner_EI[seen.expert] += seen.inner_nI.float().square().sum(0).cpu()
+        if self.inputs_ED is None or self.inner_EI is None:
+            self.inputs_ED = torch.zeros(self.experts, seen.x_nD.shape[1], device=seen.x_nD.device)
+            self.inner_EI = torch.zeros(self.experts, seen.inner_nI.shape[1], device=seen.x_nD.device)
+        self.inputs_ED[seen.expert] += seen.x_nD.float().square().sum(0)
+        self.inner_EI[seen.expert] += seen.inner_nI.float().square().sum(0)
 
     def block(self, seen: BlockPass) -> None:
         """EASY-EP's term: how far the routed experts turned each token's residual stream."""
@@ -90,7 +91,7 @@ class LayerSums:
 
     def tensors(self) -> dict[str, Tensor]:
         found = dict(self.sums)
-        for name in ("mean_ED", "inputs_ED", "inner_EI", "together_EE"):
+        for name in ("inputs_ED", "inner_EI", "together_EE"):
             if (tensor := getattr(self, name)) is not None:
-                found[name] = tensor
+                found[name] = tensor.cpu()
         return found
