@@ -14,6 +14,7 @@ FLOORS = (
     ("formats", "plan", "overlay", "criteria", "rope", "tokenizer"),
     ("kernels", "families", "recode"),
     ("containers",),
+    ("damage",),
     ("checkpoint", "tokens"),
     ("corpus", "stream", "shards", "target", "reader"),
     ("images", "calibrate", "activations", "rounding", "divergence", "generate"),

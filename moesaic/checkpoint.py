@@ -25,6 +25,7 @@ from torch import Tensor
 from .artifact import identity
 from .containers import Container, container_of
 from .containers.base import DTYPES, inventory
+from .damage import damage, damaged_scales, nan_or_infinite
 from .errors import CheckpointError, FileError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
 from .files import is_hidden, open_file, read_file, walk
@@ -33,6 +34,7 @@ from .utf8 import decoded
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
 MOST_AXES = 16  # of a tensor
+LOOK_BYTES = 16 << 20  # of a tensor at a time
 SAMPLES, SAMPLE_BYTES = 8, 4096  # of each shard, for `Checkpoint.identity`
 PLAUSIBLE_RMS = (1e-7, 1e3)  # of a decoded matrix; M3's scales read as plain numbers land at 1e4 and above
 
@@ -189,21 +191,59 @@ class Checkpoint:
     def value(self, linear: Linear, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Tensor:
         """What `parts(linear)` mean, for a caller that reads ahead of decoding. Raises as `decode` does."""
         packing = self.container.packing(self.formats[linear.name])
+        self.check_scales(linear, parts)
         w_OI = packing.decode({key: part.to(device) for key, part in parts.items()}, linear.shape)
         rms = float(torch.linalg.vector_norm(w_OI)) / max(1, w_OI.numel()) ** 0.5
         if rms or w_OI.any():  # a norm of nought may be an underflow
-            check_magnitude(f"{self.path}: {linear.name}", rms)
+            self.check_magnitude(linear, parts, rms)
         return w_OI
 
+    def check_scales(self, linear: Linear, parts: Mapping[str, Tensor]) -> None:
+        """Raises `CheckpointError`, naming tensor and file, for scales of `parts(linear)` that cannot be right."""
+        if (found := damaged_scales(self.container.packing(self.formats[linear.name]), parts)) is not None:
+            raise self.damaged(self.located(linear)[found[0]], found[1])
 
-def check_magnitude(what: str, rms: float) -> None:
-    """Refuse a root mean square that is no number, or as large or small as only a misread scale makes it."""
-    low, high = PLAUSIBLE_RMS
-    if not low < rms < high:
+    def check_parts(self, linear: Linear, parts: Mapping[str, Tensor]) -> None:
+        """As `check_scales`, and for codes that are NaN or infinite."""
+        if (found := damage(self.container.packing(self.formats[linear.name]), parts)) is not None:
+            raise self.damaged(self.located(linear)[found[0]], found[1])
+
+    def check_magnitude(self, linear: Linear, parts: Mapping[str, Tensor], rms: float) -> None:
+        """Refuse a root mean square that is no number, or as large or small as only a misread scale makes it."""
+        low, high = PLAUSIBLE_RMS
+        if low < rms < high:
+            return
+        self.check_parts(linear, parts)
+        where = self.located(linear)
+        key = "blocks" if "blocks" in where else "codes"
         raise CheckpointError(
-            f"{what} decodes to a root mean square of {rms:.3g}, wanted {low:g} to {high:g}; "
-            "its scales are damaged or not of the kind that config.json says"
+            f"{self.path}: {linear.name} decodes to a root mean square of {rms:.3g}, wanted {low:g} to {high:g}; "
+            f"{where[key].info.name} in {where[key].file} is damaged or not of the kind that config.json says"
         )
+
+    def damaged(self, where: Stored, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path / where.file}: {where.info.name} holds {what}; fetch the file again, or make it again"
+        )
+
+    def check_values(self) -> None:
+        """Look at every value outside the linears: norms, routers, correction biases, embedding, head, vision.
+
+        Call it before long work: they are little of a model, and NaN in one of them is in everything that comes of it
+        (in a correction bias it gives that expert to every token). Reads them once; some 2 GB a second from memory.
+        Raises `CheckpointError`, naming tensor and file.
+        """
+        assert self.are_numbers
+
+    @cached_property
+    def are_numbers(self) -> bool:
+        for info in self.architecture.tensors if self.stored else ():
+            for start in range(0, info.bytes, LOOK_BYTES):
+                part = self.load(info.name, start, min(LOOK_BYTES, info.bytes - start))
+                if what := nan_or_infinite(part):
+                    where = f", from element {start // part.itemsize:,} on" if start else ""
+                    raise self.damaged(self.where(info.name), what + where)
+        return True
 
 
 @contextmanager

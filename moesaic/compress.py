@@ -108,6 +108,7 @@ def compress(
         check_budget(recipe.setting(source, run, True))
     elif recipe.layout is not None:
         check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
+    source.check_values()
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
 
     chosen = None
@@ -228,6 +229,7 @@ def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) 
     check(source, recipe)
     setting = recipe.setting(source, run, quiet)
     check_budget(setting)
+    source.check_values()
     statistics, tokens = learn(source, run, recipe, corpus, quiet)
     return setting, *price_options(setting, statistics, tokens)
 

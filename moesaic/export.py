@@ -9,6 +9,7 @@ export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from . import kernels, overlay
 from .artifact import atomic, writing
-from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, check_magnitude, reading, sample
-from .containers import Packing, siblings
+from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, reading, sample
+from .containers import siblings
 from .containers.base import DTYPES
 from .errors import InputError, PlanError, StaleError
 from .families import Linear, TensorInfo
@@ -44,6 +45,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     too small. Interrupted at any byte, the same call continues.
     """
     target, rounding = Target.of(source, plan), rounding_of(plan)
+    source.check_values()
     if rounding.needs and any(is_made_of_source(target, n) for n in target.architecture.linears):
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
     if unknown := target.uncalibrated:
@@ -202,7 +204,16 @@ def copies(target: Target, linear: Linear) -> Iterator[Placed]:
     theirs, place = stored_parts(target, linear), target.container.place(target.architecture, linear)
     for key, info in tensors_of(target, linear).items():
         copy = (target.source.path, theirs[key])
-        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy, row=place.row, rows=place.rows)
+        check = None if key == "codes" else partial(check_copied, target.source, target.origin[linear.name], key)
+        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy, None, place.row, place.rows, check)
+
+
+def check_copied(source: Checkpoint, linear: Linear, key: str) -> None:
+    """Refuse damaged scales before they are copied: they are a thirtieth of a model and less."""
+    where = source.located(linear)[key]
+    offset = where.offset - source.where(where.info.name).offset
+    part = source.load(where.info.name, offset, where.info.bytes).reshape(where.info.shape)
+    source.check_scales(linear, {key: part})
 
 
 def tensors_of(target: Target, linear: Linear) -> dict[str, TensorInfo]:
@@ -238,7 +249,9 @@ def recoded(target: Target, group: tuple[Linear, ...]) -> Iterator[Tensor]:
     for linear in group:
         origin, packing = target.origin[linear.name], target.packing(linear)
         format = source.formats[origin.name]
-        codes_OI, scales = source.container.packing(format).unpack(source.parts(origin), origin.shape)
+        stored = source.parts(origin)
+        source.check_parts(origin, stored)
+        codes_OI, scales = source.container.packing(format).unpack(stored, origin.shape)
         what = f"{linear.unit} ({origin.name})"
         packed = packing.pack(*recode(what, format, target.formats[linear.name], codes_OI, scales))
         if scales.shared is not None:
@@ -294,30 +307,43 @@ def requantized(
     source, device = target.source, kernels.device()
     twin, origins = kernels.of(device), [target.origin[n.name] for n in group]
     formats = [source.formats[origin.name] for origin in origins]
-    stored = [kernel_input(source.container.packing(f), read(n), n.shape, device) for f, n in zip(formats, origins)]
+    stored = [kernel_input(source, origin, read(origin), device) for origin in origins]
     number_format, shared = target.packing(group[0]).number_format, None
-    if number_format.share:
-        amax = [twin.amax(f, *parts) for f, parts in zip(formats, stored)]
-        shared = number_format.share(torch.stack(amax).max())
-    for linear, format, parts in zip(group, formats, stored):
+    with naming_damage(source, origins):
+        if number_format.share:
+            amax = [twin.amax(f, *parts) for f, parts in zip(formats, stored)]
+            shared = number_format.share(torch.stack(amax).max())
+    for linear, origin, format, parts in zip(group, origins, formats, stored):
         rounded = partial(twin.requantize, format, *parts, number_format, shared=shared, search=search)
-        made = rounded(measure=measure)
+        with naming_damage(source, [origin]):
+            made = rounded(measure=measure)
         low, high = PLAUSIBLE_RMS
         if made.amax and not low * linear.elements**0.5 < made.amax < high:  # that bounds the root mean square too
             squared_weight = rounded(measure=True).squared_weight or 0.0
-            check_magnitude(
-                f"{source.path}: {target.origin[linear.name].name}", (squared_weight / linear.elements) ** 0.5
-            )
+            source.check_magnitude(origin, source.parts(origin), (squared_weight / linear.elements) ** 0.5)
         packing = target.packing(linear)
         packed = packing.write(made.stream_OS, made.scales, linear.shape) | target.inputs(linear)
         yield {key: packed[key].cpu() for key in packing.parts(linear.shape)}, made
 
 
+@contextmanager
+def naming_damage(source: Checkpoint, linears: Sequence[Linear]) -> Iterator[None]:
+    """Where kernels refuse a matrix, say which tensor of which file is damaged, if one is."""
+    try:
+        yield
+    except PlanError:
+        for linear in linears:
+            source.check_parts(linear, source.parts(linear))
+        raise
+
+
 def kernel_input(
-    packing: Packing, parts: Mapping[str, Tensor], shape: Sequence[int], device: torch.device
+    source: Checkpoint, linear: Linear, parts: Mapping[str, Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """A matrix as kernels read it, E4M3 or BF16 [O, I], and its scales, whatever container it lies in."""
-    stream_OS, scales = packing.read({key: part.to(device) for key, part in parts.items()}, shape)
+    source.check_scales(linear, parts)
+    packing = source.container.packing(source.formats[linear.name])
+    stream_OS, scales = packing.read({key: part.to(device) for key, part in parts.items()}, linear.shape)
     return stream_OS.view(torch.bfloat16 if packing.format == "bf16" else torch.float8_e4m3fn), scales.blocks
 
 

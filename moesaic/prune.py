@@ -83,6 +83,7 @@ def prune(
         check_repairable(source)
     work = out / "moesaic"
     check_free(out, source)
+    source.check_values()
     if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:
         raise InputError(f"{out} holds an export of {there} experts a layer; name another folder or remove it")
     known = know(source, [experts], ranking, corpus, work, quiet)
@@ -163,6 +164,7 @@ def preview_cuts(
     for count in counts:
         check_count(source, count)
     check_names(ranking.policy, ranking.criteria)
+    source.check_values()
     work = out / "moesaic"
     known = know(source, counts, ranking, corpus, work, quiet)
     outlooks = look_ahead(source, known.statistics, counts, ranking, corpus, work, quiet)

@@ -48,6 +48,7 @@ def quantize(
     plan = Plan(to, formats=formats_of(source, format, only, rest), rounding=rounding_on(rounding, corpus))
     if layout is not None:
         check_layout(Target.of(source, plan), layout)
+    source.check_values()
 
     def text() -> TokenSet:
         return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")

@@ -45,6 +45,7 @@ class Piece:
     make: Callable[[], Iterable[Tensor]] | None = None
     row: int | None = None
     rows: int = 1
+    check: Callable[[], None] | None = None  # called before it is copied; raises for what should not be
 
     @property
     def bytes(self) -> int:
@@ -181,6 +182,8 @@ def write_shard(out: Path, shard: Shard, meter: Meter, stop: threading.Event) ->
 
 def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
     """Put one piece's tensors where the header says they are."""
+    if piece.check is not None:
+        piece.check()
     if piece.copy is not None:
         folder, stored = piece.copy
         (info,) = piece.tensors

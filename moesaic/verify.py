@@ -22,6 +22,7 @@ from . import overlay
 from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, read_object
 from .containers import Packing, siblings
 from .containers.base import inventory
+from .damage import not_finite
 from .errors import InputError, MoesaicError
 from .export import NOTE, carried, in_kernels, prepare_kernels, recoded, requantized, round_together, rounding_of
 from .families import Linear, expert_counts
@@ -39,7 +40,6 @@ THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
 AGAINST_SOURCE = ("bytes", "rows", "codes", "overlay", "near")
 # near: rounded on text without an overlay, so that size and error alone can be told
-CHUNK = 1 << 21  # elements looked at in one go: an embedding can be gigabytes
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
 
@@ -384,10 +384,3 @@ def root_mean_square(w: Tensor) -> float:
 def sum_of_squares(w: Tensor) -> float:
     """Piece by piece: over 20 million F32 at once torch's sum comes out .2 % too small."""
     return sum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in w.reshape(-1).split(1 << 16))
-
-
-def not_finite(tensor: Tensor) -> int:
-    """How many values are no numbers. A norm hides none of them, and is far quicker than looking at each."""
-    chunks = tensor.reshape(-1).split(CHUNK)
-    suspects = [c for c in chunks if not torch.linalg.vector_norm(c, dtype=torch.float32).isfinite()]
-    return sum(int((~torch.isfinite(c)).sum()) for c in suspects)

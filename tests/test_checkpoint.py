@@ -200,9 +200,9 @@ def test_scales_misread_as_numbers_are_refused_by_magnitude(m3, tmp_path):
             misread.decode(linear.name)
 
 
-@pytest.mark.parametrize("byte, why", [(255, "nan"), (200, "inf"), (140, r"\d"), (0, "0,")])
+@pytest.mark.parametrize("byte, why", [(200, "inf"), (140, r"\d"), (0, "0,")])
 def test_a_damaged_exponent_is_refused(broken, byte, why):
-    """255 is no number; 200 is 2^73 and 140 is 2^13; 0, in all blocks, is 2^-127."""
+    """200 is 2^73 and 140 is 2^13; 0, in all blocks, is 2^-127. (255, which is NaN: see test_damage.)"""
     checkpoint = Checkpoint.open(broken)
     linear = checkpoint.architecture.linears[0]
     where = checkpoint.where(f"{linear.name}.weight_scale_inv")

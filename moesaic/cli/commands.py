@@ -126,6 +126,7 @@ def run_verify(a: Arguments) -> dict[str, Any]:
 def run_calibrate(a: Arguments) -> dict[str, Any]:
     calibrate, least = room("calibrate"), room("select").FEW_TOKENS
     source = room("checkpoint").Checkpoint.open(a.model)
+    source.check_values()
     settled = None
     if a.until_stable:
         counts = a.experts or [source.architecture.experts // 2, source.architecture.experts * 3 // 4]

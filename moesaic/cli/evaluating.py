@@ -54,6 +54,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     wanted = chosen(a, SCORES, TEXT)
     checkpoint, evaluate = room("checkpoint").Checkpoint, room("evaluate")
     source, export = checkpoint.open(a.against), checkpoint.open(a.export)
+    source.check_values()
+    export.check_values()
     asked = ask(a, source) if "tasks" in wanted else None
     readings = read_what(a, source, out, wanted) + (list(asked.readings) if asked else [])
     scores = None

@@ -48,7 +48,7 @@ class LayerRun:
         block_bytes: int | None = None,
         attention: str = "sdpa",
     ) -> None:
-        """Raises `CheckpointError` for a folder without weights.
+        """Raises `CheckpointError` for a folder without weights, and for NaN in what is no linear.
 
         device        where to compute; by itself CUDA where there is one, else CPU
         dtype         of weights, activations and hidden states; routers, gates and the experts' sum stay F32
@@ -60,6 +60,7 @@ class LayerRun:
             raise CheckpointError(
                 f"{checkpoint.path} has no weights, only a config; a forward pass needs the whole checkpoint"
             )
+        checkpoint.check_values()
         family = checkpoint.family
         self.checkpoint, self.family, self.architecture = checkpoint, family, checkpoint.architecture
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -68,7 +69,8 @@ class LayerRun:
         self.config = text_config(family.wiring.configuration, checkpoint.config, attention)
         self.text = family.text(checkpoint.config)  # as on disk
         self.modeling = importlib.import_module(family.wiring.modeling)
-        self.rotary = getattr(self.modeling, family.wiring.rotary_class)(config=self.config).to(self.device)
+        with building(family.wiring.rotary_class):
+            self.rotary = getattr(self.modeling, family.wiring.rotary_class)(config=self.config).to(self.device)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token ids to hidden states [B, T, D]. Raises `InputError` for an id outside the vocabulary."""
@@ -310,9 +312,24 @@ def text_config(where: str, config: Mapping[str, Any], attention: str) -> Any:
     """transformers' config of the language model. What it says of quantization is left out: values come decoded."""
     module, name = where.split(":")
     whole = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    text = getattr(importlib.import_module(module), name).from_dict(whole).get_text_config()
+    kind = getattr(importlib.import_module(module), name)
+    with building(name):
+        text = kind.from_dict(whole).get_text_config()
     text._attn_implementation = attention
     return text
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Say in one sentence that transformers will not make `what` of a config.json: it raises whatever came up."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise FamilyError(
+            f"config.json holds a value of which transformers makes no {what} ({type(error).__name__}: {why}); "
+            "fetch config.json again"
+        ) from error
 
 
 def take_in(rounded: Intake, projection: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
