@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -137,7 +138,7 @@ def table(outlooks: Sequence[Outlook]) -> Table:
 PANELS = (("kl_nats", "KL, nats"), ("top1", "same top-1"), ("overlap", "acceptance overlap"))
 
 
-def plot(outlooks: Sequence[Outlook]) -> str:
+def plot(outlooks: Sequence[Outlook]) -> Markup:
     """A standalone SVG, light and dark: KL, top-1 and overlap of each cut with 95 % intervals, one line a criterion."""
     counts = sorted({o.candidate.experts for o in outlooks}, reverse=True)
     least = [o.candidate.criterion for o in outlooks if o.candidate.experts == counts[-1]]  # best first
@@ -170,11 +171,13 @@ def plot(outlooks: Sequence[Outlook]) -> str:
     return standalone(drawing)
 
 
-def standalone(drawing: str) -> str:
+def standalone(drawing: Markup) -> Markup:
     """A plot of the page as a file of its own: with the page's colours, and its ground."""
-    style = f":root{{{mosaic.variables('light')}}}@media (prefers-color-scheme: dark){{:root{{{mosaic.variables('dark')}}}}}"
-    fonts = "text{font-family:Inter,'Segoe UI','Helvetica Neue',Arial,sans-serif}"
-    ground = '<rect width="100%" height="100%" style="fill:var(--paper)"/>'
-    names = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-    named = drawing.replace("<svg ", names, 1)
-    return named.replace(">", f"><style>{style}{fonts}</style>{ground}", 1)
+    head, _, rest = str.partition(drawing, ">")
+    colours = Markup(":root{{{}}}@media (prefers-color-scheme: dark){{:root{{{}}}}}").format(
+        mosaic.variables("light"), mosaic.variables("dark")
+    )
+    fonts = Markup("text{font-family:Inter,'Segoe UI','Helvetica Neue',Arial,sans-serif}")
+    names = Markup('xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"')
+    ground = Markup('<rect width="100%" height="100%" style="fill:var(--paper)"/>')
+    return Markup("{} {}><style>{}{}</style>{}{}").format(Markup(head), names, colours, fonts, ground, Markup(rest))

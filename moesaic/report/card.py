@@ -4,6 +4,7 @@ Front matter as huggingface_hub checks it, the licence carried over from the sou
 commands that serve it, and what is not known. Leaves out putting it there (push.py).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from huggingface_hub import (
     metadata_load,
 )  # fmt: skip
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from .. import __version__
 from ..artifact import atomic
@@ -41,6 +43,7 @@ INDEXED = {"kl_mean": "kl_divergence", "ppl_export": "perplexity", "top1_agreeme
 BENCHMARKS = {
     "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "gpqa_diamond")
 }  # harness's task -> data set, task on the Hub
+SPECIAL = re.compile(r"[\\`*<\[\]|]")  # what begins code, emphasis, HTML, a link or a table's cell, or takes that away
 COUNTS, CARD = (1, 2, 4, 8, 16), "H200"  # tried in turn where no devices are named
 
 
@@ -80,28 +83,63 @@ def card(facts: Facts, naming: Naming) -> str:
             "--unlicensed if you may pass it on without"
         )
     name = naming.repository or title(facts)
-    environment = Environment(
-        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    body = environment.get_template("card.md").render(
-        name=name.rsplit("/", 1)[-1],
-        base=base,
-        licences=licences,
-        facts=facts,
-        rows=sizes(facts),
-        scores=scores(facts),
-        reading=reading(facts),
-        steps=done.steps(facts),
-        engines=engines(facts, name),
-        limits=limits.limits(facts) + transformers_limits(facts),
-        missing=limits.missing(facts),
-        verified=facts.verify is not None and facts.verify["holds"],
-        version=__version__,
+    body = (
+        environment()
+        .get_template("card.md")
+        .render(
+            name=name.rsplit("/", 1)[-1],
+            base=base,
+            licences=licences,
+            facts=facts,
+            rows=sizes(facts),
+            scores=scores(facts),
+            reading=reading(facts),
+            steps=done.steps(facts),
+            engines=engines(facts, name),
+            limits=limits.limits(facts) + transformers_limits(facts),
+            missing=limits.missing(facts),
+            verified=facts.verify is not None and facts.verify["holds"],
+            version=__version__,
+        )
     )
     data = front_matter(facts, base, name.rsplit("/", 1)[-1], licences)
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
     ModelCard(text)  # read back by the Hub's own client: front matter that it would not take is our bug
     return text
+
+
+def environment() -> Environment:
+    """card.md's: whatever stands between double braces is plain text to Markdown, unless a filter made it code."""
+    found = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=plain
+    )
+    found.filters |= {"code": code, "block": block}
+    return found
+
+
+def plain(value: object) -> str:
+    """Text in which nothing means anything to Markdown or HTML, on one line."""
+    if isinstance(value, Markup):
+        return str(value)
+    return SPECIAL.sub(r"\\\g<0>", " ".join(str(value).split()))
+
+
+def code(text: object) -> Markup:
+    """A code span; the text may hold backticks (CommonMark 0.31, 6.1)."""
+    one_line = " ".join(str(text).split())
+    ticks, pad = fence(one_line, 1), " " if "`" in one_line else ""
+    return Markup(f"{ticks}{pad}{one_line.replace('|', chr(92) + '|')}{pad}{ticks}")
+
+
+def block(text: object) -> Markup:
+    """A fenced code block; the text may hold fences (CommonMark 0.31, 4.5)."""
+    ticks = fence(str(text), 3)
+    return Markup(f"{ticks}\n{text}\n{ticks}")
+
+
+def fence(text: str, least: int) -> str:
+    """Backticks in a row, more of them than in any row of `text`."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def base_model(facts: Facts, naming: Naming) -> str:

@@ -56,7 +56,7 @@ def grid(
     shown = sorted({int(i) for i in np.linspace(0, count - 1, min(count, TICKS)).round()}) if count > TICKS else None
     ticks = Markup("").join(
         Markup("<b{}>{}</b>").format(
-            Markup(f' style="left:{100 * (i + 0.5) / count:.2f}%"') if shown else "", columns[i]
+            Markup(' style="left:{:.2f}%"').format(100 * (i + 0.5) / count) if shown else "", columns[i]
         )
         for i in (shown or range(count))
     )
@@ -81,9 +81,10 @@ def strip(line: Sequence[Paint | None]) -> Markup:
         if paint is not None:
             strokes[paint] = strokes.get(paint, "") + f"M{at * PITCH:g} 5h{width * PITCH:g}"
         at += width
-    paths = "".join(
-        f'<path style="stroke:{paint.color}" stroke-opacity="{TONES[paint.tone]}" d="{d}"/>'
+    paths = Markup("").join(
+        Markup('<path style="stroke:{}" stroke-opacity="{}" d="{}"/>').format(paint.color, TONES[paint.tone], d)
         for paint, d in strokes.items()
     )
-    box = f'viewBox="0 0 {len(line) * PITCH - grout:.4g} {PITCH:g}" preserveAspectRatio="none"'
-    return Markup(f'<svg {box} stroke-dasharray="{PITCH - grout:.4g} {grout:.4g}" aria-hidden="true">{paths}</svg>')
+    return Markup(
+        '<svg viewBox="0 0 {:.4g} {:g}" preserveAspectRatio="none" stroke-dasharray="{:.4g} {:.4g}" aria-hidden="true">{}</svg>'
+    ).format(len(line) * PITCH - grout, PITCH, PITCH - grout, grout, paths)

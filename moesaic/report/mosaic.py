@@ -7,6 +7,7 @@ are CSS variables in the page; the picture that stands alone brings its own, for
 from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from .facts import DROPPED
 
@@ -46,7 +47,7 @@ def tone_of(score_LE: np.ndarray | None, kept_LE: np.ndarray) -> np.ndarray:
     return np.clip((behind_LE - lost_L1) * len(TONES) // np.maximum(kept_L1, 1), 0, len(TONES) - 1)
 
 
-def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> str:
+def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> Markup:
     """The tiles as SVG paths, in a space of `TILE` units a tile."""
     layers, experts = fate_LE.shape
     fates = order(fate_LE)
@@ -60,8 +61,8 @@ def tiles(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[st
                 continue
             shapes = "".join(tile(e, l, wobble[l, e] if fate_LE.size <= HAND_CUT else None) for l, e in where)
             fill, alpha = color(fate, palette or fates), 1 if fate == DROPPED else opacity
-            paths.append(f'<path style="fill:{fill}" fill-opacity="{alpha}" d="{shapes}"/>')
-    return "".join(paths)
+            paths.append(Markup('<path style="fill:{}" fill-opacity="{}" d="{}"/>').format(fill, alpha, shapes))
+    return Markup("").join(paths)
 
 
 def tile(column: int, row: int, wobble: np.ndarray | None) -> str:
@@ -72,48 +73,54 @@ def tile(column: int, row: int, wobble: np.ndarray | None) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners) + "z"
 
 
-def mosaic(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> str:
+def mosaic(fate_LE: np.ndarray, score_LE: np.ndarray | None, palette: Sequence[str] = ()) -> Markup:
     """The mosaic for the page: no words in it, colours from the page's variables.
 
     palette  the fates in the order of their colours, where others than those that occur have one too
     """
     layers, experts = fate_LE.shape
     counts = ", ".join(f"{int((fate_LE == f).sum()):,} {f}" for f in order(fate_LE))
-    return (
-        f'<svg class="mosaic" viewBox="0 0 {experts * TILE:g} {layers * TILE:g}" role="img" '
-        f'aria-label="{layers} layers of {experts} experts: {counts}">{tiles(fate_LE, score_LE, palette)}</svg>'
+    return Markup('<svg class="mosaic" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg>').format(
+        experts * TILE,
+        layers * TILE,
+        f"{layers} layers of {experts} experts: {counts}",
+        tiles(fate_LE, score_LE, palette),
     )
 
 
-def variables(theme: str) -> str:
+def variables(theme: str) -> Markup:
     """CSS declarations of one theme, shared by the page and the picture."""
     fates = {f"fate-{i}": value for i, value in enumerate(FATES[theme])}
-    return "".join(f"--{name}:{value};" for name, value in {**COLORS[theme], **fates}.items())
+    return Markup("").join(f"--{name}:{value};" for name, value in {**COLORS[theme], **fates}.items())
 
 
 def picture(
     fate_LE: np.ndarray, score_LE: np.ndarray | None, labels: Sequence[str], caption: str, width: int = 1200
-) -> str:
+) -> Markup:
     """A standalone SVG for a README: the mosaic on its ground, a legend (`labels`, in `order`), and one line of words."""
     layers, experts = fate_LE.shape
     margin, foot = 48, 92
     scale = (width - 2 * margin) / (experts * TILE)
     height = layers * TILE * scale + margin + foot
-    fates, x, legend = order(fate_LE), float(margin), ""
+    fates, x, legend = order(fate_LE), float(margin), Markup("")
     baseline = height - foot / 2 + 6
     for fate, label in zip(fates, labels):
-        legend += (
-            f'<rect x="{x:g}" y="{baseline - 15:g}" width="18" height="18" rx="2" style="fill:{color(fate, fates)}"/>'
-        )
-        legend += f'<text x="{x + 28:g}" y="{baseline:g}">{label}</text>'
+        legend += Markup(
+            '<rect x="{:g}" y="{:g}" width="18" height="18" rx="2" style="fill:{}"/><text x="{:g}" y="{:g}">{}</text>'
+        ).format(x, baseline - 15, color(fate, fates), x + 28, baseline, label)
         x += 28 + 9.6 * len(label) + 36
-    size = f'viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-        f"<title>{caption}</title><style>:root{{{variables('light')}}}"
-        f"@media (prefers-color-scheme: dark){{:root{{{variables('dark')}}}}}"
-        "text{font:18px 'Inter','Segoe UI','Helvetica Neue',Arial,sans-serif;fill:var(--muted)}</style>"
-        f'<rect width="100%" height="100%" rx="14" style="fill:var(--paper)"/>'
-        f'<g transform="translate({margin} {margin}) scale({scale:.4f})">{tiles(fate_LE, score_LE)}</g>{legend}'
-        f'<text x="{width - margin}" y="{baseline:g}" text-anchor="end">{caption}</text></svg>\n'
-    )
+    return Markup(PICTURE).format(
+        width=width, height=f"{height:.0f}", caption=caption, light=variables("light"), dark=variables("dark"),
+        shift=margin, scale=f"{scale:.4f}", tiles=tiles(fate_LE, score_LE), legend=legend,
+        right=width - margin, baseline=f"{baseline:g}",
+    )  # fmt: skip
+
+
+PICTURE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+    "<title>{caption}</title><style>:root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    "text{{font:18px 'Inter','Segoe UI','Helvetica Neue',Arial,sans-serif;fill:var(--muted)}}</style>"
+    '<rect width="100%" height="100%" rx="14" style="fill:var(--paper)"/>'
+    '<g transform="translate({shift} {shift}) scale({scale})">{tiles}</g>{legend}'
+    '<text x="{right}" y="{baseline}" text-anchor="end">{caption}</text></svg>\n'
+)

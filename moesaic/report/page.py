@@ -52,8 +52,8 @@ def page(facts: Facts, made: datetime | None = None) -> str:
             title=title(facts),
             made=made.strftime("%-d %B %Y"),
             version=__version__,
-            light=Markup(mosaic.variables("light")),
-            dark=Markup(mosaic.variables("dark")),
+            light=mosaic.variables("light"),
+            dark=mosaic.variables("dark"),
             hero=hero(facts),
             headline=headline(facts),
             summary=summary(facts),
@@ -108,7 +108,7 @@ def hero(facts: Facts) -> dict[str, Any] | None:
         for f in mosaic.order(fate_LE)
     ]
     return {
-        "svg": Markup(mosaic.mosaic(fate_LE, facts.score_LE, facts.palette)),
+        "svg": mosaic.mosaic(fate_LE, facts.score_LE, facts.palette),
         "legend": legend,
         "toned": facts.score_LE is not None,
         "layers": fate_LE.shape[0],

@@ -4,6 +4,7 @@ Colours are stand-ins that become the page's CSS variables, so that one drawing 
 Leaves out the mosaic (mosaic.py).
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -58,16 +59,22 @@ class Mark:
     high: float | None = None
 
 
+def printable(name: str) -> str:
+    """A name without the characters that neither a font nor XML has."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
+
+
 def drawn(name: str, label: str, height: float, draw: Callable[[Axes, bool], None]) -> Markup:
     """HTML with two SVGs: `draw(axes, narrow)` at both widths. `name` keeps their ids apart."""
-    text = "".join(
-        f'<div class="{kind}">{svg(f"{name}-{kind}", label, width, height * tall, draw)}</div>'
+    return Markup("").join(
+        Markup('<div class="{}">{}</div>').format(kind, svg(f"{name}-{kind}", label, width, height * tall, draw))
         for kind, width, tall in (("wide", WIDE, 1.0), ("narrow", NARROW, 0.92))
     )
-    return Markup(text)
 
 
-def svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes, bool], None]) -> str:
+def svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes, bool], None]) -> Markup:
+    """One drawing as an SVG element; `name` and `label` may be any text, and text in the drawing is escaped by matplotlib."""
+    place = f"plot-{hashlib.sha256(name.encode()).hexdigest()[:8]}-"  # a file's name has no place in an id
     with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot(), width == NARROW)
@@ -75,14 +82,14 @@ def svg(name: str, label: str, width: float, height: float, draw: Callable[[Axes
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()[out.getvalue().index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{place}", text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
-    text = re.sub(
-        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
-    )
-    return re.sub(r"\n\s*", "\n", text)
+    head = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', text)
+    assert head is not None
+    body = Markup(re.sub(r"\n\s*", "\n", text[head.end() :]))
+    return Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(head[1], label) + body
 
 
 def kl_histogram(name: str, kl_N: np.ndarray, marks: dict[str, float], floor: float | None = None) -> Markup:
@@ -120,7 +127,7 @@ def whiskers(
         if floor is not None:
             axes.axvline(floor.value, color=SECOND, linewidth=1.2, linestyle=(0, (3, 2)))
             axes.annotate(
-                floor.name,
+                printable(floor.name),
                 (floor.value, len(marks) - 0.42),
                 (4, 0),
                 textcoords="offset points",
@@ -135,7 +142,7 @@ def whiskers(
             axes.plot([mark.value], [y], marker="s", markersize=7, color=ACCENT)
             text, at = f"{mark.value:#.2g}".replace("-", "−"), (mark.value, y)
             axes.annotate(text, at, (0, 8), textcoords="offset points", ha="center", fontsize=9.5, color=MUTED)
-        axes.set_yticks(places, [mark.name for mark in marks], color=INK)
+        axes.set_yticks(places, [printable(mark.name) for mark in marks], color=INK)
         axes.set_ylim(-0.6, len(marks) - 0.3)
         if signed:
             axes.axvline(0, color=MUTED, linewidth=1)
@@ -195,7 +202,10 @@ def pillars(axes: Axes, marks: dict[str, float], high: float) -> None:
     for i, (label, value) in enumerate(sorted(marks.items(), key=lambda m: m[1])):
         level = high * (1.08 + 0.12 * (len(marks) - 1 - i))
         axes.plot([value, value], [0, level], color=SECOND, linewidth=1.4)
-        text, style = f"{label} {value:#.3g}", {"textcoords": "offset points", "color": INK, "fontsize": 10.5}
+        text, style = (
+            f"{printable(label)} {value:#.3g}",
+            {"textcoords": "offset points", "color": INK, "fontsize": 10.5},
+        )
         axes.annotate(text, (value, level), (5, -3), **style)  # type: ignore[arg-type]
     axes.set_ylim(0, high * (1.12 + 0.12 * len(marks)))
 
