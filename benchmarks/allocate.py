@@ -91,14 +91,14 @@ def run(instances: Path, seed: int) -> dict[str, Any]:
     }
     for target in KNOWN:
         start = time.process_time()
-        plan = frontier.fit(menu.budget(target))
+        plan = frontier.fit(menu.budget_bytes(target))
         seconds = time.process_time() - start
         judged = judge.evaluate(instance, solution_of(instance, plan))
         figures["targets"][str(target)] = {
             "objective": judged["objective"],
             "bits": judged["bpp"],
             "bytes": round(judged["gb"] * 1e9),
-            "budget": plan.budget,
+            "budget": plan.budget_bytes,
             "kept": judged["kept_per_layer"],
             "mixed": judged["mixed_format_groups"] + judged["units_without_format"],
             "harm": plan.harm,

@@ -24,7 +24,7 @@ import numpy as np
 
 from moesaic.allocate import Frontier, Menu
 from moesaic.calibrate import Statistics
-from moesaic.candidates import Setting
+from moesaic.candidates import Setting, Traced
 from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform
 from moesaic.candidates.sizes import folder_bytes
 from moesaic.errors import PlanError
@@ -47,10 +47,7 @@ def contests(rivals: "Rivals", rule: Rule, choice: TokenSet, judge: TokenSet) ->
     source = setting.source
     whole, smallest = sum(t.bytes for t in source.inventory), int(frontier.bytes_KP[:, 0].min())
     budgets = [int(smallest + share * (whole - smallest)) for share in SHARES]
-    found = [
-        candidates(source, setting.container, prices, rule, frontier, menu, budget, "rtn", setting.budget.choice)
-        for budget in budgets
-    ]
+    found = [candidates(setting, Traced(prices, rule, menu, frontier, budget), budget) for budget in budgets]
     told = iter(setting.measure([c.plan for of in found for c in of], choice, "contest"))
     chosen = [min(zip((next(told) for _ in of), of), key=lambda pair: pair[0].nats)[1] for of in found]
     entries = [{"chosen": c.plan} | rivals.at(budget) for c, budget in zip(chosen, budgets)]
@@ -110,7 +107,7 @@ class Rivals:
         return self.made(prices, found.formats, found.kept)
 
     def made(self, prices: Prices, formats: Mapping[str, str], kept: int) -> Plan:
-        return plan_of(self.setting.source, self.setting.container, prices, formats, kept, "rtn")
+        return plan_of(self.setting, prices, formats, kept)
 
     def fits(self, plan: Plan, budget: int) -> bool:
         return folder_bytes(Target.of(self.setting.source, plan)) <= budget

@@ -22,7 +22,8 @@ from contest import Rivals, contests, learned
 from moesaic.allocate import Menu
 from moesaic.artifact import identity
 from moesaic.calibrate import Statistics, calibrate
-from moesaic.candidates.choose import FORMATS_OFFERED, Budget, Setting, learn
+from moesaic.candidates import FORMATS_OFFERED, Setting
+from moesaic.candidates.choose import learn
 from moesaic.candidates.plans import menu_of, plan_of, sums, uniform, varied
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
@@ -158,7 +159,7 @@ def predictions(
 ) -> dict[str, Any]:  # fmt: skip
     """Plans that nothing was fitted on, on text that nothing was fitted on."""
     plans = unseen(source, prices, menu, count)
-    branches = [Branch.of(plan_of(source, CONTAINER, prices, f, k, "rtn")) for f, k in plans]
+    branches = [Branch.of(plan_of(Setting(source, run), prices, f, k)) for f, k in plans]
     measured = measure(source, branches, fresh, run / "unseen", title="unseen plans")
     kl_N = np.array([m.nats for m in measured])
     used = np.isfinite(kl_N)
@@ -256,7 +257,7 @@ def main() -> None:
     options = [Branch({u: f}) for u, of in prices.rounded.items() for f in of if f != SOURCE]
     print(f"one sweep: {effort(source, options, text.tokens, 4 << 30)}")
     kept = list(range(min(counts), architecture.experts + 1))
-    setting = Setting(source, CONTAINER, a.run, Budget())
+    setting = Setting(source, a.run)
     rule = learn(setting, prices, text)
     print(f"rule: {rule}")
     menu = menu_of(source, CONTAINER, prices, kept, rule.weight)

@@ -35,7 +35,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.containers import siblings
 from moesaic.formats import FORMATS
 from moesaic.kernels.cpu import TARGETS, amax, prepare, requantize
-from moesaic.quantize import quantize
+from moesaic.quantize import Quantizing, quantize
 
 WAYS = ("cp", "kernels", "quantize")
 ONCE = ("quantize, scale search", "quantize, verified")
@@ -85,7 +85,7 @@ def measure(way: str, model: Path, made: Path, out: Path, format: str) -> dict[s
         in_a_loop(way, model, out)
     else:
         rounding = "search" if "search" in way else "rtn"
-        quantize(model, out, format, rounding=rounding, check="verified" in way, quiet=True)
+        quantize(model, out, Quantizing(format, rounding=rounding, check="verified" in way), quiet=True)
     peak = resource.getrusage(who).ru_maxrss * 1024 / 1e6
     return {"seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds(who) - cpu, "peak_mb": peak}
 
@@ -150,7 +150,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=a.folder) as name:
         made, out = Path(name) / "made", Path(name) / "out"
-        quantize(a.model, made, a.format, check=False)
+        quantize(a.model, made, Quantizing(a.format, check=False))
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS + ONCE}
         for way in WAYS * a.repeats + ONCE:  # in turn, so that a busy spell of the machine meets all of them
             words = [sys.executable, __file__, str(a.model), "--format", a.format, "--folder", name, "--way", way]

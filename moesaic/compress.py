@@ -8,8 +8,7 @@ Every step leaves a file in the run folder and reads what the steps before it le
 continues wherever it was stopped.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from .activations import calibrated
 from .artifact import read_json, write_json
 from .calibrate import Statistics, calibrate, check_domains
 from .candidates import (
-    FORMATS_OFFERED,
-    HARMS,
-    Budget,
     Chosen,
+    Limit,
+    Offer,
+    Pricing,
     Setting,
-    check_budget,
+    check_limit,
     choose,
+    exact,
     price_options,
     stored_bytes,
     trace_frontier,
@@ -36,15 +36,15 @@ from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
 from .errors import CheckError, InputError
 from .evaluate import Reading, Scores, evaluate
-from .fit import Layout, check_layout
+from .fit import check_layout
 from .formats import FORMATS
 from .make import expert_errors, make, rendered, rounding_on
 from .measure import Prices
 from .plan import SOURCE, Plan
 from .report import report
 from .rounding import ROUNDINGS
-from .select import Selection, check_names, select_experts
-from .settle import settle
+from .select import REAP, Ranking, Selection, check_names, select_experts
+from .settle import gathered, settle
 from .target import Target
 from .tokens import TokenSet
 from .verdict import Verdict
@@ -58,44 +58,48 @@ CHOICE_TOKENS = 16_384  # of unseen text, at most, to choose among candidates; a
 class Recipe:
     """What to make: how many experts stay, in which format they are written, and what becomes of the rest.
 
-    Or how large it may be: `fit` in bytes on disk, or `bits` stored per weight of the source. Then the formats of
-    `formats` are on offer to every unit, and kept counts too unless `experts` names one.
+    Or how large it may be: with a `limit`, the formats of the offer are on offer to every unit, and kept counts too
+    unless it names one.
+
+    format             of routed experts, where there is no limit
+    rest               of every other matrix
+    evaluation_tokens  to judge the result by
+    devices            that the limit was found for, with `context`: the report shows how they hold the result
     """
 
-    experts: int | None = None  # None: all stay
-    format: str = SOURCE  # of routed experts
-    rest: str = SOURCE  # of every other matrix
-    criterion: str = "reap"
-    policy: str = "pooled"
+    ranking: Ranking = REAP
+    offer: Offer = field(default_factory=Offer)
+    limit: Limit = field(default_factory=Limit)
+    pricing: Pricing = field(default_factory=Pricing)
+    format: str = SOURCE
+    rest: str = SOURCE
     rounding: str = "rtn"
-    container: str = "compressed_tensors"
-    fit: int | None = None
-    bits: float | None = None
-    formats: tuple[str, ...] = FORMATS_OFFERED
-    harm: str = HARMS[0]  # how options are priced
-    seconds: float | None = None  # for that, about; None: as long as it takes
-    layout: Layout | None = None  # how it will be served: what an engine would not load so is refused, or not offered
-    devices: str = ""  # that `fit` was found for, with `context`: the report shows how they hold the result
+    evaluation_tokens: int = 65_536
+    devices: str = ""
     context: int | None = None
-    domains: Mapping[str, float] | None = None  # name -> share, of those that rank experts; None: all alike
-    until_stable: bool = False  # read more and more text until the choice of experts stops moving (see `settle`)
-
-    @property
-    def has_budget(self) -> bool:
-        return self.fit is not None or self.bits is not None
 
     def setting(self, source: Checkpoint, run: Path, quiet: bool) -> Setting:
         """What finding a plan has to know."""
-        experts = () if self.experts is None else (self.experts,)
-        budget = Budget(self.fit, self.bits, experts, self.formats, self.harm, seconds=self.seconds, layout=self.layout)
-        container = CONTAINERS[self.container]
-        return Setting(source, container, run, budget, self.criterion, self.policy, self.rounding, quiet, self.domains)
+        return Setting(
+            source=source,
+            run=run,
+            ranking=self.ranking,
+            offer=self.offer,
+            limit=self.limit,
+            pricing=self.pricing,
+            rounding=self.rounding,
+            quiet=quiet,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        run = self.ranking.run
+        return asdict(replace(self, ranking=replace(self.ranking, run=None))) | {"statistics": run and str(run)}
 
 
 def compress(
-    model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, evaluation_tokens: int = 65_536,
-    command: str = "", quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, command: str = "", quiet: bool = False
+) -> dict[str, Any]:
     """Compress `model` by `recipe` into the folder `run`; returns JSON-able facts.
 
     Leaves run/model (the export), run/report.html and every number behind it. Raises `InputError`
@@ -104,19 +108,20 @@ def compress(
     source = Checkpoint.open(model)
     recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
     check(source, recipe)
-    if recipe.has_budget:
-        check_budget(recipe.setting(source, run, True))
-    elif recipe.layout is not None:
-        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.layout)
+    if recipe.limit:
+        check_limit(recipe.setting(source, run, True))
+    elif recipe.offer.layout is not None:
+        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.offer.layout)
     source.check_values()
-    write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": asdict(recipe)}, {})
+    write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": recipe.facts()}, {})
 
     chosen = None
-    if recipe.has_budget:
-        chosen, selection, rows = within_budget(source, run, recipe, corpus, evaluation_tokens, quiet)
+    if recipe.limit:
+        chosen, selection, rows = within_limit(source, run, recipe, corpus, quiet)
         plan = chosen.plan
     else:
-        rows = corpus.evaluation(source, run / "evaluation.safetensors", evaluation_tokens)  # too little says so now
+        # Text that is too short says so now.
+        rows = corpus.evaluation(source, run / "evaluation.safetensors", recipe.evaluation_tokens)
         selection = select(source, run, recipe, corpus, quiet)
         plan = as_told(source, recipe, selection)
 
@@ -147,26 +152,24 @@ def compress(
         "verified": dict(verdict.compared),
         "chosen": chosen.facts if chosen else None,
         "rendered": rounded,
-        "settled": settled_by(run) if recipe.until_stable else None,
+        "settled": settled_by(run) if recipe.ranking.until_stable else None,
     }
 
 
 def check(source: Checkpoint, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
-    a = source.architecture
-    check_names(recipe.policy, (recipe.criterion,))
-    if recipe.experts is not None and not a.top_k <= recipe.experts <= a.experts:
-        raise InputError(
-            f"asked to keep {recipe.experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}"
-        )
+    a, experts, container = source.architecture, recipe.offer.experts, recipe.offer.container
+    check_names(recipe.ranking.policy, (recipe.ranking.criterion,))
+    if experts is not None and not a.top_k <= experts <= a.experts:
+        raise InputError(f"asked to keep {experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}")
     for name in (recipe.format, recipe.rest):
         if name != SOURCE and name not in FORMATS:
             raise InputError(f"no format {name!r}; there are source, {', '.join(FORMATS)}")
     if recipe.rounding not in ROUNDINGS:
         raise InputError(f"no rounding {recipe.rounding!r}; there are {', '.join(ROUNDINGS)}")
-    if recipe.container not in CONTAINERS:
-        raise InputError(f"no container {recipe.container!r}; there are {', '.join(CONTAINERS)}")
-    if recipe.has_budget and not keeps_formats(recipe):
+    if container not in CONTAINERS:
+        raise InputError(f"no container {container!r}; there are {', '.join(CONTAINERS)}")
+    if recipe.limit and not keeps_formats(recipe):
         raise InputError(
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
         )
@@ -180,7 +183,7 @@ def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> 
     """The plan that the recipe spells out."""
     units = source.architecture.units.items()
     return Plan(
-        container=source.container.name if keeps_formats(recipe) else recipe.container,
+        container=source.container.name if keeps_formats(recipe) else recipe.offer.container,
         kept=selection.cut.kept if selection else {},
         formats={unit: recipe.format if m[0].role == "experts" else recipe.rest for unit, m in units},
         rounding=recipe.rounding,
@@ -213,10 +216,10 @@ def allocate_run(
     traced = trace_frontier(setting, prices, text)
     facts: dict[str, Any] = {"rule_error": traced.rule.error, "curve": traced.curve(CURVE), "best": None}
     if best := traced.best:
-        candidate = traced.exact(setting, best)
+        candidate = exact(setting, traced, best)
         candidate.plan.save(run / "plan.json", {"source": setting.source.identity})
         facts["best"] = {
-            "experts": candidate.experts, "bytes": candidate.bytes, "budget_bytes": best.budget,
+            "experts": candidate.experts, "bytes": candidate.bytes, "budget_bytes": best.budget_bytes,
             "predicted_nats": candidate.predicted_nats, "bound_nats": float(traced.rule.predict(best.bound)),
         }  # fmt: skip
     return facts
@@ -228,41 +231,43 @@ def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) 
     recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
     check(source, recipe)
     setting = recipe.setting(source, run, quiet)
-    check_budget(setting)
+    check_limit(setting)
     source.check_values()
     statistics, tokens = learn(source, run, recipe, corpus, quiet)
     return setting, *price_options(setting, statistics, tokens)
 
 
-def within_budget(
-    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, evaluation_tokens: int, quiet: bool
+def within_limit(
+    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool
 ) -> tuple[Chosen, Selection | None, TokenSet]:
-    """The plan that was measured best within the recipe's size, and rows of text that took no part in finding it."""
-    both = evaluation_tokens + min(CHOICE_TOKENS, evaluation_tokens)
+    """The plan that was measured best within the recipe's limit, and rows of text that took no part in finding it."""
+    judging = recipe.evaluation_tokens
+    both = judging + min(CHOICE_TOKENS, judging)
     unseen = corpus.evaluation(source, run / "heldout.safetensors", both)
-    count = max(1, round(unseen.rows * (1 - evaluation_tokens / both)))
+    count = max(1, round(unseen.rows * (1 - judging / both)))
     mine = set(np.linspace(0, unseen.rows - 1, count).round().astype(int).tolist())
     choice, rows = (unseen.take([i for i in range(unseen.rows) if (i in mine) == its]) for its in (True, False))
     rows.save(run / "evaluation.safetensors")
     statistics, tokens = learn(source, run, recipe, corpus, quiet)
     chosen = choose(recipe.setting(source, run, quiet), statistics, tokens, choice)
     kept = chosen.plan.experts(source.architecture.experts)
-    return chosen, noted(source, run, recipe, kept, statistics, tokens), rows
+    return chosen, noted(source, run, recipe.ranking, kept, (statistics, tokens)), rows
 
 
-def learn(
-    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool
-) -> tuple[Statistics, TokenSet]:  # fmt: skip
+def learn(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> tuple[Statistics, TokenSet]:
     """What is known of every expert, and the text that it was learnt from."""
-    if recipe.until_stable:
-        experts = source.architecture.experts
-        counts = [experts // 2, experts * 3 // 4] if recipe.experts in (None, experts) else [recipe.experts]
-        settled = settle(source, corpus, run, counts, recipe.criterion, recipe.policy, recipe.domains, quiet)
+    ranking, asked, experts = recipe.ranking, recipe.offer.experts, source.architecture.experts
+    if ranking.until_stable:
+        counts = [asked] if asked and asked < experts else [experts // 2, experts * 3 // 4]
+        settled = settle(source, corpus, run, counts, ranking, quiet)
         return settled.statistics, settled.tokens
     tokens = corpus.calibration(source, run / "tokens.safetensors")
-    if recipe.domains is not None:
-        check_domains(recipe.domains, tokens.domains)
-    return calibrate(source, tokens, run / "stats", quiet, CRITERIA[recipe.criterion].reads_weights), tokens
+    if ranking.domains is not None:
+        check_domains(ranking.domains, tokens.domains)
+    weighed = CRITERIA[ranking.criterion].reads_weights
+    if ranking.run is not None:
+        return gathered(source, ranking.run, weighed, quiet), tokens
+    return calibrate(source, tokens, run / "stats", quiet, weighed), tokens
 
 
 def settled_by(run: Path) -> str | None:
@@ -273,19 +278,21 @@ def settled_by(run: Path) -> str | None:
 
 def select(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> Selection | None:
     """Which experts stay; None when all do, and then no text is read."""
-    if recipe.experts is None or recipe.experts == source.architecture.experts:
+    experts = recipe.offer.experts
+    if experts is None or experts == source.architecture.experts:
         return None
-    statistics, tokens = learn(source, run, recipe, corpus, quiet)
-    return noted(source, run, recipe, recipe.experts, statistics, tokens)
+    known = learn(source, run, recipe, corpus, quiet)
+    return noted(source, run, recipe.ranking, experts, known)
 
 
 def noted(
-    source: Checkpoint, run: Path, recipe: Recipe, experts: int, statistics: Statistics, tokens: TokenSet
+    source: Checkpoint, run: Path, ranking: Ranking, experts: int, known: tuple[Statistics, TokenSet]
 ) -> Selection | None:
     """The selection of so many experts, and run/selection.json; None for all of them."""
     if experts == source.architecture.experts:
         return None
-    selection = select_experts(statistics, recipe.criterion, experts, recipe.policy, recipe.domains)
+    statistics, tokens = known
+    selection = select_experts(statistics, ranking.criterion, experts, ranking.policy, ranking.domains)
     facts = selection.facts() | {"scores": selection.score_LE.tolist(), "tokens": dict(tokens.facts)}
     write_json(run / "selection.json", "selection", facts, {"source": source.identity, "tokens": tokens.identity})
     return selection

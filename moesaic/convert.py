@@ -22,21 +22,21 @@ PLAN, DESCRIPTION = "plan.json", "source.json"  # of a run
 
 
 def convert(
-    model: Path, out: Path, to: str, layout: Layout | None = None, check: bool = True, quiet: bool = False
+    model: Path, out: Path, container: str, layout: Layout | None = None, check: bool = True, quiet: bool = False
 ) -> dict[str, Any]:
-    """Write the existing `model` to `out` in the container `to`; returns JSON-able facts. Interrupted, it continues.
+    """Write the existing `model` to `out` in `container`; returns JSON-able facts. Interrupted, it continues.
 
     `layout` is how it will be served: what an engine would not load so is refused.
     Raises `PlanError` (and for names `InputError`) before the first byte for what cannot be carried over,
     `CheckError` when the result does not verify.
     """
-    if to not in CONTAINERS:
-        raise InputError(f"no container {to!r}; there are {', '.join(CONTAINERS)}")
+    if container not in CONTAINERS:
+        raise InputError(f"no container {container!r}; there are {', '.join(CONTAINERS)}")
     source = Checkpoint.open(model)
-    if source.container.name == to:
-        raise InputError(f"{model} is in {to} already; name another container")
+    if source.container.name == container:
+        raise InputError(f"{model} is in {container} already; name another container")
     check_free(out, source)
-    return written(Target.of(source, Plan(to)), out, None, layout, check, quiet)
+    return written(Target.of(source, Plan(container)), out, None, layout, check, quiet)
 
 
 def is_run(folder: Path) -> bool:
@@ -44,15 +44,20 @@ def is_run(folder: Path) -> bool:
 
 
 def export_run(
-    run: Path, out: Path | None, to: str | None, layout: Layout | None = None, check: bool = True, quiet: bool = False
+    run: Path,
+    out: Path | None,
+    container: str | None,
+    layout: Layout | None = None,
+    check: bool = True,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Carry out the plan of the run folder `run`: to run/model, and from there to the container `to` if that is another."""
+    """Carry out the plan of the run folder `run`: to run/model, and from there to `container` if that is another."""
     source = Checkpoint.open(read_json(run / DESCRIPTION, "source")["model"])
     plan, model = Plan.load(run / PLAN, {"source": source.identity}), run / "model"
-    if to is not None and to != plan.container:
+    if container is not None and container != plan.container:
         if not (model / "config.json").exists():
             export_run(run, None, None, None, check, quiet)
-        return convert(model, out or run / f"model-{to}", to, layout, check, quiet)
+        return convert(model, out or run / f"model-{container}", container, layout, check, quiet)
     check_free(out or model, source)
     return written(Target.of(source, plan), out or model, run, layout, check, quiet)
 

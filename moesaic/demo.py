@@ -6,14 +6,15 @@ Downloads nothing: the model comes with the project, the text with the Python th
 from pathlib import Path
 from typing import Any
 
+from .candidates import Offer
 from .compress import Recipe, compress
 from .corpus import Corpus
 
 MODEL = Path(__file__).parent / "demo_model"
 TEXT = Corpus(tokens=24_576, length=256)
-RECIPE = Recipe(experts=16, format="mxfp4")
+RECIPE = Recipe(offer=Offer(experts=16), format="mxfp4", evaluation_tokens=16_384)
 
 
 def demo(run: Path, quiet: bool = False) -> dict[str, Any]:
     """Compress the demo model into `run`; returns the facts of `compress`."""
-    return compress(MODEL, run, RECIPE, TEXT, evaluation_tokens=16_384, command=f"moesaic demo {run}", quiet=quiet)
+    return compress(MODEL, run, RECIPE, TEXT, command=f"moesaic demo {run}", quiet=quiet)

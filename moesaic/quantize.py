@@ -3,6 +3,7 @@
 Router, embeddings, norms, head and vision stay as they are: no tool that rounded a router was right.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +25,47 @@ from .verify import verify
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
 
 
-def quantize(
-    model: Path, out: Path, format: str, only: str = "experts", rest: str = SOURCE,
-    to: str = "compressed_tensors", rounding: str = "rtn", layout: Layout | None = None, check: bool = True, quiet: bool = False,
-    command: str = "", corpus: Corpus = PYTHON_TEXT,
-) -> dict[str, Any]:  # fmt: skip
-    """Write to `out` the model whose `only` matrices are in `format`; returns JSON-able facts.
+@dataclass(frozen=True)
+class Quantizing:
+    """What is asked for.
 
-    only    "experts" (routed experts) or "linears" (attention, shared and dense too)
-    rest    "source": the others keep their bytes; "bf16" or another format: they are written in that
-    layout  how it will be served, if that is known: what an engine would not load so is refused
-    corpus  text for a rounding that looks at data; "search" does where the text is the user's
+    only       "experts" (routed experts) or "linears" (attention, shared and dense too) are in `format`
+    rest       "source": the others keep their bytes; "bf16" or another format: they are written in that
+    container  that is written
+    rounding   one of rounding/; one that looks at data, or "search" where the text is the user's, reads text
+    layout     how the result will be served, if that is known: what an engine would not load so is refused
+    check      reopen the result and compare it with the source
+    """
+
+    format: str
+    only: str = "experts"
+    rest: str = SOURCE
+    container: str = "compressed_tensors"
+    rounding: str = "rtn"
+    layout: Layout | None = None
+    check: bool = True
+
+
+def quantize(
+    model: Path, out: Path, asked: Quantizing, corpus: Corpus = PYTHON_TEXT, command: str = "", quiet: bool = False
+) -> dict[str, Any]:
+    """Write to `out` the model with matrices in the formats that are asked for; returns JSON-able facts.
+
     Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
     """
     for what, name, there_are in (
-        ("format", format, FORMATS), ("scope", only, SCOPES), ("format for the rest", rest, (SOURCE, *FORMATS)),
-        ("container", to, CONTAINERS), ("rounding", rounding, ROUNDINGS),
+        ("format", asked.format, FORMATS), ("scope", asked.only, SCOPES),
+        ("format for the rest", asked.rest, (SOURCE, *FORMATS)),
+        ("container", asked.container, CONTAINERS), ("rounding", asked.rounding, ROUNDINGS),
     ):  # fmt: skip
         if name not in there_are:
             raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
     source = Checkpoint.open(model)
     check_free(out, source)
-    plan = Plan(to, formats=formats_of(source, format, only, rest), rounding=rounding_on(rounding, corpus))
-    if layout is not None:
-        check_layout(Target.of(source, plan), layout)
+    formats = formats_of(source, asked.format, asked.only, asked.rest)
+    plan = Plan(asked.container, formats=formats, rounding=rounding_on(asked.rounding, corpus))
+    if asked.layout is not None:
+        check_layout(Target.of(source, plan), asked.layout)
     source.check_values()
 
     def text() -> TokenSet:
@@ -59,16 +77,16 @@ def quantize(
         "command": command,
         "model": str(model),
         "out": str(out),
-        "format": format,
-        "only": only,
-        "rest": rest,
-        "container": to,
+        "format": asked.format,
+        "only": asked.only,
+        "rest": asked.rest,
+        "container": asked.container,
         "rounding": plan.rounding,
         "rendered": told,
         "source_bytes": sum(t.bytes for t in source.inventory),
         "bytes": sum(t.bytes for t in result.inventory),
     }
-    if check:
+    if asked.check:
         verdict = verify(out, source, quiet)
         facts["verified"] = dict(verdict.compared)
         facts["expert_errors"] = expert_errors(result, verdict)

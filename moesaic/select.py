@@ -5,6 +5,7 @@ Leaves out prices in nats (measure, allocate): this is the choice for a kept cou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,39 @@ from .errors import InputError
 POOLED = "pooled"  # the policy that does not tell domains apart
 FEW_TOKENS = 32  # an expert that fewer tokens reached has a score, but not one to rely on
 STABLE = 0.8  # mean Jaccard of the two halves' kept sets below which the calibration is called too small
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How experts are ranked, and by what text.
+
+    criterion     one of criteria/, or "auto": the one whose cut has the smallest KL on text not calibrated on
+                  (what `until_stable` watches is then REAP)
+    policy        how domains are weighed against each other: "pooled", or one of criteria.POLICIES
+    domains       name -> share, of those to be heard; None: all alike
+    until_stable  read more and more until the choice stops moving (see `settle`)
+    run           a folder where `calibrate` left statistics: all of them are used, and no text is read for it
+    """
+
+    criterion: str = "reap"
+    policy: str = POOLED
+    domains: Mapping[str, float] | None = None
+    until_stable: bool = False
+    run: Path | None = None
+
+    @property
+    def criteria(self) -> Sequence[str]:
+        return sorted(CRITERIA) if self.criterion == AUTO else (self.criterion,)
+
+    @property
+    def watched(self) -> str:
+        """The criterion that decides how much text is enough."""
+        return REAP.criterion if self.criterion == AUTO else self.criterion
+
+
+REAP, EVERY = Ranking(), Ranking(AUTO)
 
 
 @dataclass(frozen=True)

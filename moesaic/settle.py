@@ -18,7 +18,7 @@ from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .criteria import CRITERIA
-from .select import POOLED, Selection, check_names, jaccard, scores, select_experts
+from .select import REAP, Ranking, Selection, check_names, jaccard, scores, select_experts
 from .tokens import TokenSet
 
 STILL = 0.95  # mean Jaccard of the kept sets before and after a doubling
@@ -79,15 +79,15 @@ class Settled:
 
 
 def settle(
-    checkpoint: Checkpoint, corpus: Corpus, work: Path, counts: Sequence[int], criterion: str = "reap",
-    policy: str = POOLED, domains: Mapping[str, float] | None = None, quiet: bool = False,
+    checkpoint: Checkpoint, corpus: Corpus, work: Path, counts: Sequence[int], ranking: Ranking = REAP, quiet: bool = False
 ) -> Settled:  # fmt: skip
     """Calibrate into `work`/stats on half of `corpus.tokens`, then all of them, then twice as many, until a doubling
-    moves nothing: not what each of `counts` keeps by `criterion`, not the margins, not the error of the scores.
+    moves nothing: not what each of `counts` keeps by `ranking`, not the margins, not the error of the scores.
 
     Ends too when the text does. Interrupted, or called again with more `tokens` to begin with, nothing that was
     swept is swept again where the chunks are the same. Leaves `work`/settled.json.
     """
+    criterion, policy, domains = ranking.watched, ranking.policy, ranking.domains
     check_names(policy, (criterion,))
     pool = corpus.pool(checkpoint, work / "pool.safetensors")
     if domains is not None:
@@ -114,6 +114,12 @@ def settle(
     inputs = {"source": checkpoint.identity, "tokens": settled.tokens.identity}
     write_json(work / "settled.json", "settled", settled.facts(), inputs)
     return settled
+
+
+def gathered(checkpoint: Checkpoint, run: Path, weighed: bool, quiet: bool = False) -> Statistics:
+    """All statistics that `calibrate` left in the folder `run`; `weighed`: with those of weights, found where missing."""
+    statistics = Statistics.load(run / "stats", checkpoint)
+    return replace(statistics, weights=weigh(checkpoint, run / WEIGHTS, quiet)) if weighed else statistics
 
 
 def rungs(pool: TokenSet, tokens: int) -> Iterator[list[int]]:
@@ -154,9 +160,15 @@ def compared(
     ])  # fmt: skip
     margin_KL, old_KL = (np.array([list(s.cut.margins.values()) for s in found]) for found in (now, before))
     return Step(
-        *tokens, float(same_KL.mean(1).min()), float(same_KL.min()), float(np.median(margin_KL, 1).min()),
-        float(abs(margin_KL - old_KL).mean(1).max()), error, abs(error - error_before),
-    )  # fmt: skip
+        before=tokens[0],
+        tokens=tokens[1],
+        jaccard=float(same_KL.mean(1).min()),
+        jaccard_least=float(same_KL.min()),
+        margin=float(np.median(margin_KL, 1).min()),
+        margin_moved=float(abs(margin_KL - old_KL).mean(1).max()),
+        error=error,
+        error_moved=abs(error - error_before),
+    )
 
 
 def table(settled: Settled) -> Table:

@@ -264,10 +264,10 @@ def test_each_format_keeps_its_own_experts():
 
 
 def test_bits_are_never_above_those_asked_for(by_hand):
-    assert by_hand.budget(3.5) == 28 and by_hand.bits(28) == 3.5
+    assert by_hand.budget_bytes(3.5) == 28 and by_hand.bits(28) == 3.5
     for weights, bits in itertools.product((227_412_541_440, 7, 428_000_000_001), (0.1, 3.16, 3.2, 4.25, 16)):
         menu = Menu(by_hand.choices, by_hand.kept, by_hand.fixed_bytes_K, weights)
-        assert 8 * menu.budget(bits) <= bits * weights < 8 * (menu.budget(bits) + 1)
+        assert 8 * menu.budget_bytes(bits) <= bits * weights < 8 * (menu.budget_bytes(bits) + 1)
 
 
 def test_says_how_many_bytes_are_missing(by_hand):
@@ -327,9 +327,9 @@ def test_a_large_model_takes_seconds():
     k, p = frontier.pareto()
     assert time.process_time() - start < 5 and len(k) > 1000
     for wanted in (2.5, 4.25):
-        plan = frontier.fit(menu.budget(wanted))
+        plan = frontier.fit(menu.budget_bytes(wanted))
         assert cost(menu, plan) == (plan.bytes, plan.harm) and menu.bits(plan.bytes) <= wanted
-        curve = frontier.harm_KP[k, p][frontier.bytes_KP[k, p] <= plan.budget].min()
+        curve = frontier.harm_KP[k, p][frontier.bytes_KP[k, p] <= plan.budget_bytes].min()
         assert 0 <= plan.gap <= 1e-3 * plan.harm and plan.harm <= curve
 
 

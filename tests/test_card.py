@@ -17,7 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.errors import CheckError, InputError
 from moesaic.evaluate import Reading, evaluate
-from moesaic.quantize import quantize
+from moesaic.quantize import Quantizing, quantize
 from moesaic.report import Facts, Naming, card, gather, push, report, uploads, write_card
 from moesaic.report.card import eval_results, licence_files
 from moesaic.serve.vllm.base import VERSION
@@ -48,7 +48,7 @@ def source(m2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoi
 def export(source: Checkpoint) -> Path:
     """Its experts in MXFP4, evaluated, with a report."""
     out = source.path.parent / "out"
-    quantize(source.path, out, "mxfp4", quiet=True, command="moesaic quantize A B --format mxfp4")
+    quantize(source.path, out, Quantizing("mxfp4"), quiet=True, command="moesaic quantize A B --format mxfp4")
     evaluate(source, Checkpoint.open(out), [Reading.of(text_rows(source))], out / "moesaic", device="cpu", quiet=True)
     report(out)
     return out

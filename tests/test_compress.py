@@ -11,7 +11,7 @@ import torch
 from children import child, contents, dying
 
 from moesaic.calibrate import calibrate
-from moesaic.candidates import stored_bytes
+from moesaic.candidates import Offer, stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.compress import Recipe, select, settled_by
@@ -22,7 +22,7 @@ from moesaic.evaluate import Reading, Scores, evaluate
 from moesaic.export import export
 from moesaic.plan import Plan
 from moesaic.preview import candidates, preview
-from moesaic.select import select_experts
+from moesaic.select import Ranking, select_experts
 from moesaic.settle import settle
 from moesaic.stream import LayerRun, State
 from moesaic.verify import verify
@@ -78,15 +78,16 @@ def test_experts_are_ranked_by_the_domains_named_and_by_as_much_text_as_it_takes
     for file in data.iterdir():
         (tmp_path / "text" / file.name).write_text("\n".join(file.read_text().splitlines()[:30]))
     corpus, shares = Corpus(tmp_path / "text", tokens=96, length=48), {"words": 1.0}
-    recipe = Recipe(experts=5, domains=shares, until_stable=True)
+    ranking = Ranking(domains=shares, until_stable=True)
+    recipe = Recipe(ranking, Offer(5))
     found = select(m2, tmp_path / "run", recipe, corpus, True)
-    settled = settle(m2, corpus, tmp_path / "other", [5], domains=shares, quiet=True)
+    settled = settle(m2, corpus, tmp_path / "other", [5], Ranking(domains=shares), quiet=True)
     assert found is not None and found.cut == select_experts(settled.statistics, "reap", 5, domains=shares).cut
     assert found.domains == {"sums": 0.0, "words": 1.0} and found.tokens == settled.statistics.tokens > 96
     assert settled_by(tmp_path / "run") == settled.verdict and settled_by(tmp_path) is None
-    assert recipe.setting(m2, tmp_path, True).domains == shares
+    assert recipe.setting(m2, tmp_path, True).ranking == ranking
     with pytest.raises(InputError, match="no domain 'law'"):
-        select(m2, tmp_path / "run", Recipe(experts=5, domains={"law": 1.0}), corpus, True)
+        select(m2, tmp_path / "run", Recipe(Ranking(domains={"law": 1.0}), Offer(5)), corpus, True)
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
 from moesaic.plan import Plan
-from moesaic.quantize import quantize
+from moesaic.quantize import Quantizing, quantize
 from moesaic.verify import verify
 
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def rounded(model: Checkpoint, out: Path, data: Path | None, rounding: str) -> dict[str, object]:
     corpus = Corpus(data, tokens=256, length=64)
-    return quantize(model.path, out, "int4_g32", rounding=rounding, quiet=True, corpus=corpus)
+    return quantize(model.path, out, Quantizing("int4_g32", rounding=rounding), quiet=True, corpus=corpus)
 
 
 @pytest.mark.parametrize("rounding, informed", [("gptq", "gptq"), ("search", "weighted")])

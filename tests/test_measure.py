@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesaic.allocate import Frontier
 from moesaic.calibrate import Statistics, calibrate
-from moesaic.candidates import Budget, Setting, choose, folder_bytes, menu_of, stored_bytes
+from moesaic.candidates import Limit, Offer, Pricing, Setting, Traced, choose, folder_bytes, menu_of, stored_bytes
 from moesaic.candidates.choose import price_text
 from moesaic.candidates.plans import candidates, plan_of, sums, uniform, varied
 from moesaic.checkpoint import Checkpoint
@@ -335,7 +335,7 @@ def test_bytes_are_those_of_the_folder(priced, tmp_path, kept):
     menu = menu_of(source, CONTAINER, prices, [6, 8])
     for i, format in enumerate(("int3_g64", "source")):
         formats, size, _ = uniform(menu, format, [6, 8].index(kept))
-        plan = plan_of(source, CONTAINER, prices, formats, kept, "rtn")
+        plan = plan_of(Setting(source, tmp_path), prices, formats, kept)
         target = Target.of(source, plan)
         export(source, plan, tmp_path / str(i), quiet=True)
         there = stored_bytes(tmp_path / str(i))
@@ -358,16 +358,18 @@ def test_varied_plans_span_the_menu(priced):
 def test_what_ships_is_within_the_budget_on_disk(priced, tmp_path, counted):
     source, statistics, _, _ = priced
     whole = sum(t.bytes for t in source.inventory)
-    asked = Budget(fit=int(0.75 * whole), formats=FORMATS, price_tokens=72, rule_plans=8)
-    setting = Setting(source, CONTAINER, tmp_path, asked, quiet=True)
+    limit, pricing = Limit(int(0.75 * whole)), Pricing(tokens=72, rule_plans=8)
+    setting = Setting(source, tmp_path, offer=Offer(formats=FORMATS), limit=limit, pricing=pricing, quiet=True)
     chosen = choose(setting, statistics, rows(4), rows(6, seed=1))
     export(source, chosen.plan, tmp_path / "model", quiet=True)
     files = [f for f in (tmp_path / "model").rglob("*") if f.is_file()]
-    assert stored_bytes(tmp_path / "model") == chosen.candidate.bytes <= asked.fit
+    assert stored_bytes(tmp_path / "model") == chosen.candidate.bytes <= limit.budget_bytes
     assert sum(f.stat().st_size for f in files) == chosen.candidate.bytes - 2 * 4096
     told = json.loads((tmp_path / "candidates.json").read_text())
     figures = [c["measured_nats"] for c in told["candidates"]]
-    assert told["ships"] == int(np.argmin(figures)) and all(c["bytes"] <= asked.fit for c in told["candidates"])
+    assert told["ships"] == int(np.argmin(figures)) and all(
+        c["bytes"] <= limit.budget_bytes for c in told["candidates"]
+    )
     frontier = json.loads((tmp_path / "frontier.json").read_text())
     assert (
         frontier["bytes"] == sorted(frontier["bytes"])
@@ -379,27 +381,27 @@ def test_what_ships_is_within_the_budget_on_disk(priced, tmp_path, counted):
     assert again.plan == chosen.plan and counted.token_layers == 0
 
 
-def test_bits_and_experts_are_views_of_the_same(priced):
+def test_bits_and_experts_are_views_of_the_same(priced, tmp_path):
     source, _, prices, _ = priced
     kept = [4, 5, 6, 7, 8]
     menu = menu_of(source, CONTAINER, prices, kept)
     rule = Rule(0.0, 1.1, 1.0, 0.1, 10, (0.0, 1.0))
-    limit = Budget(bits=6.0).bytes(menu)
+    limit = Limit(bits=6.0).bytes(menu)
     assert 8 * limit / menu.weights <= 6.0 < 8 * (limit + 1) / menu.weights
-    frontier = Frontier.of(menu)
-    for found in candidates(source, CONTAINER, prices, rule, frontier, menu, limit, "rtn", 5):
+    setting, traced = Setting(source, tmp_path), Traced(prices, rule, menu, Frontier.of(menu), limit)
+    for found in candidates(setting, traced, limit):
         assert found.bytes <= limit and found.predicted_nats == pytest.approx(found.harm**1.1)
     with pytest.raises(PlanError, match="smallest plan"):
-        candidates(source, CONTAINER, prices, rule, frontier, menu, 1000, "rtn", 5)
-    assert Budget().bytes(menu) is None
+        candidates(setting, traced, 1000)
+    assert Limit().bytes(menu) is None
 
 
 def test_text_to_price_on_fits_the_time_and_is_chosen_once(m2, tmp_path):
     def setting(seconds: float) -> Setting:
-        return Setting(m2, CONTAINER, tmp_path / str(seconds), Budget(price_tokens=240, seconds=seconds))
+        return Setting(m2, tmp_path / str(seconds), pricing=Pricing(tokens=240, seconds=seconds))
 
     text = rows(12)
     assert price_text(setting(1e-6), 10.0, text).rows == 1
     assert price_text(setting(1e6), 10.0, text).rows == 10
-    again = dataclasses.replace(setting(1e-6), budget=Budget(price_tokens=240, seconds=1e6))
+    again = dataclasses.replace(setting(1e-6), pricing=Pricing(tokens=240, seconds=1e6))
     assert price_text(again, 10.0, text).rows == 1, "the guess is not made again"

@@ -153,8 +153,8 @@ def test_compress_calibrates_what_it_rounds(m2: Checkpoint, tmp_path: Path) -> N
     text = tmp_path / "text"
     text.mkdir()
     (text / "all.txt").write_text("\n".join(f"line {i} of the sum of {i * i} parts" for i in range(400)))
-    recipe = Recipe(format="nvfp4_a4")
-    facts = compress(m2.path, tmp_path / "run", recipe, Corpus(text, None, 256, 32, 0), 128, quiet=True)
+    recipe = Recipe(format="nvfp4_a4", evaluation_tokens=128)
+    facts = compress(m2.path, tmp_path / "run", recipe, Corpus(text, None, 256, 32, 0), quiet=True)
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert set(plan.activations) == {f"layers.{i}.experts.{p}" for i in (0, 1) for p in ("gate_up", "down")}
     assert facts["verified"]["codes"]

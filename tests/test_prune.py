@@ -28,7 +28,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.criteria import CRITERIA
 from moesaic.errors import CheckError, InputError, StaleError
-from moesaic.prune import EVERY, Ranking, preview_cuts, prune
+from moesaic.prune import EVERY, Pruning, Ranking, preview_cuts, prune
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import TokenSet, sha256_of
 
@@ -56,7 +56,7 @@ def pruned(request, corpus, tmp_path_factory) -> tuple[Checkpoint, Path, dict[st
     """Source, result and facts: 5 of 8 experts."""
     root = tmp_path_factory.mktemp("pruned")
     source = Checkpoint.open(tiny.make(root / "source", request.param))
-    return source, root / "out", prune(source.path, root / "out", 5, corpus=corpus, quiet=True)
+    return source, root / "out", prune(source.path, root / "out", Pruning(5), corpus=corpus, quiet=True)
 
 
 def kept_of(facts: dict[str, Any]) -> dict[int, list[int]]:
@@ -125,21 +125,21 @@ def test_transformers_own_loader_takes_it_whole(pruned):
 def test_another_criterion_keeps_others(pruned, corpus, tmp_path):
     """So the tests above look at a choice."""
     source, _, facts = pruned
-    other = prune(source.path, tmp_path / "out", 5, Ranking("frequency"), corpus=corpus, quiet=True)
+    other = prune(source.path, tmp_path / "out", Pruning(5, Ranking("frequency")), corpus=corpus, quiet=True)
     assert other["kept"] != facts["kept"] and other["criterion"] == "frequency"
 
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_from_the_least_count_to_the_largest(m2, corpus, tmp_path, count):
     """2 is what a token selects: every token then gets all experts there are."""
-    facts = prune(m2.path, tmp_path / "out", count, Ranking("mass", "intersection"), corpus, quiet=True)
+    facts = prune(m2.path, tmp_path / "out", Pruning(count, Ranking("mass", "intersection")), corpus, quiet=True)
     assert {len(ids) for ids in facts["kept"].values()} == {count} and facts["policy"] == "intersection"
     assert Checkpoint.open(tmp_path / "out").architecture.experts == count
 
 
 def test_weights_alone_are_ranked_without_text(m2, corpus, tmp_path):
     nowhere = dataclasses.replace(corpus, data=Path("/nowhere"))
-    facts = prune(m2.path, tmp_path / "out", 4, Ranking("aimer"), nowhere, quiet=True)
+    facts = prune(m2.path, tmp_path / "out", Pruning(4, Ranking("aimer")), nowhere, quiet=True)
     assert facts["calibration_tokens"] == 0 and facts["verified"] and "no text was read" in facts["warnings"][0]
     values, a = Reference(m2.path).values, m2.architecture
     for layer, kept in kept_of(facts).items():
@@ -164,18 +164,24 @@ def test_what_a_run_gathered_is_ranked_again_without_a_sweep(m2, corpus, tmp_pat
     nowhere, kept = dataclasses.replace(corpus, data=Path("/nowhere")), {}
     for name, domains in (("both", None), ("code", {"code": 1.0}), ("prose", {"prose": 1.0})):
         ranking = Ranking("frequency", domains=domains, run=tmp_path / "run")
-        facts = prune(m2.path, tmp_path / name, 4, ranking, nowhere, quiet=True)
+        facts = prune(m2.path, tmp_path / name, Pruning(4, ranking), nowhere, quiet=True)
         assert facts["calibration_tokens"] == 2 * 8 * 24 and facts["statistics"] == str(tmp_path / "run")
         kept[name] = kept_of(facts)
     assert kept["code"] != kept["prose"]
     with pytest.raises(InputError, match="no domain 'maths' in the text; there are code, prose"):
-        prune(m2.path, tmp_path / "no", 4, Ranking(domains={"maths": 1.0}, run=tmp_path / "run"), nowhere, quiet=True)
+        prune(
+            m2.path,
+            tmp_path / "no",
+            Pruning(4, Ranking(domains={"maths": 1.0}, run=tmp_path / "run")),
+            nowhere,
+            quiet=True,
+        )
 
 
 def test_text_is_added_until_the_choice_is_still(m2, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.settle.STILL", 0.0)
     monkeypatch.setattr("moesaic.settle.MOVED", 9.0)
-    facts = prune(m2.path, tmp_path / "out", 4, Ranking(until_stable=True), corpus, quiet=True)
+    facts = prune(m2.path, tmp_path / "out", Pruning(4, Ranking(until_stable=True)), corpus, quiet=True)
     assert facts["settled"]["stable"] and facts["calibration_tokens"] == 384 == facts["settled"]["read_tokens"]
     assert "192 tokens were enough" in facts["settled"]["verdict"]
 
@@ -186,7 +192,7 @@ def short_preview(monkeypatch):
 
 
 def test_a_preview_measures_every_criterion_and_draws_it(m2, corpus, tmp_path, short_preview):
-    outlooks, _ = preview_cuts(m2.path, tmp_path / "out", [5, 3], EVERY, corpus, quiet=True)
+    outlooks = preview_cuts(m2.path, tmp_path / "out", [5, 3], EVERY, corpus, quiet=True)
     assert {(o.candidate.criterion, o.candidate.experts) for o in outlooks} == {
         (c, k) for c in CRITERIA for k in (5, 3)
     }
@@ -204,7 +210,7 @@ def test_a_preview_measures_every_criterion_and_draws_it(m2, corpus, tmp_path, s
 
 
 def test_auto_picks_what_the_preview_finds_best(m2, corpus, tmp_path, short_preview):
-    facts = prune(m2.path, tmp_path / "out", 4, EVERY, corpus, quiet=True)
+    facts = prune(m2.path, tmp_path / "out", Pruning(4, EVERY), corpus, quiet=True)
     best = json.loads((tmp_path / "out" / "moesaic" / "preview.json").read_text())["candidates"][0]
     assert facts["criterion"] == best["criterion"]
 
@@ -217,9 +223,9 @@ def test_the_same_call_gives_the_same_bytes_and_the_old_folder_again(m2, corpus,
         }
 
     for name in ("one", "two"):
-        prune(m2.path, tmp_path / name, 4, corpus=corpus, quiet=True)
+        prune(m2.path, tmp_path / name, Pruning(4), corpus=corpus, quiet=True)
     assert files("one") == files("two")
-    prune(m2.path, tmp_path / "one", 4, corpus=corpus, quiet=True)
+    prune(m2.path, tmp_path / "one", Pruning(4), corpus=corpus, quiet=True)
     assert files("one") == files("two")
 
 
@@ -229,7 +235,7 @@ def test_after_any_death_the_same_call_finishes_the_same_folder(m2, corpus, tmp_
     out, deaths = tmp_path / "out", 0
 
     def work() -> None:
-        prune(m2.path, out, 4, corpus=corpus, quiet=True)
+        prune(m2.path, out, Pruning(4), corpus=corpus, quiet=True)
 
     work()
     whole = contents(out)
@@ -247,8 +253,8 @@ def test_interrupted_while_verifying(m2, corpus, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prune_module, "verify", interrupted)
-        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
-    assert prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)["verified"]
+        prune(m2.path, tmp_path / "out", Pruning(4), corpus=corpus, quiet=True)
+    assert prune(m2.path, tmp_path / "out", Pruning(4), corpus=corpus, quiet=True)["verified"]
 
 
 def test_a_result_that_does_not_verify_is_an_error(m2, corpus, tmp_path, monkeypatch):
@@ -264,7 +270,7 @@ def test_a_result_that_does_not_verify_is_an_error(m2, corpus, tmp_path, monkeyp
 
     monkeypatch.setattr(prune_module, "export", damaging)
     with pytest.raises(CheckError, match=r"does not verify: bytes: model\.norm\.weight differs") as caught:
-        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
+        prune(m2.path, tmp_path / "out", Pruning(4), corpus=corpus, quiet=True)
     assert caught.value.exit_code == 1
 
 
@@ -277,7 +283,7 @@ def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
         f"asked to keep {count} experts; wanted at least 2, which each token selects, and fewer than the 8 there are"
     )
     with pytest.raises(InputError, match=sentence):
-        prune(m2.path, tmp_path / "out", count, corpus=corpus, quiet=True)
+        prune(m2.path, tmp_path / "out", Pruning(count), corpus=corpus, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -287,7 +293,7 @@ def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
 )
 def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path, criterion, policy, sentence):
     with pytest.raises(InputError, match=sentence):
-        prune(m2.path, tmp_path / "out", 4, Ranking(criterion, policy), corpus, quiet=True)
+        prune(m2.path, tmp_path / "out", Pruning(4, Ranking(criterion, policy)), corpus, quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -295,14 +301,14 @@ def test_a_folder_that_is_taken(m2, m3, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="exists and is no export of moesaic's"):
-        prune(m2.path, tmp_path / "out", 4, corpus=corpus, quiet=True)
+        prune(m2.path, tmp_path / "out", Pruning(4), corpus=corpus, quiet=True)
     assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
-    prune(m2.path, tmp_path / "mine", 4, corpus=corpus, quiet=True)
+    prune(m2.path, tmp_path / "mine", Pruning(4), corpus=corpus, quiet=True)
     before = contents(tmp_path / "mine")
     with pytest.raises(InputError, match="mine holds an export of 4 experts a layer; name another folder or remove it"):
-        prune(m2.path, tmp_path / "mine", 5, corpus=corpus, quiet=True)
+        prune(m2.path, tmp_path / "mine", Pruning(5), corpus=corpus, quiet=True)
     with pytest.raises(StaleError, match="was made from source"):
-        prune(m3.path, tmp_path / "mine", 4, corpus=corpus, quiet=True)
+        prune(m3.path, tmp_path / "mine", Pruning(4), corpus=corpus, quiet=True)
     assert contents(tmp_path / "mine") == before
 
 
@@ -318,4 +324,4 @@ def test_a_folder_that_is_taken(m2, m3, corpus, tmp_path):
 )
 def test_text_that_will_not_do(m2, corpus, tmp_path, change, sentence):
     with pytest.raises(InputError, match=sentence):
-        prune(m2.path, tmp_path / "out", 4, corpus=dataclasses.replace(corpus, **change), quiet=True)
+        prune(m2.path, tmp_path / "out", Pruning(4), corpus=dataclasses.replace(corpus, **change), quiet=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import moesaic.make as make_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckError, CheckpointError, InputError, PlanError, StaleError
-from moesaic.quantize import SCOPES, quantize
+from moesaic.quantize import SCOPES, Quantizing, quantize
 
 
 def stored(path: Path) -> dict[str, bytes]:
@@ -30,7 +30,7 @@ def stored(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("only", SCOPES)
 def test_what_changes_and_what_does_not(source, tmp_path, only):
-    facts = quantize(source.path, tmp_path / "out", "mxfp4", only, quiet=True)
+    facts = quantize(source.path, tmp_path / "out", Quantizing("mxfp4", only), quiet=True)
     result, before, after = Checkpoint.open(tmp_path / "out"), stored(source.path), stored(tmp_path / "out")
     for linear in source.architecture.linears:
         inside = linear.role in SCOPES[only]
@@ -44,7 +44,7 @@ def test_what_changes_and_what_does_not(source, tmp_path, only):
 
 def test_the_size_is_arithmetic(source, tmp_path):
     """4.25 bits a weight in MXFP4, 16 in BF16; and the rest as it was."""
-    facts = quantize(source.path, tmp_path / "out", "mxfp4", rest="bf16", quiet=True)
+    facts = quantize(source.path, tmp_path / "out", Quantizing("mxfp4", rest="bf16"), quiet=True)
     experts = sum(n.elements for n in source.architecture.linears if n.role == "experts")
     others = sum(n.elements for n in source.architecture.linears if n.role != "experts")
     small = sum(t.bytes for t in source.architecture.tensors)
@@ -56,7 +56,7 @@ def test_the_size_is_arithmetic(source, tmp_path):
 
 def test_bf16_of_all_is_the_source_decoded(source, tmp_path):
     """Into the plain container: values of E4M3 times a scale, to the nearest BF16."""
-    quantize(source.path, tmp_path / "out", "bf16", "linears", to="unquantized", quiet=True)
+    quantize(source.path, tmp_path / "out", Quantizing("bf16", "linears", container="unquantized"), quiet=True)
     result = Checkpoint.open(tmp_path / "out")
     assert "quantization_config" not in result.config and result.container.name == "unquantized"
     for linear in source.architecture.linears:
@@ -64,7 +64,7 @@ def test_bf16_of_all_is_the_source_decoded(source, tmp_path):
 
 
 def test_the_format_of_the_source_is_a_copy(m3, tmp_path):
-    facts = quantize(m3.path, tmp_path / "out", "mxfp8", "linears", quiet=True)
+    facts = quantize(m3.path, tmp_path / "out", Quantizing("mxfp8", "linears"), quiet=True)
     renamed = {n.replace("weight_scale_inv", "weight_scale"): b for n, b in stored(m3.path).items()}
     assert stored(tmp_path / "out") == renamed and facts["verified"].get("codes", 0) == 0
 
@@ -75,14 +75,14 @@ def test_the_format_of_the_source_is_a_copy(m3, tmp_path):
         ({"format": "mxfp5"}, "no format 'mxfp5'; there are"),
         ({"only": "routers"}, "no scope 'routers'; there are experts, linears"),
         ({"rest": "fp16"}, "no format for the rest 'fp16'; there are source"),
-        ({"to": "zip"}, "no container 'zip'; there are"),
+        ({"container": "zip"}, "no container 'zip'; there are"),
         ({"rounding": "magic"}, "no rounding 'magic'; there are"),
-        ({"to": "fp8"}, "fp8 carries fp8_block, bf16 and not mxfp4"),
+        ({"container": "fp8"}, "fp8 carries fp8_block, bf16 and not mxfp4"),
     ],
 )
 def test_a_name_that_there_is_not(m2, tmp_path, change, sentence):
     with pytest.raises((InputError, PlanError), match=sentence):
-        quantize(m2.path, tmp_path / "out", **{"format": "mxfp4", **change}, quiet=True)
+        quantize(m2.path, tmp_path / "out", Quantizing(**{"format": "mxfp4", **change}), quiet=True)
     assert not (tmp_path / "out").exists(), "or the corrected call would find the folder taken"
 
 
@@ -90,10 +90,10 @@ def test_a_folder_that_is_taken(m2, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="exists and is no export of moesaic's"):
-        quantize(m2.path, tmp_path / "out", "mxfp4", quiet=True)
-    quantize(m2.path, tmp_path / "mine", "mxfp4", quiet=True)
+        quantize(m2.path, tmp_path / "out", Quantizing("mxfp4"), quiet=True)
+    quantize(m2.path, tmp_path / "mine", Quantizing("mxfp4"), quiet=True)
     with pytest.raises(StaleError, match="holds an export by another plan"):
-        quantize(m2.path, tmp_path / "mine", "mxfp4", rest="bf16", quiet=True)
+        quantize(m2.path, tmp_path / "mine", Quantizing("mxfp4", rest="bf16"), quiet=True)
     assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
 
 
@@ -102,7 +102,7 @@ def test_after_any_death_the_same_call_finishes_the_same_folder(m2, tmp_path, si
     out, deaths = tmp_path / "out", 0
 
     def work() -> None:
-        quantize(m2.path, out, "mxfp4", quiet=True)
+        quantize(m2.path, out, Quantizing("mxfp4"), quiet=True)
 
     work()
     whole = contents(out)
@@ -119,7 +119,7 @@ def test_killed_at_random_moments_the_same_calls_end_in_the_same_bytes(m3, tmp_p
     out, random, kills = tmp_path / "out", Random(0), 0
 
     def work() -> None:
-        quantize(m3.path, out, "nvfp4", quiet=True)
+        quantize(m3.path, out, Quantizing("nvfp4"), quiet=True)
 
     started = time.monotonic()
     assert child(work) == 0
@@ -149,10 +149,10 @@ def test_a_magnitude_that_only_a_misread_scale_makes_is_refused(m3, tmp_path, fa
         f.write(scales.numpy().tobytes())
     if refused:
         with pytest.raises(CheckpointError, match=r"experts\.0\.w1 decodes to a root mean square of"):
-            quantize(source, tmp_path / "out", "mxfp4", quiet=True)
+            quantize(source, tmp_path / "out", Quantizing("mxfp4"), quiet=True)
     else:
         assert Checkpoint.open(source).decode(where.info.name.removesuffix("_scale_inv")).abs().max() > 100
-        quantize(source, tmp_path / "out", "mxfp4", quiet=True)
+        quantize(source, tmp_path / "out", Quantizing("mxfp4"), quiet=True)
 
 
 def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
@@ -170,13 +170,13 @@ def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
     with pytest.raises(
         CheckError, match=r"does not verify: codes: .*layers\.1\.block_sparse_moe\.experts\.0\.w1 has codes"
     ) as caught:
-        quantize(m3.path, tmp_path / "out", "mxfp4", quiet=True)
+        quantize(m3.path, tmp_path / "out", Quantizing("mxfp4"), quiet=True)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out" / "moesaic" / "quantize.json").exists()
 
 
 def test_facts_are_on_disk(m2, tmp_path):
-    facts = quantize(m2.path, tmp_path / "out", "mxfp4", quiet=True)
+    facts = quantize(m2.path, tmp_path / "out", Quantizing("mxfp4"), quiet=True)
     on_disk = json.loads((tmp_path / "out" / "moesaic" / "quantize.json").read_text())
     assert {k: on_disk[k] for k in facts} == json.loads(json.dumps(facts)) and on_disk["inputs"] == {
         "source": m2.identity

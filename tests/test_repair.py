@@ -27,7 +27,7 @@ from moesaic.errors import CheckError, InputError, StaleError
 from moesaic.export import export
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
-from moesaic.prune import prune
+from moesaic.prune import Pruning, prune
 from moesaic.repair import RIDGE, correction, repair
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
@@ -225,7 +225,7 @@ def test_prune_repairs_and_dies_and_goes_on(m3, data, tmp_path, capsys):
     corpus = Corpus(data, tokens=960, length=48)
 
     def work(out: Path) -> Callable[[], Any]:
-        return lambda: prune(m3.path, out, 4, corpus=corpus, quiet=True, mend=True)
+        return lambda: prune(m3.path, out, Pruning(4, repair=True), corpus=corpus, quiet=True)
 
     words = ["--data", data, "--tokens", 960, "--length", 48, "--quiet", "--repair"]
     assert main([*map(str, ["prune", m3.path, tmp_path / "whole", "--experts", 4, *words])]) == 0
@@ -244,16 +244,19 @@ def test_prune_repairs_and_dies_and_goes_on(m3, data, tmp_path, capsys):
     )
     assert whole == again
     with pytest.raises(StaleError, match="by another plan"):
-        prune(m3.path, tmp_path / "whole", 4, corpus=corpus, quiet=True)
+        prune(m3.path, tmp_path / "whole", Pruning(4), corpus=corpus, quiet=True)
     (tmp_path / "again" / "config.json").unlink()
     for shard in (tmp_path / "again").glob("*.safetensors"):
         shard.unlink()
-    assert prune(m3.path, tmp_path / "again", 4, corpus=corpus, quiet=True, mend=True)["verified"]["overlay"] == 4
+    assert (
+        prune(m3.path, tmp_path / "again", Pruning(4, repair=True), corpus=corpus, quiet=True)["verified"]["overlay"]
+        == 4
+    )
 
 
 def test_a_model_without_a_shared_expert_is_refused_at_once(m2, data, tmp_path):
     with pytest.raises(InputError, match="has no shared expert that could stand in"):
-        prune(m2.path, tmp_path / "out", 4, corpus=Corpus(data), quiet=True, mend=True)
+        prune(m2.path, tmp_path / "out", Pruning(4, repair=True), corpus=Corpus(data), quiet=True)
     assert not (tmp_path / "out").exists()
 
 

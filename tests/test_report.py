@@ -22,8 +22,8 @@ from moesaic.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate import Reading, Score, Scores, evaluate
 from moesaic.plan import Plan
-from moesaic.prune import Ranking, preview_cuts, prune
-from moesaic.quantize import quantize
+from moesaic.prune import Pruning, Ranking, preview_cuts, prune
+from moesaic.quantize import Quantizing, quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
 from moesaic.report.blocks import Section
 from moesaic.report.facts import places
@@ -293,8 +293,8 @@ def test_a_frontier_without_a_budget_and_a_cut_without_text(everything: Facts) -
 
 def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
     few = Corpus(tokens=512, length=64)
-    quantize(m2.path, tmp_path / "q", "mxfp4", quiet=True, command="moesaic quantize this")
-    prune(m2.path, tmp_path / "p", 4, corpus=few, quiet=True)
+    quantize(m2.path, tmp_path / "q", Quantizing("mxfp4"), quiet=True, command="moesaic quantize this")
+    prune(m2.path, tmp_path / "p", Pruning(4), corpus=few, quiet=True)
     preview_cuts(m2.path, tmp_path / "v", [4], Ranking(), few, quiet=True)
     tokens = text_rows(m2)
     evaluate(m2, Checkpoint.open(tmp_path / "p"), [Reading.of(tokens)], tmp_path / "e", device="cpu", quiet=True)

@@ -13,7 +13,7 @@ from folders import saved
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import FamilyError
 from moesaic.families import family_of
-from moesaic.quantize import quantize
+from moesaic.quantize import Quantizing, quantize
 from moesaic.rope import plain_rope
 from moesaic.stream import LayerRun, State
 from moesaic.stream.layer import text_config
@@ -48,7 +48,12 @@ def test_the_same_hidden_states(source: Checkpoint, tmp_path: Path) -> None:
 
 def test_exports_say_what_engines_read(source: Checkpoint, tmp_path: Path) -> None:
     """mlx-lm asks for rope_theta by that name, and for the vendor's names of sparse attention."""
-    quantize(saved(source, tmp_path / "saved"), tmp_path / "out", "affine4_g64", to="mlx", rest="bf16", quiet=True)
+    quantize(
+        saved(source, tmp_path / "saved"),
+        tmp_path / "out",
+        Quantizing("affine4_g64", container="mlx", rest="bf16"),
+        quiet=True,
+    )
     wanted = {key: value for key, value in source.config.items() if key != "quantization_config"}
     assert part_of(json.loads((tmp_path / "out" / "config.json").read_text()), wanted)
 

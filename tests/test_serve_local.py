@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, InputError
 from moesaic.generate import Sampling, end_tokens, generate
-from moesaic.serve.local import local, read_key
+from moesaic.serve.local import Room, local, read_key
 from moesaic.stream import LayerRun, State
 from moesaic.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ PROMPT = "def add(a, b):\n    "
 
 @pytest.fixture(scope="module")
 def server(m2):
-    with serving(local(m2, KEY, MEMORY, 4 << 20, context=600, concurrency=120, new_tokens=200), KEY) as running:
+    with serving(local(m2, KEY, Room(MEMORY, 4 << 20, context=600, concurrency=120, new_tokens=200)), KEY) as running:
         yield running
 
 
@@ -167,7 +167,7 @@ def test_reasoning_and_tool_calls(family, tmp_path):
     template = (path / "chat_template.jinja").read_text()
     if family == "minimax_m3_vl":
         (path / "chat_template.jinja").write_text(template.replace("<think>\n", ""))
-    with serving(local(Checkpoint.open(path), None, MEMORY)) as running:
+    with serving(local(Checkpoint.open(path), None, Room(MEMORY))) as running:
         ask = {"model": "scripted", "messages": [{"role": "user", "content": "Rome?"}], "max_tokens": 60}
         create = running.client.chat.completions.create
         (choice,) = create(**ask, tools=TOOLS).choices
@@ -358,7 +358,7 @@ def test_more_than_the_server_takes_is_told_to_wait(server, m2):
 
 
 def test_weights_that_fail_are_a_server_error(m2, tmp_path, monkeypatch):
-    with serving(local(m2, None, 8 << 20)) as running:
+    with serving(local(m2, None, Room(8 << 20))) as running:
 
         def lost(*_: object) -> None:
             raise CheckpointError("a shard is gone")
@@ -416,7 +416,7 @@ def test_the_command_serves_until_interrupted(m2, tmp_path):
 
 def test_wrong_settings(m2, tmp_path):
     with pytest.raises(InputError, match="context of 5,000"):
-        local(m2, cache_bytes=4 << 20, context=5000)
+        local(m2, room=Room(cache_bytes=4 << 20, context=5000))
     (tmp_path / "key").write_text(" \n")
     with pytest.raises(InputError, match="holds no key"):
         read_key(tmp_path / "key")

@@ -21,8 +21,8 @@ core, 1995, in Everett's terms). Kept counts are taken in the order of their D, 
 
     frontier = Frontier.of(menu)
     frontier.fit(90 * 10**9)             --fit 90GB
-    frontier.fit(menu.budget(3.2))       --bits 3.2, stored bits per weight of the source
-    frontier.fit(budget, kept={64})      --experts 64; range(16, 257, 16) for multiples
+    frontier.fit(menu.budget_bytes(3.2))       --bits 3.2, stored bits per weight of the source
+    frontier.fit(budget_bytes, kept={64})      --experts 64; range(16, 257, 16) for multiples
     frontier.plan(*frontier.knee())      where the curve bends
 
 What is assumed: that harms add. Any increasing function of their sum has the same best plan, so a rule that

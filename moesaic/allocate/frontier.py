@@ -32,7 +32,7 @@ class Allocation:
     experts: Mapping[str, tuple[int, ...]] = field(repr=False)
     bytes: int
     harm: float
-    budget: int
+    budget_bytes: int
     bound: float
 
     @property
@@ -133,20 +133,21 @@ class Frontier:
         harm = self._harm(k, option_U)
         return self._allocation(k, option_U, harm, int(self.bytes_KP[k, p]), harm)
 
-    def fit(self, budget: int, kept: Collection[int] | None = None) -> Allocation:
-        """The plan of least harm in at most `budget` bytes, of all (or the given) kept counts; `gap` says how sure.
+    def fit(self, budget_bytes: int, kept: Collection[int] | None = None) -> Allocation:
+        """The plan of least harm in at most `budget_bytes`, of all (or the given) kept counts; `gap` says how sure.
 
         Given counts that are not on offer are passed by, so that multiples of 8 can be asked for as such. Raises
         `PlanError` when none of them is, or when not even the smallest plan fits, naming the shortfall.
         """
         rows = self._rows(kept)
         smallest = rows[self.bytes_KP[rows, 0].argmin()]
-        if (least := int(self.bytes_KP[smallest, 0])) > budget:
+        if (least := int(self.bytes_KP[smallest, 0])) > budget_bytes:
             raise PlanError(
-                f"the smallest plan, of {self.kept_K[smallest]} experts a layer, takes {least:,} bytes, {least - budget:,} more "
-                f"than the budget of {budget:,}; allow fewer experts, offer a smaller format or raise the budget"
+                f"the smallest plan, of {self.kept_K[smallest]} experts a layer, takes {least:,} bytes, "
+                f"{least - budget_bytes:,} more than the budget of {budget_bytes:,}; "
+                "allow fewer experts, offer a smaller format or raise the budget"
             )
-        dual_K, last_K = self.bounds(budget), self._last_within(budget)
+        dual_K, last_K = self.bounds(budget_bytes), self._last_within(budget_bytes)
         best, harm, passed_over = None, math.inf, math.inf
         for k in sorted(rows, key=lambda k: (dual_K[k], -self.kept_K[k])):
             if dual_K[k] >= harm:
@@ -154,39 +155,39 @@ class Frontier:
             supported_U = self._options(k, last_K[k])
             if (found := self._harm(k, supported_U)) < harm:
                 best, harm = (k, supported_U), found
-            moved_U, unseen = self._search(k, last_K[k], supported_U, budget, harm - dual_K[k])
+            moved_U, unseen = self._search(k, last_K[k], supported_U, budget_bytes, harm - dual_K[k])
             if moved_U is not None and (found := self._harm(k, moved_U)) < harm:
                 best, harm = (k, moved_U), found
             passed_over = min(passed_over, dual_K[k] + unseen)
         assert best is not None
-        return self._allocation(*best, harm, budget, min(harm, passed_over))
+        return self._allocation(*best, harm, budget_bytes, min(harm, passed_over))
 
-    def _search(self, k: int, p: int, option_U: Ints, budget: int, ceiling: float) -> tuple[Ints | None, float]:
+    def _search(self, k: int, p: int, option_U: Ints, budget_bytes: int, ceiling: float) -> tuple[Ints | None, float]:
         """`search` around point p, whose options are given; harms and ceiling are counted from D."""
         taken = np.arange(len(option_U)), option_U
         priced_UF = self.harm_KUF[k] + self.price_KP[k, p] * self.bytes_KUF[k]
         forfeit_UF = np.maximum(priced_UF - priced_UF[taken][:, None], 0.0)  # below 0 only by rounding
         extra_UF = self.bytes_KUF[k] - self.bytes_KUF[k][taken][:, None]
-        spare = budget - int(self.bytes_KP[k, p])
+        spare = budget_bytes - int(self.bytes_KP[k, p])
         moved_U, unseen = search(forfeit_UF, extra_UF, float(self.price_KP[k, p]), spare, ceiling)
         return None if moved_U is None else np.where(moved_U < 0, option_U, moved_U), unseen
 
-    def bounds(self, budget: int) -> Floats:
-        """D [K]: nats that no plan of a kept count in `budget` bytes comes below; infinite where none fits.
+    def bounds(self, budget_bytes: int) -> Floats:
+        """D [K]: nats that no plan of a kept count in `budget_bytes` comes below; infinite where none fits.
 
         Less by what the rounding of its own sums can have added to it.
         """
-        p = self._last_within(budget)
+        p = self._last_within(budget_bytes)
         price_K = self.price_KP[np.arange(len(p)), p]
         cheapest_KU = (self.harm_KUF + price_K[:, None, None] * self.bytes_KUF).min(-1)
-        paid_K = price_K * (budget - self.fixed_bytes_K)
+        paid_K = price_K * (budget_bytes - self.fixed_bytes_K)
         sums_K = np.abs(cheapest_KU).sum(1) + np.abs(paid_K)
         rounding_K = np.finfo(np.float64).eps * (cheapest_KU.shape[1] + 4) * sums_K
-        return np.where(self.bytes_KP[:, 0] <= budget, cheapest_KU.sum(1) - paid_K - rounding_K, np.inf)
+        return np.where(self.bytes_KP[:, 0] <= budget_bytes, cheapest_KU.sum(1) - paid_K - rounding_K, np.inf)
 
-    def _last_within(self, budget: int) -> Ints:
+    def _last_within(self, budget_bytes: int) -> Ints:
         """The last point [K] of each row within the budget; 0 also where there is none."""
-        return np.maximum((self.bytes_KP <= budget).sum(1) - 1, 0)
+        return np.maximum((self.bytes_KP <= budget_bytes).sum(1) - 1, 0)
 
     def _rows(self, kept: Collection[int] | None) -> Ints:
         if kept is None:
@@ -205,18 +206,18 @@ class Frontier:
     def _harm(self, k: int, option_U: Ints) -> float:
         return math.fsum(self.harm_KUF[k][np.arange(len(option_U)), option_U])
 
-    def _allocation(self, k: int, option_U: Ints, harm: float, budget: int, bound: float) -> Allocation:
+    def _allocation(self, k: int, option_U: Ints, harm: float, budget_bytes: int, bound: float) -> Allocation:
         kept = int(self.kept_K[k])
         chosen = list(zip(self.choices, option_U.tolist()))
         orders = {c.unit: c.order_FE[f % len(c.order_FE)] for c, f in chosen if c.order_FE is not None}
         return Allocation(
-            kept,
-            {c.unit: c.formats[f] for c, f in chosen},
-            {unit: tuple(sorted(order_E[:kept].tolist())) for unit, order_E in orders.items()},
-            int(self.fixed_bytes_K[k]) + int(self.bytes_KUF[k][np.arange(len(option_U)), option_U].sum()),
-            harm,
-            budget,
-            bound,
+            kept=kept,
+            formats={c.unit: c.formats[f] for c, f in chosen},
+            experts={unit: tuple(sorted(order_E[:kept].tolist())) for unit, order_E in orders.items()},
+            bytes=int(self.fixed_bytes_K[k]) + int(self.bytes_KUF[k][np.arange(len(option_U)), option_U].sum()),
+            harm=harm,
+            budget_bytes=budget_bytes,
+            bound=bound,
         )
 
 

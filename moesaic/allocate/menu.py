@@ -91,7 +91,7 @@ class Menu:
         """Stored bits per weight of the source."""
         return 8 * stored_bytes / self.weights
 
-    def budget(self, bits: float) -> int:
+    def budget_bytes(self, bits: float) -> int:
         """The most bytes that are not above `bits` per weight of the source."""
         return math.floor(Fraction(bits) * self.weights / 8)
 

@@ -1,33 +1,27 @@
 """Plans that may ship: made from prices, sized to the byte, measured on unseen text, one of them chosen.
 
-sizes.py knows bytes on disk, plans.py makes menus and plans, choose.py is the story, notes.py what it leaves in a run.
+setting.py is what is asked, sizes.py knows bytes on disk, plans.py makes menus and plans, choose.py is the story,
+notes.py what it leaves in a run.
 """
 
-from .choose import (
-    FORMATS_OFFERED,
-    HARMS,
-    Budget,
-    Chosen,
-    Setting,
-    Traced,
-    check_budget,
-    choose,
-    price_options,
-    trace_frontier,
-)
-from .plans import Candidate, menu_of
+from .choose import Chosen, check_limit, choose, price_options, trace_frontier
+from .plans import Candidate, Traced, exact, menu_of
+from .setting import FORMATS_OFFERED, HARMS, Limit, Offer, Pricing, Setting
 from .sizes import folder_bytes, stored_bytes
 
 __all__ = [
     "FORMATS_OFFERED",
     "HARMS",
-    "Budget",
     "Candidate",
     "Chosen",
+    "Limit",
+    "Offer",
+    "Pricing",
     "Setting",
     "Traced",
-    "check_budget",
+    "check_limit",
     "choose",
+    "exact",
     "folder_bytes",
     "menu_of",
     "price_options",

@@ -29,18 +29,16 @@ from typing import Any
 
 import numpy as np
 
-from ..allocate import Frontier, Menu
 from ..artifact import write_json
-from ..measure import Measured, Rule
+from ..measure import Measured
 from ..tokens import TokenSet
-from .plans import Candidate
+from .plans import Candidate, Traced
 
 POINTS = 2000  # of the frontier that are written down
 
 
-def note_frontier(
-    path: Path, frontier: Frontier, menu: Menu, rule: Rule, limit: int | None, harm: str, inputs: Mapping[str, str]
-) -> None:
+def note_frontier(path: Path, traced: Traced, inputs: Mapping[str, str]) -> None:
+    frontier, rule = traced.frontier, traced.rule
     k, p = frontier.pareto()
     at = np.unique(np.linspace(0, len(k) - 1, min(POINTS, len(k))).round().astype(int))
     harm_N = frontier.harm_KP[k, p]
@@ -56,13 +54,14 @@ def note_frontier(
             "bytes": int(frontier.bytes_KP[knee_k, knee_p]),
             "predicted_nats": float(rule.predict(frontier.harm_KP[knee_k, knee_p])),
         },
-        "harm": harm,
+        "harm": traced.prices.harm,
         "rule": rule.facts,
     }
-    if limit is not None:
-        bound_K = rule.predict(frontier.bounds(limit))
+    if traced.budget_bytes is not None:
+        bound_K = rule.predict(frontier.bounds(traced.budget_bytes))
         bounds = {str(kept): float(b) for kept, b in zip(frontier.kept_K.tolist(), bound_K) if math.isfinite(b)}
-        body |= {"budget_bytes": limit, "budget_bits": menu.bits(limit), "bounds": bounds}
+        body |= {"budget_bytes": traced.budget_bytes, "budget_bits": traced.menu.bits(traced.budget_bytes)}
+        body["bounds"] = bounds
     write_json(path, "frontier", body, inputs)
 
 

@@ -5,16 +5,18 @@ Leaves out measuring them (measure) and the order of the steps (choose).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..allocate import Allocation, Choice, Frontier, Menu
 from ..checkpoint import Checkpoint
-from ..containers import CONTAINERS, Container
+from ..containers import Container
 from ..errors import PlanError
 from ..measure import Prices, Rule
 from ..plan import SOURCE, Plan
 from ..target import Target
+from .setting import Setting
 from .sizes import fixed_bytes, folder_bytes, listed_bytes, option_bytes
 
 JITTER = 1.0  # of ln harm, when plans off the frontier are wanted
@@ -31,6 +33,37 @@ class Candidate:
     bytes: int
     harm: float  # sum of prices, dropping weighted
     predicted_nats: float
+
+
+@dataclass(frozen=True)
+class Traced:
+    """All that is on offer, with its curve."""
+
+    prices: Prices
+    rule: Rule
+    menu: Menu
+    frontier: Frontier
+    budget_bytes: int | None
+
+    @property
+    def best(self) -> Allocation | None:
+        """The plan of least predicted KL within the budget, where there is one. Raises `PlanError` if none fits."""
+        return None if self.budget_bytes is None else self.frontier.fit(self.budget_bytes)
+
+    def curve(self, points: int) -> list[dict[str, Any]]:
+        """Some points of the frontier from the smallest to the largest, and its knee: bytes, bits, experts, predicted_nats."""
+        k, p = self.frontier.pareto()
+        knee = self.frontier.knee()
+        at = set(np.linspace(0, len(k) - 1, min(points, len(k))).round().astype(int).tolist())
+        return [
+            {
+                "bytes": int(self.frontier.bytes_KP[row]), "bits": self.menu.bits(int(self.frontier.bytes_KP[row])),
+                "experts": int(self.frontier.kept_K[row[0]]), "knee": row == knee,
+                "predicted_nats": float(self.rule.predict(self.frontier.harm_KP[row])),
+            }
+            for i, row in enumerate(zip(k.tolist(), p.tolist()))
+            if i in at or row == knee
+        ]  # fmt: skip
 
 
 def menu_of(
@@ -62,11 +95,9 @@ def sums(prices: Prices, formats: Mapping[str, str], kept: int) -> tuple[float, 
     return rounding, float(sum(prices.dropping(layer, [kept])[0] for layer in prices.dropped))
 
 
-def plan_of(
-    source: Checkpoint, container: Container, prices: Prices, formats: Mapping[str, str], kept: int, rounding: str
-) -> Plan:
-    name = source.container.name if set(formats.values()) == {SOURCE} else container.name
-    return Plan(name, prices.kept(kept), dict(formats), rounding)
+def plan_of(setting: Setting, prices: Prices, formats: Mapping[str, str], kept: int) -> Plan:
+    container = setting.source.container if set(formats.values()) == {SOURCE} else setting.container
+    return Plan(container.name, prices.kept(kept), dict(formats), setting.rounding)
 
 
 def varied(menu: Menu, count: int, seed: int) -> list[tuple[dict[str, str], int]]:
@@ -106,75 +137,65 @@ def uniform(menu: Menu, format: str, at: int) -> tuple[dict[str, str], int, floa
     return formats, size, harm
 
 
-def candidates(
-    source: Checkpoint, container: Container, prices: Prices, rule: Rule, frontier: Frontier, menu: Menu,
-    budget: int, rounding: str, count: int,
-) -> list[Candidate]:  # fmt: skip
-    """At most `count` plans within `budget` bytes of disk, the most promising first.
+def candidates(setting: Setting, traced: Traced, budget_bytes: int) -> list[Candidate]:
+    """At most `setting.pricing.candidates` plans within `budget_bytes` of disk, the most promising first.
 
     The best of each kept count are told apart by what the rule predicts; of counts that are nearly alike only the
     best is taken. Beside them the best plan that keeps every expert, and the best of one format throughout.
     Raises `PlanError` when nothing fits.
     """
+    frontier, menu, experts = traced.frontier, traced.menu, setting.source.architecture.experts
     best = {}
     for kept in frontier.kept_K.tolist():
         try:
-            best[kept] = frontier.fit(budget, [kept])
+            best[kept] = frontier.fit(budget_bytes, [kept])
         except PlanError:
             continue
     if not best:
-        frontier.fit(budget)  # says what falls short
+        frontier.fit(budget_bytes)  # says what falls short
     taken: list[Allocation] = []
-    apart = max(1, source.architecture.experts // NEIGHBOURS)
+    apart = max(1, experts // NEIGHBOURS)
     for found in sorted(best.values(), key=lambda a: a.harm):
-        if len(taken) < max(1, count - 2) and all(abs(found.kept - t.kept) >= apart for t in taken):
+        if len(taken) < max(1, setting.pricing.candidates - 2) and all(
+            abs(found.kept - t.kept) >= apart for t in taken
+        ):
             taken.append(found)
-    if (whole := best.get(source.architecture.experts)) and whole not in taken:
+    if (whole := best.get(experts)) and whole not in taken:
         taken.append(whole)
-    made = [exact(source, container, prices, frontier, budget, a, rounding, rule) for a in taken]
+    made = [exact(setting, traced, found) for found in taken]
     plain = []
     for format in sorted({f for c in menu.choices for f in c.formats}):
         for at in range(len(menu.kept)):
             formats, size, harm = uniform(menu, format, at)
-            if size <= budget and np.isfinite(harm):
+            if size <= budget_bytes and np.isfinite(harm):
                 plain.append((harm, format, at, formats))
     if plain:
         harm, format, at, formats = min(plain, key=lambda p: p[:3])
-        plan = plan_of(source, container, prices, formats, menu.kept[at], rounding)
-        made.append(candidate(f"{format} throughout", source, plan, harm, rule))
-    fitting = [c for c in made if c.bytes <= budget]
+        plan = plan_of(setting, traced.prices, formats, menu.kept[at])
+        made.append(candidate(f"{format} throughout", setting.source, plan, harm, traced.rule))
+    fitting = [c for c in made if c.bytes <= budget_bytes]
     if not fitting:
-        raise PlanError(f"no plan of {len(made)} tried fits {budget:,} bytes with all its files; raise the budget")
+        raise PlanError(
+            f"no plan of {len(made)} tried fits {budget_bytes:,} bytes with all its files; raise the budget"
+        )
     return list({str((c.plan.kept, c.plan.formats)): c for c in reversed(fitting)}.values())[::-1]
 
 
-def exact(
-    source: Checkpoint, container: Container, prices: Prices, frontier: Frontier, budget: int, found: Allocation,
-    rounding: str, rule: Rule,
-) -> Candidate:  # fmt: skip
+def exact(setting: Setting, traced: Traced, found: Allocation) -> Candidate:
     """A candidate from an allocation, found again with the bytes that the menu's caution left over."""
-    first = candidate(
-        f"{found.kept} experts",
-        source,
-        plan_of(source, container, prices, found.formats, found.kept, rounding),
-        found.harm,
-        rule,
-    )
-    spare = found.bytes - first.bytes
-    again = frontier.fit(budget + spare, [found.kept])
+
+    def made(of: Allocation) -> Candidate:
+        plan = plan_of(setting, traced.prices, of.formats, of.kept)
+        return candidate(f"{of.kept} experts", setting.source, plan, of.harm, traced.rule)
+
+    first = made(found)
+    again = traced.frontier.fit(found.budget_bytes + found.bytes - first.bytes, [found.kept])
     if again.harm >= found.harm:
         return first
-    plan = plan_of(source, container, prices, again.formats, again.kept, rounding)
-    second = candidate(first.name, source, plan, again.harm, rule)
-    return second if second.bytes <= budget else first
+    second = made(again)
+    return second if second.bytes <= found.budget_bytes else first
 
 
 def candidate(name: str, source: Checkpoint, plan: Plan, harm: float, rule: Rule) -> Candidate:
     size = folder_bytes(Target.of(source, plan))
     return Candidate(name, plan, plan.experts(source.architecture.experts), size, harm, float(rule.predict(harm)))
-
-
-def container_named(name: str) -> Container:
-    if name not in CONTAINERS:
-        raise PlanError(f"no container {name!r}; there are {', '.join(CONTAINERS)}")
-    return CONTAINERS[name]

@@ -1,45 +1,60 @@
 """What each command runs, and what it prints. Every one returns its facts, for --json.
 
-A module is imported when its command is given, so that --help answers at once.
+A stage is imported when its command is given, so that --help answers at once.
 """
 
-import argparse
-import importlib
+from __future__ import annotations
+
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from . import arguments
+from .telling import plus_minus, show, sizes, tell_rounding, told
 
-Arguments = argparse.Namespace
-
-
-def room(name: str) -> Any:
-    """A module of this package, imported now."""
-    return importlib.import_module(f"moesaic.{name}")
-
-
-def corpus(a: Arguments) -> Any:
-    return room("corpus").Corpus(a.data, a.heldout, a.tokens, a.length, a.seed)
+if TYPE_CHECKING:
+    from ..compress import Recipe
+    from ..corpus import Corpus
+    from ..fit import Layout
+    from ..select import Ranking
 
 
-def layout(a: Arguments) -> Any:
-    return room("fit").layout_of(a.tensor_parallel, a.expert_parallel)
+def corpus(a: arguments.TextArguments) -> Corpus:
+    from ..corpus import Corpus
+
+    return Corpus(data=a.data, heldout=a.heldout, tokens=a.tokens, length=a.length, seed=a.seed)
 
 
-def run_inspect(a: Arguments) -> dict[str, Any]:
-    facts = room("inspect").inspect(a.model, a.base)
-    show(room("inspect").table(facts))
+def layout(a: arguments.ParallelArguments) -> Layout | None:
+    from ..fit import layout_of
+
+    return layout_of(a.tensor_parallel, a.expert_parallel)
+
+
+def ranking(a: arguments.RankingArguments, run: Path | None = None) -> Ranking:
+    from ..select import Ranking
+
+    return Ranking(criterion=a.criterion, policy=a.policy, domains=a.domains, until_stable=a.until_stable, run=run)
+
+
+def run_inspect(a: arguments.Inspect) -> dict[str, Any]:
+    from ..inspect import inspect, table
+
+    facts = inspect(a.model, a.base)
+    show(table(facts))
     for layer, ids in facts.get("kept", {}).items():
         print(f"layer {layer} kept experts {' '.join(map(str, ids))}")
     return facts
 
 
-def run_prune(a: Arguments) -> dict[str, Any]:
-    stage = room("prune")
-    ranking = stage.Ranking(a.criterion, a.policy, a.domains, a.until_stable, a.run)
+def run_prune(a: arguments.Prune) -> dict[str, Any]:
+    from ..prune import Pruning, prune
+    from ..repair import sentence
+
     if a.loops and not a.preview:
         raise InputError("--loops probes what --preview compares; give --preview too")
     if a.run is not None and a.until_stable:
@@ -47,17 +62,11 @@ def run_prune(a: Arguments) -> dict[str, Any]:
     if a.repair and a.preview:
         raise InputError("--repair changes the model that is written, and --preview writes none; give one of them")
     if a.preview:
-        outlooks, probes = stage.preview_cuts(a.model, a.out, a.experts, ranking, corpus(a), a.loops, a.quiet)
-        show(room("preview").table(outlooks))
-        for name, found in probes.items():
-            share, endless = plus_minus(vars(found.share)), found.endless
-            ends = f"{endless.value:.0%} ({endless.low:.0%} to {endless.high:.0%}) of {found.prompts} texts end so"
-            print(f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {ends}")
-        print(f"plot: {a.out / 'moesaic' / 'preview.svg'}")
-        return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
+        return run_preview(a)
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
-    facts = stage.prune(a.model, a.out, a.experts[0], ranking, corpus(a), not a.no_verify, a.quiet, a.line, a.repair)
+    pruning = Pruning(experts=a.experts[0], ranking=ranking(a, a.run), repair=a.repair, check=a.check)
+    facts = prune(a.model, a.out, pruning, corpus(a), command=a.line, quiet=a.quiet)
     margins = sorted(facts["margins"].values())
     print(
         f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
@@ -69,18 +78,36 @@ def run_prune(a: Arguments) -> dict[str, Any]:
     if settled := facts.get("settled"):
         print(settled["verdict"])
     if "repair" in facts:
-        print(room("repair").sentence(facts["repair"]))
+        print(sentence(facts["repair"]))
     for warning in facts["warnings"]:
         print(f"note: {warning}")
     sizes(facts)
     return facts
 
 
-def run_quantize(a: Arguments) -> dict[str, Any]:
-    facts = room("quantize").quantize(
-        a.model, a.out, a.format, a.only, a.rest, a.to, a.rounding or "rtn", layout(a), not a.no_verify, a.quiet, a.line,
-        corpus(a),
+def run_preview(a: arguments.Prune) -> dict[str, Any]:
+    from ..preview import table
+    from ..prune import preview_cuts, probe_cuts
+
+    outlooks = preview_cuts(a.model, a.out, a.experts, ranking(a, a.run), corpus(a), quiet=a.quiet)
+    probes = probe_cuts(a.model, a.out, outlooks, quiet=a.quiet) if a.loops else {}
+    show(table(outlooks))
+    for name, found in probes.items():
+        share, endless = plus_minus(vars(found.share)), found.endless
+        ends = f"{endless.value:.0%} ({endless.low:.0%} to {endless.high:.0%}) of {found.prompts} texts end so"
+        print(f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {ends}")
+    print(f"plot: {a.out / 'moesaic' / 'preview.svg'}")
+    return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
+
+
+def run_quantize(a: arguments.Quantize) -> dict[str, Any]:
+    from ..quantize import Quantizing, quantize
+
+    asked = Quantizing(
+        format=a.format, only=a.only, rest=a.rest, container=a.container, rounding=a.rounding or "rtn",
+        layout=layout(a), check=a.check,
     )  # fmt: skip
+    facts = quantize(a.model, a.out, asked, corpus(a), command=a.line, quiet=a.quiet)
     tell_rounding(facts)
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
@@ -91,24 +118,27 @@ def run_quantize(a: Arguments) -> dict[str, Any]:
     return facts
 
 
-def run_export(a: Arguments) -> dict[str, Any]:
-    convert = room("convert")
-    if convert.is_run(a.model):
-        facts = convert.export_run(a.model, a.out, a.to, layout(a), not a.no_verify, a.quiet)
-    elif a.to is None:
+def run_export(a: arguments.Export) -> dict[str, Any]:
+    from ..convert import convert, export_run, is_run
+
+    if is_run(a.model):
+        facts = export_run(a.model, a.out, a.container, layout(a), check=a.check, quiet=a.quiet)
+    elif a.container is None:
         raise InputError(f"{a.model} is a model and no run; say in which container to write it, as --to mlx")
     else:
-        out = a.out or a.model.with_name(f"{a.model.name}-{a.to}")
-        facts = convert.convert(a.model, out, a.to, layout(a), not a.no_verify, a.quiet)
+        out = a.out or a.model.with_name(f"{a.model.name}-{a.container}")
+        facts = convert(a.model, out, a.container, layout(a), check=a.check, quiet=a.quiet)
     for way, count in facts["matrices"].items():
         print(f"{count:>9,} matrices  {way}")
     sizes(facts)
     return facts
 
 
-def run_verify(a: Arguments) -> dict[str, Any]:
-    checkpoint = room("checkpoint").Checkpoint
-    verdict = room("verify").verify(a.export, checkpoint.open(a.source) if a.source else None, a.quiet)
+def run_verify(a: arguments.Verify) -> dict[str, Any]:
+    from ..checkpoint import Checkpoint
+    from ..verify import verify
+
+    verdict = verify(a.export, Checkpoint.open(a.source) if a.source else None, a.quiet)
     for finding in verdict.findings:
         print(f"FAIL  {finding}")
     print(
@@ -123,30 +153,35 @@ def run_verify(a: Arguments) -> dict[str, Any]:
     return facts | {"exit": 0 if verdict.holds else 1}
 
 
-def run_calibrate(a: Arguments) -> dict[str, Any]:
-    calibrate, least = room("calibrate"), room("select").FEW_TOKENS
-    source = room("checkpoint").Checkpoint.open(a.model)
+def run_calibrate(a: arguments.Calibrate) -> dict[str, Any]:
+    from ..calibrate import Statistics, calibrate, check_unread, chunks
+    from ..checkpoint import Checkpoint
+    from ..images import pictured
+    from ..select import FEW_TOKENS
+    from ..settle import settle, table
+
+    source, stats = Checkpoint.open(a.model), a.run / "stats"
     source.check_values()
     settled = None
     if a.until_stable:
-        counts = a.experts or [source.architecture.experts // 2, source.architecture.experts * 3 // 4]
-        settled = room("settle").settle(source, corpus(a), a.run, counts, a.criterion, a.policy, a.domains, a.quiet)
-        show(room("settle").table(settled))
+        experts = source.architecture.experts
+        settled = settle(source, corpus(a), a.run, a.experts or [experts // 2, experts * 3 // 4], ranking(a), a.quiet)
+        show(table(settled))
         print(settled.verdict)
     else:
         tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
-        calibrate.check_unread(a.run / "stats", calibrate.chunks(tokens))
-        calibrate.calibrate(source, tokens, a.run / "stats", a.quiet)
-    if pictures := room("images").pictured(source, corpus(a)):
-        calibrate.calibrate(source, pictures.tokens, a.run / "stats", a.quiet, seen=pictures.seen)
-    statistics = calibrate.Statistics.load(a.run / "stats", source)
-    few = statistics.few(least)
+        check_unread(stats, chunks(tokens))
+        calibrate(source, tokens, stats, a.quiet)
+    if pictures := pictured(source, corpus(a)):
+        calibrate(source, pictures.tokens, stats, a.quiet, seen=pictures.seen)
+    statistics = Statistics.load(stats, source)
+    few = statistics.few(FEW_TOKENS)
     print(
         f"{statistics.tokens:,} tokens of {', '.join(statistics.domains)} through {len(statistics.layers)} MoE layers"
     )
-    print(f"experts reached by fewer than {least} tokens: {len(few)}")
+    print(f"experts reached by fewer than {FEW_TOKENS} tokens: {len(few)}")
     print(f"experts with values that are no numbers: {len(statistics.nonfinite())}")
-    print(f"statistics: {a.run / 'stats'}")
+    print(f"statistics: {stats}")
     return {
         "tokens": statistics.tokens,
         "domains": statistics.domains,
@@ -156,29 +191,48 @@ def run_calibrate(a: Arguments) -> dict[str, Any]:
     }
 
 
-def run_compress(a: Arguments) -> dict[str, Any]:
-    found = recipe(a, a.format, a.rest)
-    return told(room("compress").compress(a.model, a.run, found, corpus(a), a.evaluation_tokens, a.line, a.quiet))
+def run_compress(a: arguments.Compress) -> dict[str, Any]:
+    from ..compress import compress
+
+    asked = replace(recipe(a), format=a.format, rest=a.rest, evaluation_tokens=a.evaluation_tokens)
+    return told(compress(a.model, a.run, asked, corpus(a), command=a.line, quiet=a.quiet))
 
 
-def recipe(a: Arguments, format: str = "source", rest: str = "source") -> Any:
+def recipe(a: arguments.Search) -> Recipe:
     """What the options of a search say; a size that --devices leaves is asked of `fit`."""
-    size, served = a.fit, layout(a)
+    from ..candidates import FORMATS_OFFERED, Limit, Offer, Pricing
+    from ..compress import Recipe
+    from ..inspect import size
+
+    budget_bytes, served = a.budget_bytes, layout(a)
     if a.devices:
-        fit, source = room("fit"), room("checkpoint").Checkpoint.open(a.model)
-        machine = fit.Machine.parse(a.devices)
-        left, served = fit.budget(machine, source, a.context), served or fit.Shapes.of(source).layout(machine.count)
-        print(f"budget   {room('inspect').size(left)} on {a.devices}, served as {served.name}")
-        size = left if size is None else min(size, left)
-    return room("compress").Recipe(
-        a.experts, format, rest, a.criterion, a.policy, a.rounding or "rtn", a.to, size, a.bits,
-        a.formats or room("candidates").FORMATS_OFFERED, a.harm, None if a.hours is None else 3600 * a.hours,
-        served, a.devices or "", a.context, a.domains, a.until_stable,
-    )  # fmt: skip
+        room, fastest = room_on(a.model, a.devices, a.context)
+        budget_bytes, served = room if budget_bytes is None else min(room, budget_bytes), served or fastest
+        print(f"budget   {size(room)} on {a.devices}, served as {served.name}")
+    return Recipe(
+        ranking=ranking(a),
+        offer=Offer(experts=a.experts, formats=a.formats or FORMATS_OFFERED, container=a.container, layout=served),
+        limit=Limit(budget_bytes=budget_bytes, bits=a.bits),
+        pricing=Pricing(harm=a.harm, seconds=a.seconds),
+        rounding=a.rounding or "rtn",
+        devices=a.devices or "",
+        context=a.context,
+    )
 
 
-def run_measure(a: Arguments) -> dict[str, Any]:
-    facts = room("compress").price_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
+def room_on(model: Path, devices: str, context: int | None) -> tuple[int, Layout]:
+    """The bytes that devices have room for, and how they would serve the model."""
+    from ..checkpoint import Checkpoint
+    from ..fit import Machine, Shapes, budget, choose
+
+    machine, source = Machine.parse(devices), Checkpoint.open(model)
+    return budget(machine, source, context), choose(Shapes.of(source), machine)
+
+
+def run_measure(a: arguments.Search) -> dict[str, Any]:
+    from ..compress import price_run
+
+    facts = price_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
     print("nats a token, each option alone, summed over the layers that can have it;", end=" ")
     print(f"{facts['harm']} on {facts['tokens']:,} tokens")
     for what, of in facts["totals"].items():
@@ -187,8 +241,10 @@ def run_measure(a: Arguments) -> dict[str, Any]:
     return facts
 
 
-def run_allocate(a: Arguments) -> dict[str, Any]:
-    facts = room("compress").allocate_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
+def run_allocate(a: arguments.Search) -> dict[str, Any]:
+    from ..compress import allocate_run
+
+    facts = allocate_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
     print(f"{'bytes':>18}  bits   experts  KL predicted, off by a factor {math.exp(facts['rule_error']):.2f} (rms)")
     for row in facts["curve"]:
         mark = "  <- knee" if row["knee"] else ""
@@ -201,127 +257,80 @@ def run_allocate(a: Arguments) -> dict[str, Any]:
     return facts
 
 
-def run_demo(a: Arguments) -> dict[str, Any]:
-    return told(room("demo").demo(a.run, a.quiet))
+def run_demo(a: arguments.Demo) -> dict[str, Any]:
+    from ..demo import demo
+
+    return told(demo(a.run, a.quiet))
 
 
-def run_fit(a: Arguments) -> dict[str, Any]:
-    fit = room("fit")
-    facts = fit.fit(
-        room("checkpoint").Checkpoint.open(a.model), fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency or 1
+def run_fit(a: arguments.Fit) -> dict[str, Any]:
+    from ..checkpoint import Checkpoint
+    from ..fit import Machine, explain, fit, table
+
+    facts = fit(
+        Checkpoint.open(a.model), Machine.parse(a.devices), context=a.context, kv=a.kv, concurrency=a.concurrency or 1
     )
-    show(fit.table(facts))
+    show(table(facts))
     if a.explain:
-        print(fit.explain(facts))
+        print(explain(facts))
     return facts
 
 
-def run_serve(a: Arguments) -> dict[str, Any]:
+def run_serve(a: arguments.Serve) -> dict[str, Any]:
     if a.engine == "local":
         return run_local(a)
     if not a.devices:
         raise InputError("no --devices are named, for which vLLM is to be set up; name them, or use --engine local")
-    fit, vllm = room("fit"), room("serve.vllm")
-    export = room("checkpoint").Checkpoint.open(a.export)
-    facts = fit.fit(export, fit.Machine.parse(a.devices), a.context, a.kv, a.concurrency or 1)
-    deployment = vllm.deployment(export, facts, a.host, a.port)
-    if a.print:
-        written = vllm.render(deployment, a.print)
+    from ..checkpoint import Checkpoint
+    from ..fit import Machine, fit
+    from ..serve.vllm import deployment, render
+
+    export, machine = Checkpoint.open(a.export), Machine.parse(a.devices)
+    facts = fit(export, machine, context=a.context, kv=a.kv, concurrency=a.concurrency or 1)
+    deployed = deployment(export, facts, host=a.host, port=a.port)
+    if a.way:
+        written = render(deployed, a.way)
         print(written)
-        return {"printed": a.print, "text": written}
-    if deployment.nodes > 1 or shutil.which("vllm") is None:
-        why = "vLLM is not installed here" if deployment.nodes == 1 else f"this takes {deployment.nodes} machines"
+        return {"printed": a.way, "text": written}
+    if deployed.nodes > 1 or shutil.which("vllm") is None:
+        why = "vLLM is not installed here" if deployed.nodes == 1 else f"this takes {deployed.nodes} machines"
         raise InputError(f"{why}; --print command, compose, kubernetes or ray writes what starts it where it is")
-    return {"exit": subprocess.call(deployment.words(str(a.export)))}
+    return {"exit": subprocess.call(deployed.words(str(a.export)))}
 
 
-def run_local(a: Arguments) -> dict[str, Any]:
-    local = room("serve.local")
-    export = room("checkpoint").Checkpoint.open(a.export)
-    key = local.read_key(a.key_file) if a.key_file else None
-    app = local.local(export, key, a.memory, a.cache, a.context, a.concurrency, a.max_tokens)
-    local.run(app, a.host, a.port)
+def run_local(a: arguments.Serve) -> dict[str, Any]:
+    from ..checkpoint import Checkpoint
+    from ..serve.local import Room, local, read_key, run
+
+    key = read_key(a.key_file) if a.key_file else None
+    room = Room(
+        memory_bytes=a.memory_bytes, cache_bytes=a.cache_bytes, context=a.context, concurrency=a.concurrency,
+        new_tokens=a.new_tokens,
+    )  # fmt: skip
+    run(local(Checkpoint.open(a.export), key, room), host=a.host, port=a.port)
     return {}
 
 
-def run_report(a: Arguments) -> dict[str, Any]:
-    report, size = room("report"), room("inspect").size
-    page = report.report(a.run, a.devices or "", a.context)
+def run_report(a: arguments.Report) -> dict[str, Any]:
+    from ..inspect import size
+    from ..report import Naming, gather, push, report, uploads, write_card
+
+    page = report(a.run, devices=a.devices or "", context=a.context)
     print(f"report   {page}")
     facts: dict[str, Any] = {"report": str(page)}
     if not a.card and not a.push:
         return facts
-    known = report.gather(a.run, a.devices or "", a.context)
-    card = report.write_card(known, report.Naming(a.base_model or "", a.push or "", a.unlicensed))
+    known = gather(a.run, devices=a.devices or "", context=a.context)
+    card = write_card(known, Naming(base_model=a.base_model or "", repository=a.push or "", unlicensed=a.unlicensed))
     print(f"card     {card}")
     facts["card"] = str(card)
     if a.push:
-        files = report.uploads(known)
+        files = uploads(known)
         for file in files:
             print(f"{file.bytes:>18,}  {file.to}")
         print(f"{len(files):,} files, {size(sum(f.bytes for f in files))}")
         facts["files"] = {f.to: f.bytes for f in files}
         if a.yes:
-            facts["address"] = report.push(known, a.push, files, a.public, quiet=a.quiet)
+            facts["address"] = push(known, a.push, files, public=a.public, quiet=a.quiet)
         print(facts.get("address") or f"nothing was uploaded to {a.push}; --yes does it")
     return facts
-
-
-def told(facts: dict[str, Any]) -> dict[str, Any]:
-    """The end of a whole path: what was saved, what it cost, where the page is."""
-    size, before, after = room("inspect").size, facts["source_bytes"], facts["bytes"]
-    if facts["experts"] != facts["source_experts"]:
-        print(f"experts  {facts['source_experts']} -> {facts['experts']} in every layer")
-    print(f"size     {size(before)} -> {size(after)}: {1 - after / before:.1%} saved")
-    if chosen := facts["chosen"]:
-        print(f"budget   {chosen['bytes']:,} of {chosen['budget_bytes']:,} bytes on disk, every file counted")
-        before = (
-            f"predicted {chosen['predicted_nats']:.4f}, measured {chosen['measured_nats']:.4f} ± {chosen['error']:.4f}"
-        )
-        print(f"plan     {chosen['name']}: KL {before} before it was written, by {chosen['rounding']}")
-    if facts["settled"]:
-        print(f"text     {facts['settled']}")
-    tell_rounding(facts)
-    tell_scores(facts["scores"])
-    for warning in facts["warnings"]:
-        print(f"note     {warning}")
-    print(f"model    {Path(facts['run']) / 'model'}")
-    print(f"report   {facts['report']}")
-    return facts
-
-
-def tell_rounding(facts: dict[str, Any]) -> None:
-    if facts["rendered"]:
-        print(f"rounded  {room('make').sentence(facts['rendered'])}")
-
-
-def tell_scores(scores: dict[str, dict[str, Any]]) -> None:
-    kl, ppl, before = scores["kl_mean"], scores["ppl_export"], scores["ppl_source"]
-    top, ratio = scores["top1_agreement"], scores["delta_ln_ppl"]
-    print(
-        f"cost     KL(source‖export) {plus_minus(kl)} nats a token, over {kl['tokens']:,} tokens in {kl['rows']} rows"
-    )
-    print(f"         perplexity {plus_minus(before)} -> {plus_minus(ppl)}; paired Δ ln {plus_minus(ratio)}")
-    print(f"         top-1 agreement {top['value']:.1%} ± {top['error']:.1%}")
-
-
-def plus_minus(score: dict[str, Any]) -> str:
-    """A value with as many digits as its error deserves."""
-    value, error = score["value"], score["error"]
-    if value is None or not error:
-        return f"{value}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def sizes(facts: dict[str, Any]) -> None:
-    size = room("inspect").size
-    before, after = facts["source_bytes"], facts["bytes"]
-    change = f"{1 - after / before:.1%} saved" if after <= before else f"{after / before - 1:.1%} more"
-    print(f"{size(before)} -> {size(after)}, {change}, in {facts['out']}")
-    if "verified" in facts:
-        print("verified: " + ", ".join(f"{check} × {count:,}" for check, count in facts["verified"].items()))
-
-
-def show(renderable: Any) -> None:
-    importlib.import_module("rich.console").Console().print(renderable)

@@ -26,6 +26,11 @@ def bytes_of(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 90GB or 89GiB") from None
 
 
+def seconds_of(text: str) -> float:
+    """Hours, in seconds."""
+    return 3600 * float(text)
+
+
 def counts_of(text: str) -> list[int]:
     """Kept counts: 64, or 64,80,96."""
     try:
@@ -130,7 +135,7 @@ def prune_options(p: argparse.ArgumentParser) -> None:
         "--repair", action="store_true",
         help="let shared experts take over what dropped ones gave, if that helps on other text (M3)",
     )  # fmt: skip
-    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
     text_options(p)
 
 
@@ -140,10 +145,12 @@ def quantize_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--format", required=True, help="mxfp4, nvfp4, int4_g128, mxfp8, …")
     p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
     p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
-    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument(
+        "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
+    )
     rounding_option(p)
     parallel_options(p)
-    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
     text_options(p)
 
 
@@ -167,7 +174,11 @@ def calibrate_options(p: argparse.ArgumentParser) -> None:
 
 def budget_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--fit", type=bytes_of, metavar="SIZE", help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan"
+        "--fit",
+        type=bytes_of,
+        dest="budget_bytes",
+        metavar="SIZE",
+        help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan",
     )
     p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
     p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
@@ -184,14 +195,18 @@ def offer_options(p: argparse.ArgumentParser) -> None:
         help="how options are priced: measured, each by running it; surrogate, all by one sweep backward; anchored, "
         "that with a few of them measured; trace, as PrismaQuant does (default %(default)s)",
     )
-    p.add_argument("--hours", type=float, metavar="H", help="for measuring prices; the less, the fewer tokens")
+    p.add_argument(
+        "--hours", type=seconds_of, dest="seconds", metavar="H", help="for measuring prices; the less, the fewer tokens"
+    )
     p.add_argument(
         "--experts", type=int, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
     )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
     ranking_options(p)
     rounding_option(p)
-    p.add_argument("--to", default="compressed_tensors", metavar="CONTAINER", help="(default %(default)s)")
+    p.add_argument(
+        "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
+    )
     parallel_options(p)
     text_options(p)
 
@@ -199,7 +214,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
 def measure_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", type=Path)
     p.add_argument("run", type=Path, help="run folder: run/costs.json is the result")
-    p.set_defaults(fit=None, bits=None, devices=None, context=None)  # prices are the same whatever the size
+    p.set_defaults(budget_bytes=None, bits=None, devices=None, context=None)  # prices are the same whatever the size
     offer_options(p)
 
 
@@ -248,15 +263,33 @@ def serve_options(p: argparse.ArgumentParser) -> None:
     )
     machine_options(p, required=False)
     p.add_argument(
-        "--print", metavar="WAY", help="command, compose, kubernetes or ray: write it instead of running vLLM"
+        "--print",
+        dest="way",
+        metavar="WAY",
+        help="command, compose, kubernetes or ray: write it instead of running vLLM",
     )
     p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
     local = p.add_argument_group("with --engine local")
-    local.add_argument("--memory", type=bytes_of, metavar="SIZE", help="for weights (default half of this machine's)")
-    local.add_argument("--cache", type=bytes_of, metavar="SIZE", help="for keys and values (default a 16th of it)")
+    local.add_argument(
+        "--memory",
+        type=bytes_of,
+        dest="memory_bytes",
+        metavar="SIZE",
+        help="for weights (default half of this machine's)",
+    )
+    local.add_argument(
+        "--cache", type=bytes_of, dest="cache_bytes", metavar="SIZE", help="for keys and values (default a 16th of it)"
+    )
     local.add_argument("--key-file", type=Path, metavar="FILE", help="holds the key that requests must bring")
-    local.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer (default %(default)s)")
+    local.add_argument(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        dest="new_tokens",
+        metavar="N",
+        help="of an answer (default %(default)s)",
+    )
 
 
 def export_options(p: argparse.ArgumentParser) -> None:
@@ -264,9 +297,11 @@ def export_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "out", type=Path, nargs="?", help="(default MODEL-CONTAINER; of a run RUN/model, RUN/model-CONTAINER)"
     )
-    p.add_argument("--to", metavar="CONTAINER", help="mlx, compressed_tensors, auto_round, gptq, unquantized, …")
+    p.add_argument(
+        "--to", dest="container", metavar="CONTAINER", help="mlx, compressed_tensors, auto_round, gptq, unquantized, …"
+    )
     parallel_options(p)
-    p.add_argument("--no-verify", action="store_true", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
 
 
 def report_options(p: argparse.ArgumentParser) -> None:

@@ -74,6 +74,6 @@ def verdict(longest: dict[str, int], context: int) -> str:
 
 
 __all__ = [
-    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "budget", "check_layout", "explain", "fit",
+    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "budget", "check_layout", "choose", "explain", "fit",
     "layout_of", "servable", "table",
 ]  # fmt: skip

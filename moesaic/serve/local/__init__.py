@@ -4,6 +4,7 @@ One model, one process, loopback by default. Leaves out images, forced tool call
 a request that asks for one is refused, never answered otherwise.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -23,38 +24,43 @@ NEW_TOKENS = 4096  # of an answer, by default
 CONCURRENCY = 256
 SHUTDOWN_SECONDS = 5
 
-__all__ = ["local", "read_key", "run"]
+__all__ = ["Room", "local", "read_key", "run"]
 
 
-def local(
-    checkpoint: Checkpoint,
-    key: str | None = None,
-    memory_bytes: int | None = None,
-    cache_bytes: int | None = None,
-    context: int | None = None,
-    concurrency: int | None = None,
-    new_tokens: int = NEW_TOKENS,
-) -> Starlette:
-    """The server of one checkpoint.
+@dataclass(frozen=True)
+class Room:
+    """What the server may take.
 
-    key           that every request but /health has to bring
-    memory_bytes  of weights, default half of what is available; what does not fit is read again when needed
-    cache_bytes   of keys and values, default an eighth of that half
-    context       tokens of a prompt and its answer; by itself what the model and the cache hold
-    concurrency   texts in the server's hands at a time; more are refused with 429
+    memory_bytes  of weights; None: half of what is available. What does not fit is read again when needed
+    cache_bytes   of keys and values; None: an eighth of that half
+    context       tokens of a prompt and its answer; None: what the model and the cache hold
+    concurrency   texts in the server's hands at a time, None: 256; more are refused with 429
     new_tokens    the most of an answer
     """
-    decoder = Decoder(checkpoint, memory_bytes)
-    cache_bytes = cache_bytes or Resources().held_bytes(decoder.run.device) // CACHE_SHARE
+
+    memory_bytes: int | None = None
+    cache_bytes: int | None = None
+    context: int | None = None
+    concurrency: int | None = None
+    new_tokens: int = NEW_TOKENS
+
+
+NO_LIMIT = Room()
+
+
+def local(checkpoint: Checkpoint, key: str | None = None, room: Room = NO_LIMIT) -> Starlette:
+    """The server of one checkpoint; `key` is what every request but /health has to bring."""
+    decoder = Decoder(checkpoint, room.memory_bytes)
+    cache_bytes = room.cache_bytes or Resources().held_bytes(decoder.run.device) // CACHE_SHARE
     cache_tokens = cache_bytes // token_bytes(checkpoint)
     most = min(checkpoint.architecture.context, cache_tokens)
-    if (context is not None and context > most) or most < 2:
+    if (room.context is not None and room.context > most) or most < 2:
         raise InputError(
-            f"a context of {context or 2:,} tokens; the model has {checkpoint.architecture.context:,} and "
+            f"a context of {room.context or 2:,} tokens; the model has {checkpoint.architecture.context:,} and "
             f"{cache_bytes:,} bytes of cache hold {cache_tokens:,}; ask for less, or give more --cache"
         )
-    engine = Engine(decoder, cache_tokens, concurrency or CONCURRENCY)
-    return application(Served.of(checkpoint, Limits(context or most, new_tokens), engine), key)
+    engine = Engine(decoder, cache_tokens, room.concurrency or CONCURRENCY)
+    return application(Served.of(checkpoint, Limits(room.context or most, room.new_tokens), engine), key)
 
 
 def token_bytes(checkpoint: Checkpoint) -> int:
