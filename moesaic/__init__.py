@@ -10,7 +10,7 @@ FLOORS = (
     ("errors",),
     ("files",),
     ("utf8",),
-    ("registry", "artifact", "progress", "resources", "verdict"),
+    ("registry", "artifact", "conversations", "progress", "resources", "verdict"),
     ("formats", "plan", "overlay", "criteria", "rope", "tokenizer"),
     ("kernels", "families", "recode"),
     ("containers",),

@@ -2,17 +2,17 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .conversations import Renderer
 from .errors import InputError
 from .utf8 import MARK, decoded
 
@@ -60,11 +60,12 @@ class Tokenizer:
                 f"the tokenizer's files in {self.folder} cannot be read ({error}); fetch them again"
             ) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
-        """A conversation as the model reads it. Raises `InputError` when the model has no chat template."""
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Raises `InputError` when the model has no chat template."""
         if not self.chat.chat_template:
-            raise InputError(f"{where} holds chat messages and {self.folder} has no chat template; give `text` instead")
-        return str(self.chat.apply_chat_template(list(messages), tokenize=False))
+            raise InputError(f"{self.folder} has no chat template; give text, or add its chat_template.jinja")
+        return Renderer(self.chat)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .artifact import identity, read_tensors, write_tensors
+from .conversations import Conversation
 from .errors import InputError
 from .files import is_hidden
 from .tokenizer import Tokenizer
@@ -34,6 +35,7 @@ NO_PROSE = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 PARAGRAPH = 60  # characters from which a paragraph that stands in two texts is no coincidence
 GENEROUS = 16  # characters to read for a token wanted; text has 2 to 6 a token
 IMAGE, IMAGE_TOKENS = "image", 4096  # the domain of an image's tokens, and how many ids are set aside for one image
+CHATS = ("messages", "conversations", "conversation")  # columns that hold one
 RUN = 32  # tokens in a row that two sets must share before that counts as overlap
 
 
@@ -215,11 +217,21 @@ def has_image(entry: Any, where: str) -> bool:
 
 
 def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return str(entry["text"])
-    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-        return tokenizer.render(entry["messages"], where)
-    raise InputError(f"{where} has neither `text` nor `messages`")
+    """The text of a line: its own, or its conversation as the model's chat template writes it."""
+    try:
+        if not isinstance(entry, dict):
+            raise InputError("it is no object with `text` or `messages`")
+        text, rows = entry.get("text"), next((entry[key] for key in CHATS if entry.get(key) is not None), None)
+        if isinstance(text, str) and (text.strip() or rows is None):
+            text.encode()
+            return text
+        if rows is None:
+            raise InputError("it has neither `text` nor `messages`")
+        return tokenizer.renderer.render(Conversation.of(rows, entry.get("tools"), entry.get("system")))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half a character ({error.reason}); write it in full") from error
 
 
 def python_texts() -> tuple[list[Text], str]:

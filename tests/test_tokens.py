@@ -170,7 +170,7 @@ def test_jsonl_of_text_and_of_chat(tmp_path: Path) -> None:
     (tmp_path / "mix.jsonl").write_text(json.dumps({"text": "plain"}) + "\n\n" + json.dumps(chat) + "\n")
     (text,) = read_texts(tmp_path, Tokenizer.open(folder(tmp_path / "model", chat=True)))
     assert text == Text("mix", ("plain", "[user] Guten Tag\n[assistant] hello\n"))
-    with pytest.raises(InputError, match=r"mix.jsonl line 3 holds chat messages and .* has no chat template"):
+    with pytest.raises(InputError, match=r"mix.jsonl line 3: .* has no chat template"):
         read_texts(tmp_path, Tokenizer.open(folder(tmp_path / "mute")))
 
 

@@ -23,7 +23,9 @@ CONFIGS = Path(__file__).parent / "configs"
 LARGEST = 448.0  # of E4M3
 SPECIAL = ("[e~[", "]~!b[", "]~b]", "<think>", "</think>")  # ids from 256 on: end, begin, turn
 CHAT = (
-    "]~!b[{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}[e~[\n{% endfor %}"
+    "]~!b[{% if tools %}]~b]tools\n{{ tools | tojson }}[e~[\n{% endif %}"
+    "{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}[e~[\n{% endfor %}"
     "{% if add_generation_prompt %}]~b]ai\n<think>\n{% endif %}"
 )
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from ...errors import InputError
 from ...generate import Token
 from .fields import Fields
-from .model import Served, normal
+from .model import Served
 from .requests import MOST_LOGPROBS, Text, read_wish, steps, usage
 from .text import BROKEN, Answer, Part
 from .tools import call_objects, shapes_of
@@ -72,15 +72,8 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    messages = fields.items("messages", dict, "messages")
-    if not messages:
-        raise InputError("messages is empty; a conversation needs one at least")
-    for message in messages:
-        one = Fields(message)
-        if not one.text("role"):
-            raise InputError("a message has no role; wanted system, user, assistant or tool")
-        one.get("content", (str, list), "a text or a list of parts")
-    return [normal(message) for message in messages]
+    messages: list[dict[str, Any]] = fields.items("messages", dict, "messages")
+    return messages
 
 
 def logprobs_of(served: Served, tokens: Sequence[Token], count: int) -> dict[str, Any]:

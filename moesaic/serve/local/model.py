@@ -1,13 +1,11 @@
 """What every endpoint shares: the model with its tokenizer and defaults, the limits, the engine and the meters."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ...checkpoint import Checkpoint, read_object
+from ...conversations import Conversation
 from ...errors import InputError
 from ...generate import end_tokens
 from ...tokenizer import Tokenizer
@@ -78,61 +76,11 @@ class Served:
         """
         if wrong := [name for name in options if name in RESERVED]:
             raise InputError(f"chat_template_kwargs has {wrong[0]}, which is not the template's; leave it out")
-        chat = self.tokenizer.chat
-        if not chat.chat_template:
+        if not self.tokenizer.chat.chat_template:
             raise InputError(f"{self.name} has no chat template; ask /v1/completions, or add chat_template.jinja")
         options = {"add_generation_prompt": True, **options}
-        try:
-            text = chat.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False, **options)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-        ) as error:  # all that a template can do
-            raise InputError(f"the chat template does not take these messages: {error}") from error
-        return str(text)
+        return self.tokenizer.renderer.render(Conversation.of(list(messages), list(tools)), **options)
 
     def thinks(self, prompt: str) -> bool:
         """Whether a rendered prompt has begun the model's reasoning already."""
         return prompt.rstrip().endswith(self.checkpoint.family.talk.think[0])
-
-
-def normal(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: text in one piece, arguments as objects, reasoning under both of its names."""
-    found = dict(message)
-    if isinstance(found.get("content"), list):
-        found["content"] = "".join(map(text_of, found["content"]))
-    calls = found.get("tool_calls")
-    if isinstance(calls, list):
-        found["tool_calls"] = [with_arguments(call) for call in calls]
-    elif "tool_calls" in found:
-        del found["tool_calls"]
-    for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
-        if isinstance(found.get(name), str):
-            found.setdefault(other, found[name])
-    return found
-
-
-def text_of(part: Any) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise InputError(f"a message holds a part {str(kind)[:40]!r}; this server reads text alone")
-    return str(part["text"])
-
-
-def with_arguments(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError("a message has a tool call without a function's name; send it as it was received")
-    arguments = function.get("arguments") or {}
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"the arguments of {function['name'][:80]!r} are no JSON ({error}); send one object"
-        ) from error
-    if not isinstance(arguments, Mapping):
-        raise InputError(f"the arguments of {function['name'][:80]!r} are no object; send one")
-    return {**call, "function": {**function, "arguments": dict(arguments)}}
