@@ -183,7 +183,8 @@ def test_refused_in_a_sentence_with_file_and_line(tmp_path, model, row, message)
         ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endfor %}",
          "leaves out the tool calls of message 2"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "leaves out the tool calls of message 2"),
-        ("{{ tools }}{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", "leaves out the tools"),
+        ("{{ tools }}{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}",
+         "leaves out the tools"),
         ("{% for m in messages %}{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", "leaves out the tools"),
     ],
 )  # fmt: skip
