@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,13 @@ def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
     server = Server.open(url, read_key(a.key_file) if a.key_file else "")
     readings = read_what(a, export, out, wanted)
     values = swept(out / "scores.safetensors", export, readings)
-    found = score(readings, read(server, readings, a.quiet), values, a.seed)
+    word: Callable[[int], str] = lambda id: str(tokenizer.inner.decode([id], skip_special_tokens=False))  # noqa: E731
+    divergences, before = read(server, readings, word, a.quiet)
+    found = score(readings, divergences, values, a.seed)
     facts: dict[str, Any] = {
         "server": server.url,
         "model": server.model,
+        "tokens_before": before,  # that the server puts before every row, and a sweep does not
         "activations": {"served": "as the server rounds them"},
     }
     facts["readings"] = [{"name": r.name, "kind": r.kind, "facts": dict(r.facts)} for r in readings]

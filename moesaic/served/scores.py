@@ -13,28 +13,37 @@ from torch import Tensor
 from ..artifact import read_tensors
 from ..checkpoint import Checkpoint
 from ..divergence import FIELDS, Bootstrap, Divergence
+from ..errors import InputError
 from ..evaluate import EVALUATIONS, Reading, Score, Scoring
 from ..evaluate.perplexity import exponential
 from ..progress import progress
 from ..spots import SEED, Prompt, Writer
 from .client import Server
+from .told import Told, Word
 
 AT_ONCE = 4  # requests; the server batches them
 NAMES = {"needle_found_export": "needle_found_served", "needle_log_p_export": "needle_log_p_served"}
 
 
-def read(server: Server, readings: Sequence[Reading], quiet: bool = False) -> list[Divergence]:
-    """Every row of every reading through the server: what it holds of each next token. Its fields of a source are NaN."""
-    found = []
+def read(server: Server, readings: Sequence[Reading], word: Word, quiet: bool = False) -> tuple[list[Divergence], int]:
+    """Every row of every reading through the server: what it holds of each next token. Its fields of a source are NaN.
+
+    Also how many tokens the server puts before a row (its BOS), which a sweep does not. `word` gives a token's text.
+    """
+    found, before = [], set[int]()
+    ask: Callable[[Sequence[int]], Told] = lambda ids: server.prompt_logprobs(ids, word)  # noqa: E731
     with progress("served", sum(len(r.ids_BT) for r in readings), "rows", quiet) as meter:
         for reading in readings:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 rows = []
-                for told in pool.map(server.prompt_logprobs, reading.ids_BT.tolist()):
-                    rows.append(told)
+                for told in pool.map(ask, reading.ids_BT.tolist()):
+                    rows.append(told.tokens)
+                    before.add(told.before)
                     meter.advance(1)
             found.append(divergence_of(reading, rows))
-    return found
+    if len(before) > 1:
+        raise InputError(f"{server.url} puts a token before some rows and not before others; its figures mean nothing")
+    return found, max(before, default=0)
 
 
 def divergence_of(reading: Reading, rows: Sequence[Sequence[tuple[float, bool]]]) -> Divergence:
