@@ -155,7 +155,7 @@ def test_our_own_server_tells_what_a_sweep_gives(m3: Checkpoint, tmp_path: Path)
     reading = Reading.of(text_rows(m3))
     swept = evaluate(m3, m3, [reading], tmp_path, floor=False, device="cpu", quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
-    with local_server.serving(local(m3, None, 64 << 20)) as running:
+    with local_server.serving(local(m3)) as running:
         divergences, before = read(Server.open(f"{running.url}/v1"), [reading], words(m3), quiet=True)
     served = {s.name: s for s in score([reading], divergences, values) if not s.part}
     ppl = swept.find("ppl_export")
@@ -166,7 +166,7 @@ def test_our_own_server_tells_what_a_sweep_gives(m3: Checkpoint, tmp_path: Path)
 def test_the_command_asks_our_own_server(m3: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "squares.txt").write_text("\n".join(f"{i} and {i * i}" for i in range(3000)))
-    with local_server.serving(local(m3, None, 64 << 20)) as running:
+    with local_server.serving(local(m3)) as running:
         words = ["evaluate", m3.path, "--server", f"{running.url}/v1", "--data", tmp_path / "data", "--length", 32]
         assert main([*map(str, words), "--tokens", "64", "--out", str(tmp_path / "out"), "--json", "--quiet"]) == 0
     assert "ppl_served" in capsys.readouterr().out
