@@ -23,6 +23,7 @@ from .target import Target
 from .tokens import TokenSet
 
 KIND, DONE = "activations", "activations.json"
+VERSION = "1"  # goes up with any change to what is found on the same text
 
 
 @dataclass
@@ -75,6 +76,7 @@ def observe(
 ) -> dict[str, float]:
     """The largest |x| of every input of the model with only `kept` experts, by one sweep; all of them where there is none."""
     inputs = {"source": source.identity, "tokens": tokens.identity, "kept": identity(sorted(kept.items()))}
+    inputs["activations"] = VERSION
     if (folder / DONE).exists():
         return dict(read_json(folder / DONE, KIND, inputs)["largest"])
     sweep_partials(folder)

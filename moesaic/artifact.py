@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,15 @@ def write_tensors(
 
 
 def read_tensors(
-    path: Path, kind: str, inputs: Mapping[str, str] | None = None, names: Sequence[str] | None = None
+    path: Path, kind: str, inputs: Mapping[str, str] | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors (of `names` alone, where given) and body of a safetensors artifact. Errors as `read_json`."""
+    """Tensors and body of a safetensors artifact. Errors as `read_json`."""
     try:
         check_plain(path)
         with safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {}).get("moesaic", "{}"))
             check(path, found, kind, inputs)
-            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, found
+            return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
 

@@ -314,6 +314,7 @@ def findings(result: Checkpoint, verdict: Verdict) -> dict[str, Any]:
         "holds": verdict.holds,
         "compared": dict(verdict.compared),
         "findings": [asdict(f) for f in verdict.findings],
+        "notes": verdict.notes,
         "expert_errors": expert_errors(result, verdict),
     }
 

@@ -12,7 +12,8 @@ from .artifact import read_json, write_json
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .errors import InputError
-from .export import check_free, export
+from .export import export
+from .export.claim import check_free
 from .fit import Layout, check_layout
 from .plan import Plan
 from .target import Target, keeps_bytes, keeps_values

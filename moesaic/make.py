@@ -13,7 +13,8 @@ from typing import Any
 from . import overlay
 from .checkpoint import Checkpoint, sample
 from .corpus import Corpus
-from .export import check_plan, export, rounding_of
+from .export import export, rounding_of
+from .export.claim import check_plan
 from .plan import Plan
 from .render import FOLDER, render
 from .rounding import ROUNDINGS

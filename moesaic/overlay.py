@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .artifact import read_json, read_tensors, write_json, write_tensors
+from .artifact import read_body, read_json, read_tensors, write_json, write_tensors
 from .errors import StaleError
 
 KIND, LISTING = "overlay", "overlay.json"
@@ -64,7 +64,7 @@ def get(
 
 def facts_of(folder: Path, item: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What `put` wrote beside an item's tensors."""
-    facts: dict[str, Any] = read_tensors(path_of(folder, item), "overlay_item", inputs, ())[1]["facts"]
+    facts: dict[str, Any] = read_body(path_of(folder, item), "overlay_item", inputs)["facts"]
     return facts
 
 

@@ -16,7 +16,8 @@ from .checkpoint import Checkpoint
 from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
 from .errors import InputError
-from .export import NOTE, check_free, export
+from .export import export
+from .export.claim import NOTE, check_free
 from .loops import Probe, probe
 from .plan import Plan
 from .preview import Candidate, Kept, Outlook, candidates, plot, preview

@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
 from .errors import InputError
-from .export import check_free
+from .export.claim import check_free
 from .fit import Layout, check_layout
 from .formats import FORMATS
 from .make import expert_errors, make, rendered, rounding_on

@@ -22,13 +22,14 @@ from .families import Linear
 from .plan import Plan, dropped
 from .progress import progress
 from .render.group import format_of, read_values, weights_of, write_group
-from .rounding import ROUNDINGS, round_siblings
+from .rounding import ROUNDINGS, arithmetic, round_siblings
 from .stream import Change, LayerRun, LinearPass, Observer, State
 from .stream.memory import spans
 from .target import Target, bound
 from .tokens import TokenSet
 
 FOLDER, VERDICT = "repaired", "repair.json"
+VERSION = "1"  # goes up with any change to what is fitted to the same text
 RIDGE = 1e-2  # λ, as a share of the mean diagonal of H Hᵀ
 FIT_TOKENS = 16_384  # five for each column of the largest shared expert that there is
 
@@ -46,12 +47,12 @@ def repair(
     """
     check_repairable(source)
     fitted = tokens.take(range(0, tokens.rows, -(-tokens.tokens // FIT_TOKENS)))
-    inputs = bound(source, plan) | {"tokens": fitted.identity}
+    inputs = made_from(source, plan, fitted)
     target, run = Target.of(source, plan), LayerRun(source)
     if not overlay.is_finished(folder):
         fit(run, target, fitted, folder, inputs, quiet)
     found = overlay.listing(folder, inputs)
-    inputs["heldout"] = heldout.identity
+    inputs |= {"heldout": heldout.identity, "seed": str(seed)}
     if not (folder / VERDICT).exists():
         facts = measured(run, target, heldout, folder, seed, quiet)
         counts = {"matrices": len(found["items"]), "fitted_tokens": fitted.tokens}
@@ -72,6 +73,12 @@ def check_repairable(source: Checkpoint) -> None:
             f"{source.path} rounds what {sample(bound)} multiply by a scale that was measured for them as they are; "
             "leave out --repair"
         )
+
+
+def made_from(source: Checkpoint, plan: Plan, fitted: TokenSet) -> dict[str, str]:
+    """What fitted matrices depend on: cut, text, and versions of what fits and rounds them."""
+    formats = {source.formats[n.name] for n in source.architecture.linears if is_repairable(n)}
+    return bound(source, plan) | {"tokens": fitted.identity, "repair": VERSION} | arithmetic("rtn", formats)
 
 
 def is_repairable(linear: Linear) -> bool:

@@ -19,6 +19,7 @@ from .families import Architecture, Linear, TensorInfo, with_experts
 from .formats import FORMATS, Scales
 from .plan import SOURCE, Plan
 from .recode import twins
+from .rounding import arithmetic
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ class Target:
             if not n.expert and is_made_of_source(self, n) and "inputs" in self.packing(n).parts(n.shape)
         }
         return sorted(asked - set(self.plan.activations))
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """Versions that matrices rounded of the source depend on (`rounding.arithmetic`); nothing where there are none."""
+        formats = {self.formats[n.name] for n in self.architecture.linears if is_made_of_source(self, n)}
+        return arithmetic(self.plan.rounding, formats) if formats else {}
 
     @property
     def payload_bytes(self) -> int:

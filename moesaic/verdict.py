@@ -26,6 +26,7 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     compared: Counter[str] = field(default_factory=Counter)  # tensors by check
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # rounded linear -> Σ(value − w)², Σw²
+    notes: list[str] = field(default_factory=list)  # what could be checked only in part, and why
 
     @property
     def holds(self) -> bool:
@@ -43,3 +44,4 @@ class Verdict:
         self.findings += other.findings
         self.compared += other.compared
         self.errors |= other.errors
+        self.notes += other.notes

@@ -31,6 +31,7 @@ from moesaic.checkpoint import Checkpoint, Stored, read_header
 from moesaic.containers import CONTAINERS, Container, siblings
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
+from moesaic.export.claim import claim
 from moesaic.kernels import cpu
 from moesaic.plan import Plan
 from moesaic.progress import Meter
@@ -384,7 +385,7 @@ def test_no_room_is_said_before_the_first_byte(larger, mixed, tmp_path, monkeypa
 def test_leftovers_do_not_count_as_used(larger, mixed, whole, tmp_path, monkeypatch):
     """A killed export's half shard gives its bytes back before the room is measured."""
     out = tmp_path / "out"
-    export_module.claim(out, larger, mixed)
+    claim(out, Target.of(larger, mixed))
     (out / ".model-00001-of-00009.safetensors.partial").write_bytes(b"x" * 10_000_000)
     measured = []
     usage = shutil.disk_usage

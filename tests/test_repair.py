@@ -28,11 +28,10 @@ from moesaic.export import export
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
 from moesaic.prune import Pruning, prune
-from moesaic.repair import RIDGE, correction, repair
+from moesaic.repair import RIDGE, correction, made_from, repair
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
 from moesaic.stream import LayerRun
-from moesaic.target import bound
 from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
@@ -161,7 +160,7 @@ def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
 def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
     """A saved state, as a fault would leave it, that is behind layer 1 and has no matrix of it."""
     plan, tokens = Plan("mxfp8", KEPT), some_tokens(m3, 8, 0)
-    inputs = bound(m3, plan) | {"tokens": tokens.take(range(tokens.rows)).identity}
+    inputs = made_from(m3, plan, tokens.take(range(tokens.rows)))
     state = {"hidden_BTD": LayerRun(m3).embed(tokens.ids_BT)}
     write_tensors(tmp_path / "hidden.safetensors", "hidden", state, inputs, {"layer": 1, "groups": []})
     with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):

@@ -29,7 +29,8 @@ from moesaic.plan import Plan
 from moesaic.quantize import formats_of
 from moesaic.rounding import round_siblings
 from moesaic.verdict import Verdict
-from moesaic.verify import check_values, not_finite, verify
+from moesaic.verify import linears, verify
+from moesaic.verify.linears import check_values, not_finite
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}
 MOE = "language_model.model.layers.1.block_sparse_moe"
@@ -398,7 +399,7 @@ def test_kernels_find_what_the_reference_finds(m3, tmp_path, monkeypatch, format
     """Every group of matrices by the one, then by the other."""
     out, verdicts, calls = tmp_path / "out", [], []
     export(m3, Plan("compressed_tensors", formats=formats_of(m3, format, "experts", "source")), out, quiet=True)
-    monkeypatch.setattr(verify_module, "round_siblings", lambda *a: calls.append(a) or round_siblings(*a))
+    monkeypatch.setattr(linears, "round_siblings", lambda *a: calls.append(a) or round_siblings(*a))
     for every in (1, 1 << 60):
         monkeypatch.setattr(verify_module, "REFERENCE_EVERY", every)
         verdicts.append(verify(out, m3, quiet=True))

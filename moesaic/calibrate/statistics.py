@@ -22,6 +22,7 @@ from ..tokens import TokenSet
 from .sums import SUMS
 
 KIND = "statistics"
+VERSION = "1"  # goes up with any change to what is stored, or to what comes of the same text
 TEXT = "tokens.safetensors"  # what was read, beside what was seen
 TOWERS = 10.0
 SHARED = 0.05  # of a text that may stand in another: licences, boilerplate
@@ -136,7 +137,7 @@ def read_chunk(
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*SUMS, "peak", "nonfinite")}
     body: dict[str, Any] = {}
     for layer in layers:
-        tensors, body = read_tensors(layer_file(folder, layer), KIND, {"source": source})
+        tensors, body = read_tensors(layer_file(folder, layer), KIND, {"source": source, "statistics": VERSION})
         for name, stack in found.items():
             stack.append(tensors[name].reshape(len(body["domains"]), 2, -1).numpy())
     return {n: np.stack(s) for n, s in found.items()}, tuple(body["domains"]), np.array(body["positions"])

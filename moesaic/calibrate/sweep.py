@@ -18,7 +18,7 @@ from ..progress import progress
 from ..stream import STATES, LayerRun, Standing, State, Sweep
 from ..stream.state import ignore
 from ..tokens import IMAGE, IMAGE_TOKENS, TokenSet
-from .statistics import KIND, TEXT, Statistics, layer_file
+from .statistics import KIND, TEXT, VERSION, Statistics, layer_file
 from .sums import LayerSums
 from .weights import WEIGHTS, weigh
 
@@ -84,7 +84,7 @@ class Text:
     @staticmethod
     def of(run: LayerRun, tokens: TokenSet, chunk: Path) -> "Text":
         group_T, positions = groups(tokens, run.architecture.vocab)
-        inputs = {"source": run.checkpoint.identity, "tokens": tokens.identity}
+        inputs = {"source": run.checkpoint.identity, "tokens": tokens.identity, "statistics": VERSION}
         return Text(run, tokens, group_T.to(run.device), positions, chunk, inputs)
 
 

@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..criteria import WEIGHT_SUMS
 from ..progress import progress
 from ..stream.memory import ahead
-from .statistics import layer_file
+from .statistics import VERSION, layer_file
 
 KIND = "weight-sums"
 WEIGHTS = "weights"  # folder beside the statistics of texts
@@ -25,7 +25,7 @@ def weigh(checkpoint: Checkpoint, folder: Path, quiet: bool = False) -> dict[str
     Interrupted, the same call goes on at the layer it had reached. Raises `CheckpointError` for weights that
     are no numbers.
     """
-    a, inputs = checkpoint.architecture, {"source": checkpoint.identity}
+    a, inputs = checkpoint.architecture, {"source": checkpoint.identity, "statistics": VERSION}
     sweep_partials(folder)
     with progress("weigh experts", len(a.moe_layers) * a.experts, "experts", quiet) as meter:
         for layer in a.moe_layers:

@@ -17,8 +17,9 @@ from ..artifact import header
 from ..checkpoint import Checkpoint
 from ..containers import Container
 from ..export import carried, rounding_of, sorted_pieces
+from ..export.claim import noted
 from ..families import TensorInfo
-from ..plan import SOURCE, Plan
+from ..plan import SOURCE
 from ..render import FOLDER
 from ..shards import PAGE, SHARD_BYTES, SMALL, index_of, plan_shards
 from ..target import Target, is_made_of_source
@@ -76,13 +77,14 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
 
 def folder_bytes(target: Target) -> int:
     """Bytes of the folder that `export` writes for a plan, as `stored_bytes` counts, before it is written."""
+    listed = as_listed(target)
     shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
     tensors = sum(len(s.layout()[0]) + s.payload_bytes for s in shards)
     texts = [
         json.dumps(index_of(shards), indent=2) + "\n",
         json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
         json.dumps(
-            {**header("plan", {"source": target.source.identity}), **as_listed(target).body},
+            {**header("plan", noted(listed)), **listed.plan.body},
             indent=1,
             ensure_ascii=False,
         )
@@ -92,12 +94,12 @@ def folder_bytes(target: Target) -> int:
     return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(target.source)
 
 
-def as_listed(target: Target) -> Plan:
-    """The plan as the export has it: what its rounding needs text for will be in an overlay."""
-    if not rounding_of(target.plan).needs:
-        return target.plan
+def as_listed(target: Target) -> Target:
+    """The target as it is exported: what its rounding needs text for will be in an overlay."""
     rounded = [n.name for n in target.architecture.linears if is_made_of_source(target, n)]
-    return replace(target.plan, overlays={FOLDER: dict.fromkeys(rounded, "0" * 64)} if rounded else {})
+    if not (rounded and rounding_of(target.plan).needs):
+        return target
+    return replace(target, plan=replace(target.plan, overlays={FOLDER: dict.fromkeys(rounded, "0" * 64)}))
 
 
 def folders(source: Checkpoint) -> int:

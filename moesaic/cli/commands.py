@@ -139,6 +139,8 @@ def run_verify(a: arguments.Verify) -> dict[str, Any]:
     from ..verify import verify
 
     verdict = verify(a.export, Checkpoint.open(a.source) if a.source else None, a.quiet)
+    for note in verdict.notes:
+        print(f"note: {note}")
     for finding in verdict.findings:
         print(f"FAIL  {finding}")
     print(
@@ -149,6 +151,7 @@ def run_verify(a: arguments.Verify) -> dict[str, Any]:
         "holds": verdict.holds,
         "compared": dict(verdict.compared),
         "findings": [vars(f) for f in verdict.findings],
+        "notes": verdict.notes,
     }
     return facts | {"exit": 0 if verdict.holds else 1}
 

@@ -40,6 +40,10 @@ class Contender:
     seed: int = 0
     kept: Kept | None = None
 
+    def told(self, name: str) -> str:
+        """The name, with the noise and where its dice begin: what a saved sweep must not be continued with another of."""
+        return f"{name} {self.noise} {self.seed}" if self.noise else name
+
 
 @dataclass(frozen=True)
 class Lockstep:
@@ -74,7 +78,7 @@ def lockstep(
         check(source, contender.run)
     sides = {SOURCE: Contender(source), **contenders}
     live = dict(contenders) if known else sides
-    inputs = {**(inputs or {}), "swept": " ".join(live)}
+    inputs = {**(inputs or {}), "swept": " ".join(c.told(side) for side, c in live.items())}
     devices = {side: contender.run.device for side, contender in sides.items()}
     resumed = save is not None and save.exists()
     at = Boundary.load(save, inputs, devices) if save and resumed else begin(sides, rows, known)

@@ -62,6 +62,7 @@ class NumberFormat:
     share: Callable[[Tensor], Tensor] | None = None  # largest |w| over fused siblings -> `Scales.shared`
     candidates: Callable[[Scales], Sequence[Scales]] = no_candidates  # other scales worth trying, likeliest first
     times: Callable[[Scales, Tensor], Scales] | None = None  # blocks' values times factors [OB, IB]; None: too coarse
+    version: int = 1  # goes up with any change to which scales or codes come of the same weights
 
     @property
     def bits_per_weight(self) -> float:

@@ -6,14 +6,14 @@ prices.py asks for every option alone; surrogate.py has their prices from one sw
 anchor.py measures a few and puts the rest between them; trace.py has another tool's, to compare; composition.py fits the rule.
 """
 
-from .anchor import ANCHORED, anchored
+from .anchor import anchored
 from .branch import Branch, Effort, affordable_tokens, effort, some_rows
 from .composition import Rule
-from .prices import MEASURED, Price, Prices, default_counts, offers, price, singles
+from .prices import ANCHORED, MEASURED, SURROGATE, TRACE, Price, Prices, default_counts, offers, price, singles
 from .reverse import reverse_work
 from .ride import Figures, Measured, measure, ridden
-from .surrogate import SURROGATE, Sensed, sense, surrogate
-from .trace import TRACE, trace
+from .surrogate import Sensed, sense, surrogate
+from .trace import trace
 
 __all__ = [
     "ANCHORED",

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..artifact import identity
 from ..checkpoint import Checkpoint
 from ..plan import SOURCE
 from ..tokens import TokenSet
-from .prices import Key, Price, Prices, price
+from .prices import ANCHORED, Key, Price, Prices, inputs_of, price
 from .surrogate import surrogate
 
-ANCHORED = "anchored"
 LEAST = 1e-15  # nats: of an option that nothing depends on
 
 
@@ -27,8 +25,7 @@ def anchored(
     tokens: TokenSet, run: Path, *, rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False,
 ) -> Prices:  # fmt: skip
     """`price`, with most of it from slopes. Leaves run/costs.json, and what it was made of in run/anchors."""
-    asked = identity(ANCHORED, {unit: list(of) for unit, of in offered.items()}, list(counts), order_LE.tolist())
-    inputs = {"source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding, "options": asked}
+    inputs = inputs_of(checkpoint, tokens, rounding, ANCHORED, offered, list(counts), order_LE.tolist())
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
     words = order_LE, tokens

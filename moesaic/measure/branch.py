@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..artifact import identity
 from ..checkpoint import Checkpoint
 from ..containers import siblings
 from ..errors import PlanError
@@ -44,6 +45,11 @@ class Branch:
     def first(self, architecture: Architecture) -> int:
         """The first layer where it differs."""
         return min([*(architecture.units[unit][0].layer for unit in self.formats), *self.kept, architecture.layers])
+
+    @property
+    def identity(self) -> str:
+        """Stands for what is rounded and dropped, with the versions of its formats."""
+        return identity(self.facts, {format: FORMATS[format].version for format in self.formats.values()})
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ plan's KL: `composition` says what they come to. Leaves out choosing (allocate),
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,19 @@ from ..containers import Container
 from ..errors import PlanError
 from ..formats import FORMATS
 from ..plan import SOURCE
+from ..rounding import arithmetic
 from ..tokens import TokenSet
 from .branch import Branch
-from .ride import measure
+from .ride import VERSION, measure
 
 KIND = "costs"
-MEASURED = "measured"
+MEASURED, SURROGATE, ANCHORED, TRACE = "measured", "surrogate", "anchored", "trace"
+VERSIONS = {
+    MEASURED: VERSION,
+    SURROGATE: 1,
+    ANCHORED: 1,
+    TRACE: 1,
+}  # one goes up with any change to what that way finds
 Key = tuple[str, str] | tuple[int, int]  # (unit, format), or (MoE layer, kept count)
 KEPT_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of experts, at which dropping is measured; between them it is interpolated
 
@@ -160,6 +168,23 @@ def singles(
     return rounded, {(layer, k): Branch({}, {layer: ids}) for (layer, k), ids in first.items()}
 
 
+def inputs_of(
+    checkpoint: Checkpoint, tokens: TokenSet, rounding: str, harm: str, offered: Mapping[str, Sequence[str]], *rest: Any
+) -> dict[str, str]:
+    """What prices depend on: model, text, rounding, how they are found, what is on offer, and whatever is in `rest`.
+
+    `harm` and the rounding go with their versions, and so do formats.
+    """
+    versions = arithmetic(rounding, {f for of in offered.values() for f in of if f != SOURCE})
+    return {
+        "source": checkpoint.identity,
+        "tokens": tokens.identity,
+        "rounding": versions["rounding"],
+        "harm": f"{harm} {VERSIONS[harm]}",
+        "options": identity({unit: list(of) for unit, of in offered.items()}, versions["formats"], *rest),
+    }
+
+
 def price(
     checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
     tokens: TokenSet, run: Path, *, rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False,
@@ -173,10 +198,7 @@ def price(
     """
     options, cuts = singles(checkpoint, offered, counts, order_LE)
     branches = [*options.values(), *cuts.values()]
-    inputs = {
-        "source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding,
-        "options": identity([b.facts for b in branches]),
-    }  # fmt: skip
+    inputs = inputs_of(checkpoint, tokens, rounding, MEASURED, offered, list(counts), order_LE.tolist())
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
     found = measure(

@@ -20,6 +20,7 @@ from ..checkpoint import Checkpoint
 from ..plan import dropped
 from ..progress import progress
 from ..resources import Resources
+from ..rounding import arithmetic
 from ..stream import STATES, Change, LayerRun, Standing, State, Sweep
 from ..stream.sweep import packed
 from ..tokens import TokenSet
@@ -27,6 +28,7 @@ from .branch import COPIES, Branch, changes, effort, head_layers
 from .excess import excess
 
 KIND = "branches"
+VERSION = 1  # of `measure`; goes up with any change to what it finds of the same branch and text
 SOURCE, AWAITED = "source", "awaited"  # the source's own states, and those that the next pass begins with
 
 
@@ -67,9 +69,10 @@ def ridden(
                   passes. What `LayerRun` needs for weights comes on top.
     """
     run, way = LayerRun(checkpoint), changes(branches, rounding)
-    inputs = {"source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding, **figures.asked}
+    inputs = {"source": checkpoint.identity, "tokens": tokens.identity, **figures.asked}
+    inputs["rounding"] = arithmetic(rounding, ())["rounding"]  # formats are in the branches' names
     limit = memory_bytes or Resources().held_bytes(run.device)
-    names = [identity(branch.facts) for branch in branches]
+    names = [branch.identity for branch in branches]
     sweep_partials(folder)
     done = {
         name: row
@@ -190,7 +193,7 @@ def measure(
 ) -> list[Measured]:  # fmt: skip
     """KL(source ‖ branch) of each branch on `tokens`, in nats, by running it; options as of `ridden`."""
     options: dict[str, Any] = {"rounding": rounding, "memory_bytes": memory_bytes, "quiet": quiet, "title": title}
-    found = ridden(checkpoint, branches, tokens, folder, Figures(harm), **options)
+    found = ridden(checkpoint, branches, tokens, folder, Figures(harm, {"harm": f"measured {VERSION}"}), **options)
     return [Measured(np.array(row["kl_nats"]), row["nonfinite"]) for row in found]
 
 

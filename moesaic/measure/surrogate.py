@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import identity
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..plan import SOURCE
@@ -31,10 +30,8 @@ from ..stream.backward import GatePass, Listener, UnitPass
 from ..stream.router import route
 from ..tokens import TokenSet
 from .branch import Branch, changes
-from .prices import Key, Price, Prices
+from .prices import SURROGATE, Key, Price, Prices, inputs_of
 from .reverse import reverse
-
-SURROGATE = "surrogate"
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,7 @@ def sense(
     """
     run, a, length = LayerRun(checkpoint), checkpoint.architecture, tokens.ids_BT.shape[1]
     way = changes([Branch({unit: f}) for unit, of in offered.items() for f in of if f != SOURCE], rounding)
-    asked = identity({unit: list(of) for unit, of in offered.items()}, list(counts), order_LE.tolist(), seed)
-    inputs = {"source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding, "options": asked}
+    inputs = inputs_of(checkpoint, tokens, rounding, SURROGATE, offered, list(counts), order_LE.tolist(), seed)
 
     def hearing(layer: int) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
         order_E = order_LE[a.moe_layers.index(layer)].tolist() if layer in a.moe_layers else []
@@ -139,11 +135,7 @@ def surrogate(
     tokens: TokenSet, run: Path, *, rounding: str = "rtn", quiet: bool = False,
 ) -> Prices:  # fmt: skip
     """`price` without running the options: by token, which costs a bias and saves most of the noise. Leaves run/costs.json."""
-    asked = identity({unit: list(of) for unit, of in offered.items()}, list(counts), order_LE.tolist())
-    inputs = {
-        "source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding,
-        "options": identity(SURROGATE, asked),
-    }  # fmt: skip
+    inputs = inputs_of(checkpoint, tokens, rounding, SURROGATE, offered, list(counts), order_LE.tolist())
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
     found = sense(checkpoint, offered, counts, order_LE, tokens, run / "slopes", rounding=rounding, quiet=quiet)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import identity
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..plan import SOURCE
@@ -26,10 +25,9 @@ from ..stream import Change, LayerRun
 from ..stream.backward import Listener, UnitPass
 from ..tokens import TokenSet
 from .branch import Branch, changes
-from .prices import Key, Price, Prices
+from .prices import TRACE, Key, Price, Prices, inputs_of
 from .reverse import reverse
 
-TRACE = "trace"
 ALPHA = 0.15  # as shipped
 PROJECTIONS = 3
 
@@ -74,10 +72,8 @@ def trace(
     """Their prices of all options, without errors. Arguments as for `price`; S is criterion "dropout". Leaves run/costs.json."""
     a, engine = checkpoint.architecture, LayerRun(checkpoint)
     way = changes([Branch({unit: f}) for unit, of in offered.items() for f in of if f != SOURCE], rounding)
-    inputs = {
-        "source": checkpoint.identity, "tokens": tokens.identity, "rounding": rounding,
-        "options": identity(TRACE, alpha, {unit: list(of) for unit, of in offered.items()}, list(counts), order_LE.tolist()),
-    }  # fmt: skip
+    cuts = list(counts), order_LE.tolist(), saliency_LE.tolist(), alpha
+    inputs = inputs_of(checkpoint, tokens, rounding, TRACE, offered, *cuts)
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
     counted = tokens.rows * (tokens.ids_BT.shape[1] - 1)

@@ -27,6 +27,7 @@ from .work import Work
 __all__ = ["FOLDER", "render"]
 
 FOLDER = "rendered"  # the overlay's
+VERSION = "1"  # goes up with any change to which inputs matrices are rounded by
 
 
 def render(
@@ -42,7 +43,8 @@ def render(
     rounding = rounding_named(plan.rounding)
     if plan.overlays:
         raise PlanError(f"the plan has the overlays {', '.join(plan.overlays)} already; render it before they are made")
-    target, inputs = Target.of(source, plan), bound(source, plan) | {"tokens": tokens.identity}
+    target = Target.of(source, plan)
+    inputs = bound(source, plan) | {"tokens": tokens.identity, "rendering": VERSION} | target.arithmetic
     if overlay.is_finished(folder):
         return overlay.listing(folder, inputs)
     run = LayerRun(source, device)

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
-from ..export import NOTE
+from ..export.claim import NOTE
 from ..files import walk
 from ..verify import verify
 from .card import eval_results

@@ -1,6 +1,9 @@
 """Ways to choose codes, one file each. None knows a number format by name."""
 
+from collections.abc import Iterable
+
 from ..errors import PlanError
+from ..formats import FORMATS
 from ..registry import collect
 from .base import Batch, Block, Inputs, Rounded, Rounding, round_members, round_siblings, split
 
@@ -14,6 +17,15 @@ def rounding_named(name: str) -> Rounding:
     return ROUNDINGS[name]
 
 
+def arithmetic(rounding: str, formats: Iterable[str]) -> dict[str, str]:
+    """What rounded matrices depend on besides weights and data, as inputs of an artifact: names with their versions.
+
+    {"rounding": "search 1", "formats": "int4_g64 1, mxfp4 1"}
+    """
+    told = ", ".join(f"{name} {FORMATS[name].version}" for name in sorted(set(formats)))
+    return {"rounding": f"{rounding} {rounding_named(rounding).version}", "formats": told}
+
+
 __all__ = [
     "ROUNDINGS",
     "Batch",
@@ -21,6 +33,7 @@ __all__ = [
     "Inputs",
     "Rounded",
     "Rounding",
+    "arithmetic",
     "round_members",
     "round_siblings",
     "rounding_named",

@@ -113,6 +113,7 @@ class Rounding:
     round_block  matrices together, by the output that they make together; None: it makes no difference
     kernel       whether a kernel rounds the same from stored bytes: "" for none, "standard" scales, "searched" ones
     informed     the rounding that does the same with data, where there is some; "" for none, or for this one
+    version      goes up with any change to the codes that come of the same weights, format and data
     """
 
     name: str
@@ -122,6 +123,7 @@ class Rounding:
     round_block: RoundBlock | None = None
     kernel: str = ""
     informed: str = ""
+    version: int = 1
 
 
 def stacked(rows: Sequence[int], format: NumberFormat) -> bool:

@@ -14,6 +14,8 @@ def section(facts: Facts) -> Section | None:
         verdict = Words(f"{len(findings)} checks do not hold.", "bad")
     rows = [[words.CHECKS.get(check, check), f"{n:,}"] for check, n in facts.verify["compared"].items()]
     blocks: list[Block] = [verdict, Table((), rows)]
+    if notes := facts.verify.get("notes"):
+        blocks.append(Items(notes))
     if findings:
         blocks.append(Items([f"{f['check']}: {f['where']} {f['what']}" for f in findings]))
     aside = [

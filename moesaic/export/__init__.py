@@ -16,22 +16,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import kernels, overlay
-from .artifact import atomic, writing
-from .checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, reading, sample
-from .containers import siblings
-from .containers.base import DTYPES
-from .errors import InputError, PlanError, StaleError
-from .families import Linear, TensorInfo
-from .files import open_file, walk
-from .plan import Plan
-from .progress import progress
-from .recode import recode
-from .rounding import Rounding, round_siblings, rounding_named
-from .shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
-from .target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
+from .. import kernels, overlay
+from ..artifact import atomic, writing
+from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, reading, sample
+from ..containers import siblings
+from ..containers.base import DTYPES
+from ..errors import InputError, PlanError, StaleError
+from ..families import Linear, TensorInfo
+from ..files import open_file, walk
+from ..plan import Plan
+from ..progress import progress
+from ..recode import recode
+from ..rounding import Rounding, round_siblings, rounding_named
+from ..shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
+from ..target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
+from .claim import claim
 
-NOTE = "moesaic/plan.json"
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
 WRITTEN_ANEW = ("config.json", INDEX, "README.md")
 
@@ -56,7 +56,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     try_recoding(target)
     take = from_overlays(target, overlays or out / "moesaic", (out / "config.json").exists())
     shards = plan_shards(sorted_pieces(target, take), SHARD_BYTES)
-    claim(out, source, plan)
+    claim(out, target)
     prepare_kernels(target, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         written = write_shards(out, shards, meter)
@@ -68,35 +68,6 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     write_text(out / INDEX, json.dumps(index_of(shards), indent=2) + "\n")
     write_text(out / "config.json", json.dumps(target.config, indent=2, ensure_ascii=False) + "\n")
     return Checkpoint.open(out)
-
-
-def claim(out: Path, source: Checkpoint, plan: Plan) -> None:
-    """Make `out` this export's folder, or find that it already is."""
-    check_free(out, source)
-    if not (out / NOTE).exists():
-        plan.save(out / NOTE, {"source": source.identity})
-    elif Plan.load(out / NOTE) != plan:
-        raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
-
-
-def check_plan(out: Path, source: Checkpoint, plan: Plan) -> None:
-    """Refuse an `out` that holds an export by another plan, whatever overlays `plan` is still to get. Errors as `check_free`."""
-    check_free(out, source)
-    if (out / NOTE).exists() and Plan.load(out / NOTE).identity != plan.identity:
-        raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
-
-
-def check_free(out: Path, source: Checkpoint) -> None:
-    """Refuse an `out` that holds what moesaic did not write from `source`. Call it before the hours, not after.
-
-    Raises `InputError`, or `StaleError` for an export of another source.
-    """
-    if source.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(f"{out} lies in the source's own folder; name a folder outside of {source.path}")
-    if (out / NOTE).exists():
-        Plan.load(out / NOTE, {"source": source.identity})
-    elif out.exists() and (not out.is_dir() or any(f.name != "moesaic" for f in out.iterdir())):
-        raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
 
 
 def rounding_of(plan: Plan) -> Rounding:

@@ -1,0 +1,227 @@
+"""Reopen an export and believe nothing: structure, counts, bytes, kept rows, values.
+
+Tensors are read by the safetensors library, not by the code that wrote them. Without the source,
+everything that a folder can say about itself is checked; with it, every tensor is compared with what
+the plan says it is: copied bytes, sliced rows, what an overlay held, or what rounding the source again gives. Leaves
+out quality (evaluate) and engines (tests/engines).
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..checkpoint import INDEX, Checkpoint, read_object
+from ..containers import siblings
+from ..containers.base import inventory
+from ..damage import not_finite
+from ..errors import InputError, MoesaicError
+from ..export import carried, prepare_kernels, rounding_of
+from ..export.claim import NOTE, outdated
+from ..families import Linear, expert_counts
+from ..files import same_files
+from ..plan import Plan
+from ..progress import Meter, progress
+from ..reader import Reader
+from ..target import Target, keeps_bytes
+from ..verdict import Verdict
+from .linears import Sides, check_linears, check_overlaid, same_bytes
+
+THREADS = 2
+REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
+AGAINST_SOURCE = ("bytes", "rows", "codes", "overlay", "near")
+# near: rounded on text without an overlay, or by another version, so that size and error alone can be told
+
+
+def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> Verdict:
+    """Check the model folder `out`, and against its source if that is at hand.
+
+    Reads every byte of the export and the source's matching tensors, and rounds again what was rounded without text;
+    memory is a few matrices. Raises only where there is nothing to check; all else is a `Finding`.
+    """
+    verdict = Verdict()
+    try:
+        export = Checkpoint.open(out, whole=False)
+    except MoesaicError as error:
+        verdict.add("structure", str(out), str(error))
+        return verdict
+    if not export.has_weights:
+        raise InputError(f"{out} holds no weights; name the folder of an export")
+    bad = export.differences()
+    for name, what in bad.items():
+        verdict.add("structure", name, what)
+    verdict.compared["structure"] = len(export.inventory)
+    check_folder(export, verdict)
+    target = target_of(export, source, bad, verdict) if source is not None else None
+    if target is not None:
+        prepare_kernels(target, quiet)
+    reader = Reader(source) if source is not None and target is not None else None
+    sides = Sides(Reader(export), reader, target, bad, check_versions(export, target, verdict))
+    with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
+        try:
+            check_tensors(sides, verdict, meter)
+        except (OSError, SafetensorError) as error:
+            verdict.add("structure", str(out), f"is refused by the safetensors library: {error}")
+            return verdict
+    check_coverage(sides, verdict)
+    return verdict
+
+
+def check_folder(export: Checkpoint, verdict: Verdict) -> None:
+    """What the folder's small files say: one expert count everywhere, a true index, nothing half-written."""
+    experts = export.architecture.experts
+    for where, count in expert_counts(export.config):
+        verdict.compared["counts"] += 1
+        if count != experts:
+            verdict.add("counts", f"config.json {where}", f"is {count}, and the layers hold {experts} experts")
+    for leftover in sorted(export.path.rglob(".*.partial")):
+        verdict.add("files", str(leftover.relative_to(export.path)), "is half-written; run the export again")
+    index, payload = export.path / INDEX, sum(s.info.bytes for s in export.stored.values())
+    if index.exists():
+        verdict.compared["index"] += 1
+        metadata = read_object(index).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if total != payload and (export.path / NOTE).exists():  # released files lie here; exports must not
+            verdict.add("index", INDEX, f"says total_size {total}, and the shards hold {payload} bytes")
+    elif len({s.file for s in export.stored.values()}) > 1:
+        verdict.add("index", INDEX, "is missing, and the model has several shards")
+
+
+def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdict: Verdict) -> Target | None:
+    """What the export should be, by the plan that travels in it. None where that plan cannot be believed."""
+    note = export.path / NOTE
+    if not note.exists():
+        raise InputError(f"{export.path} has no {NOTE}, so what it should be is unknown; verify it without a source")
+    try:
+        target = Target.of(source, Plan.load(note, {"source": source.identity}))
+        rounding_of(target.plan)
+    except MoesaicError as error:
+        verdict.add("plan", NOTE, f"is not this export's: {error}")
+        return None
+    wanted = {t.name for t in inventory(target.architecture, target.container, target.formats)}
+    for name in sorted((wanted ^ set(export.stored)) - set(bad)):
+        bad[name] = (
+            "is missing, and the plan makes it" if name in wanted else "is not in what the plan makes of the source"
+        )
+        verdict.add("structure", name, bad[name])
+    for key in differing(target.config, export.config):
+        verdict.add("counts", f"config.json {key}", "is not what the plan makes of the source's")
+    for file in carried(source.path):
+        verdict.compared["files"] += 1
+        if not (export.path / file).exists():
+            verdict.add("files", str(file), "was not carried along from the source")
+        elif not same_files(source.path / file, export.path / file):
+            verdict.add("files", str(file), "differs from the source's")
+    return target
+
+
+def check_versions(export: Checkpoint, target: Target | None, verdict: Verdict) -> frozenset[str]:
+    """Formats that cannot be rounded again here, because the export was rounded by another version; and a note of that."""
+    if target is None or (told := outdated(export.path / NOTE, target)) is None:
+        return frozenset()
+    what, formats = told
+    verdict.notes.append(
+        f"{export.path} was rounded by {what}; so its values are held to the source by their error alone, and that "
+        "version verifies its codes"
+    )
+    return formats
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted names of the keys that differ between two configs."""
+    for key in sorted({*a, *b}):
+        x, y = a.get(key), b.get(key)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            yield from differing(x, y, f"{path}{key}.")
+        elif x != y or (key in a) != (key in b):
+            yield path + key
+
+
+def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
+    """Every tensor that its header entry does not already condemn, by several threads, reported in the model's order."""
+    architecture = sides.export.checkpoint.architecture
+    work = [
+        partial(check_small, sides, info.name, meter) for info in architecture.tensors if info.name not in sides.bad
+    ]
+    groups = enumerate(together(sides))
+    work += [partial(check_linears, sides, group, i % REFERENCE_EVERY == 0, meter) for i, group in groups]
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for found in pool.map(lambda job: job(), work):
+            verdict.take(found)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def together(sides: Sides) -> Iterator[tuple[Linear, ...]]:
+    """Matrices that were rounded together, and the others one by one: so much is in memory at a time."""
+    target = sides.target
+    for group in siblings(sides.export.checkpoint.architecture.linears):
+        alone = [n for n in group if target is None or n.name in target.plan.overlaid]
+        rest = tuple(n for n in group if n not in alone)
+        if target is None or any(n.name not in target.origin or keeps_bytes(target, n) for n in rest):
+            alone, rest = list(group), ()
+        yield from ((n,) for n in alone)
+        if rest:
+            yield rest
+
+
+def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
+    """A norm, embedding, router or vision tensor: finite, and the source's own bytes or rows."""
+    verdict, bad, same, source = Verdict(), 0, True, sides.source
+    rows = None if sides.target is None else kept_rows(sides.target, name)
+    wanted_digest = None if sides.target is None else sides.target.plan.overlaid.get(name)
+    if wanted_digest is not None:
+        source = None
+        check_overlaid(name, sides.export.blocks(name), 1, wanted_digest, verdict)
+    for mine, wanted in side_by_side(sides.export, source, name, rows):
+        bad += not_finite(mine)
+        same &= wanted is None or same_bytes(mine, wanted)
+        meter.advance(mine.nbytes)
+    verdict.compared["finite"] += 1
+    if bad:
+        verdict.add("finite", name, f"holds {bad:,} values that are no numbers")
+    if source is not None:
+        verdict.compared["bytes" if rows is None else "rows"] += 1
+        if not same:
+            what = "differs from the source's" + ("" if rows is None else " kept rows")
+            verdict.add("bytes" if rows is None else "rows", name, what)
+    return verdict
+
+
+def side_by_side(
+    export: Reader, source: Reader | None, name: str, rows: tuple[int, ...] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of a tensor, each with the source's, or None where there is none; kept rows in one block."""
+    if source is None:
+        yield from zip(export.blocks(name), itertools.repeat(None))
+    elif rows is not None:
+        yield export.tensor(name), source.tensor(name)[list(rows)]
+    else:
+        yield from itertools.zip_longest(export.blocks(name), source.blocks(name), fillvalue=torch.empty(0))
+
+
+def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:
+    """Which rows of the source's tensor stand in the export's; None: all."""
+    plan, rows_of = target.plan, target.architecture.rows_of
+    return plan.kept[rows_of[name]] if plan.kept and name in rows_of else None
+
+
+def check_coverage(sides: Sides, verdict: Verdict) -> None:
+    """Where no header entry was condemned, every tensor was looked at, and compared with the source if there is one."""
+    model, compared = sides.export.checkpoint, verdict.compared
+    there = len(model.architecture.tensors) + sum(len(sides.export.names(n)) for n in model.architecture.linears)
+    looked = {"looked at": compared["finite"]}
+    if sides.target is not None:
+        looked["compared with the source"] = sum(compared[check] for check in AGAINST_SOURCE)
+    for what, count in looked.items() if not sides.bad else ():
+        if count != there and not any(f.check == "structure" for f in verdict.findings):
+            verdict.add(
+                "structure", str(sides.export.checkpoint.path), f"has {there:,} tensors and {count:,} were {what}"
+            )

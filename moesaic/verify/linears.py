@@ -1,0 +1,215 @@
+"""A matrix of an export held to what the plan says it is: copied, recoded, rounded again, or taken from an overlay.
+
+Leaves out finding which tensors there are and everything that is no matrix.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import overlay
+from ..checkpoint import PLAUSIBLE_RMS
+from ..containers import Packing
+from ..damage import not_finite
+from ..errors import MoesaicError
+from ..export import in_kernels, recoded, requantized, round_together, rounding_of
+from ..families import Linear
+from ..formats import Scales
+from ..progress import Meter
+from ..reader import Reader
+from ..rounding import ROUNDINGS, round_siblings
+from ..target import Target, is_made_of_source, keeps_bytes, keeps_values
+from ..verdict import Verdict
+
+RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
+FAR = 4.0  # times the error of rounding to nearest: GPTQ at 2 bits stays below it
+CLOSE = 0.7  # error over weight, root mean squares: two bits stay below it, scales twice too large do not
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The export, and beside it the source and what the plan makes of it, if they are known."""
+
+    export: Reader
+    source: Reader | None
+    target: Target | None
+    bad: Mapping[str, str]  # tensors whose header entry already has a finding
+    outdated: frozenset[str]  # formats that the export was rounded to by another version of today's arithmetic
+
+
+def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, meter: Meter) -> Verdict:
+    """Matrices that share a second level of scale: finite, of a weight's magnitude, and what the plan says they are."""
+    verdict, target = Verdict(), sides.target
+    whole = [n for n in group if not any(name in sides.bad for name in sides.export.names(n))]
+    stored = {linear.name: sides.export.parts(linear) for linear in whole}
+    proven = len(whole) == len(group) and not by_reference and made_again(sides, group, stored, verdict)
+    sound = [] if proven else [check_values(n, sides.export.packing(n), stored[n.name], verdict) for n in whole]
+    if not proven and sides.source is not None and target is not None:
+        for linear in whole:
+            if keeps_bytes(target, linear):
+                wanted = sides.source.parts(target.origin[linear.name])
+                verdict.compared["bytes"] += len(stored[linear.name])
+                for key in differing_parts(stored[linear.name], wanted):
+                    verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
+        if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
+            if group[0].name in target.plan.overlaid:
+                check_taken(sides.source, target, group[0], stored[group[0].name], verdict)
+            elif keeps_values(target, group[0]):
+                check_recoded(sides.source, target, group, stored, verdict)
+            else:
+                check_rounded(sides, target, group, stored, by_reference, verdict)
+    meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
+    return verdict
+
+
+def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> bool:
+    """Whether kernels make these very bytes of the source, close to its weights: then no value has to be looked at."""
+    source, target = sides.source, sides.target
+    if source is None or target is None or any(keeps_values(target, n) for n in group):
+        return False
+    rounding, (low, high) = rounding_of(target.plan), PLAUSIBLE_RMS
+    is_known = rounding.kernel and target.formats[group[0].name] not in sides.outdated
+    if not (is_known and is_made_of_source(target, group[0]) and in_kernels(target, group)):
+        return False
+    again = list(requantized(target, group, rounding.kernel == "searched", source.parts, measure=True))
+    squares = {n.name: (made.squared_error or 0.0, made.squared_weight or 0.0) for n, (_, made) in zip(group, again)}
+    for linear, (wanted, _) in zip(group, again):
+        error, weight = squares[linear.name]
+        near = error <= CLOSE**2 * weight and low < (weight / linear.elements) ** 0.5 < high
+        if not near or differing_parts(stored[linear.name], wanted):
+            return False
+    verdict.errors |= squares
+    count = sum(len(wanted) for wanted, _ in again)
+    verdict.compared.update(finite=count, codes=count)
+    return True
+
+
+def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor], verdict: Verdict) -> bool:
+    """Decoded weights are finite, and neither too small nor of an impossible size. False where nothing decodes."""
+    verdict.compared["finite"] += len(stored)
+    try:
+        w_OI = packing.decode(stored, linear.shape)
+    except MoesaicError as error:
+        verdict.add("structure", linear.name, f"does not decode: {error}")
+        return False
+    rms, (low, high) = root_mean_square(w_OI), PLAUSIBLE_RMS
+    if bad := not_finite(w_OI):
+        verdict.add("finite", linear.name, f"decodes to {bad:,} values that are no numbers")
+    elif not low < rms < high and bool(w_OI.any()):
+        verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
+    return True
+
+
+def check_recoded(source: Reader, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
+    """The very values of the source under other codes: both sides decoded, and recoding done again."""
+    made = iter(recoded(target, group))
+    for linear in group:
+        packing, parts, origin = target.packing(linear), stored[linear.name], target.origin[linear.name]
+        wanted = {key: next(made) for key in packing.parts(linear.shape)}
+        w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
+        verdict.compared["values"] += 1
+        verdict.compared["codes"] += len(parts)
+        if wrong := int((packing.decode(parts, linear.shape) != w_OI).sum()):
+            verdict.add("values", linear.name, f"has {wrong:,} of {w_OI.numel():,} weights that are not the source's")
+        elif keys := differing_parts(parts, wanted):
+            verdict.add("codes", linear.name, f"means the source's weights by other {', '.join(keys)}")
+
+
+def check_rounded(
+    sides: Sides, target: Target, group: tuple[Linear, ...], stored: Tensors, by_reference: bool, verdict: Verdict
+) -> None:
+    """Round the source again and compare codes and scales: exact for a rounding that needs no data.
+
+    Where that cannot be had here, the error is at most `FAR` times what rounding to nearest gives.
+    """
+    source = sides.source
+    assert source is not None
+    weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
+    is_near = bool(rounding_of(target.plan).needs) or target.formats[group[0].name] in sides.outdated
+    again = nearest(target, group, weights) if is_near else rounded_again(target, group, weights, by_reference)
+    for i, (linear, w_OI) in enumerate(zip(group, weights)):
+        packing, parts = target.packing(linear), stored[linear.name]
+        mine = packing.decode(parts, linear.shape)
+        compare(linear, mine, w_OI, verdict)
+        wanted = again[i]
+        if is_near:
+            verdict.compared["near"] += len(parts)
+            least = sum_of_squares(packing.decode(wanted, linear.shape) - w_OI)
+            if (off := verdict.errors[linear.name][0]) > FAR**2 * least:
+                far = (off / max(least, 1e-300)) ** 0.5
+                verdict.add("near", linear.name, f"is {far:.3g} times as far from the source as rounding to nearest is")
+            continue
+        verdict.compared["codes"] += len(parts)
+        if wrong := differing_parts(parts, wanted):
+            count = int((mine != packing.decode(wanted, linear.shape)).sum())
+            what = f"has {', '.join(wrong)} and {count:,} of {mine.numel():,} weights that rounding the source does not give"
+            verdict.add("codes", linear.name, what)
+
+
+def compare(linear: Linear, mine_OI: Tensor, w_OI: Tensor, verdict: Verdict) -> None:
+    """Values beside the source's: their error is noted, and they are about as large."""
+    ratio = root_mean_square(mine_OI) / max(root_mean_square(w_OI), 1e-30)
+    if not RMS_RATIO[0] < ratio < RMS_RATIO[1] and bool(w_OI.any()):
+        verdict.add("magnitude", linear.name, f"is {ratio:.3g} times as large as the source's")
+    verdict.errors[linear.name] = sum_of_squares(mine_OI - w_OI), sum_of_squares(w_OI)
+
+
+def check_taken(source: Reader, target: Target, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """A matrix of an overlay: what the plan has the digest of, and where it was rounded, about as large as the source's."""
+    packing = target.packing(linear)
+    tensors = [stored[key] for key in packing.parts(linear.shape)]
+    check_overlaid(linear.name, tensors, len(tensors), target.plan.overlaid[linear.name], verdict)
+    if linear.unit not in target.keeping:
+        origin = target.origin[linear.name]
+        w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
+        compare(linear, packing.decode(stored, linear.shape), w_OI, verdict)
+
+
+def check_overlaid(name: str, tensors: Iterable[Tensor], count: int, wanted: str, verdict: Verdict) -> None:
+    verdict.compared["overlay"] += count
+    if overlay.digest(tensors) != wanted:
+        verdict.add("overlay", name, "is not what the plan's overlay held")
+
+
+def rounded_again(
+    target: Target, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
+) -> list[dict[str, Tensor]]:
+    """The tensors that rounding the source gives, by kernels where there are some."""
+    rounding, packings = rounding_of(target.plan), [target.packing(n) for n in group]
+    if by_reference:
+        return packed(target, group, round_siblings(rounding, weights, packings[0].number_format))
+    made = iter(round_together(target, group, rounding))
+    return [{key: next(made) for key in packing.parts(n.shape)} for n, packing in zip(group, packings)]
+
+
+def nearest(target: Target, group: tuple[Linear, ...], weights: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors that rounding to nearest gives."""
+    return packed(target, group, round_siblings(ROUNDINGS["rtn"], weights, target.packing(group[0]).number_format))
+
+
+def packed(
+    target: Target, group: tuple[Linear, ...], pairs: Sequence[tuple[Tensor, Scales]]
+) -> list[dict[str, Tensor]]:
+    return [target.pack(n, *pair) for n, pair in zip(group, pairs)]
+
+
+def differing_parts(mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in mine if key not in wanted or not same_bytes(mine[key], wanted[key])]
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Headers are compared elsewhere; to containers, the same bytes may be of another dtype and shape."""
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def root_mean_square(w: Tensor) -> float:
+    return (sum_of_squares(w) / max(1, w.numel())) ** 0.5
+
+
+def sum_of_squares(w: Tensor) -> float:
+    """Piece by piece: over 20 million F32 at once torch's sum comes out .2 % too small."""
+    return sum(float(torch.linalg.vector_norm(piece)) ** 2 for piece in w.reshape(-1).split(1 << 16))
