@@ -27,8 +27,9 @@ from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import FIELDS, Bootstrap, Divergence
 from moesaic.evaluate import Reading, evaluate
+from moesaic.texts import python_texts, read_texts
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet, python_texts, read_texts
+from moesaic.tokens import TokenSet
 
 BATCH = 4  # rows that whole models see at a time
 FIGURES = ("kl_mean", "top1_agreement", "delta_ln_ppl")

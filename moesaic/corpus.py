@@ -3,14 +3,17 @@
 One choice, made once: the two never share a document or a paragraph. Leaves out tokenizing (tokens).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from .checkpoint import Checkpoint
+from .documents import Text
 from .errors import InputError
+from .texts import python_texts, read_texts, split
 from .tokenizer import Tokenizer
-from .tokens import Text, TokenSet, python_texts, read_texts, split
+from .tokens import TokenSet
 
 LENGTH = 2048  # tokens a row, unless the model's context is shorter
 POOL_TOKENS = 1 << 21  # scores by REAP still moved between 0.5 and 2.1 million tokens (the AIMER paper, on C4)
@@ -52,7 +55,7 @@ class Corpus:
 
     def rows(self, model: Checkpoint, file: Path, heldout: bool, at_most: bool = False) -> TokenSet:
         tokenizer = Tokenizer.open(model.path)
-        texts, origin = self.texts(tokenizer, heldout)
+        texts, origin, parts = self.texts(tokenizer, heldout)
         length = self.row_length(model)
         if self.tokens < length:
             raise InputError(f"asked for {self.tokens:,} tokens in rows of {length:,}; wanted at least one row")
@@ -60,21 +63,31 @@ class Corpus:
             raise InputError(
                 f"rows of {length:,} tokens are longer than the model's context, {model.architecture.context:,}"
             )
-        chosen = TokenSet.build(
-            texts, tokenizer, rows=self.tokens // max(1, length), length=length,
-            vocab=model.architecture.vocab, seed=self.seed, origin=origin, at_most=at_most,
-        )  # fmt: skip
-        if not file.exists() or TokenSet.load(file).identity != chosen.identity:
+        try:
+            chosen = TokenSet.build(
+                texts, tokenizer, rows=self.tokens // max(1, length), length=length,
+                vocab=model.architecture.vocab, seed=self.seed, origin=origin, at_most=at_most,
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{error} ({told(parts)})" if parts else str(error)) from error
+        chosen = replace(chosen, facts={**chosen.facts, "parts": parts})
+        if not file.exists() or TokenSet.load(file).facts != chosen.facts:
             chosen.save(file)
         return chosen
 
-    def texts(self, tokenizer: Tokenizer, heldout: bool) -> tuple[list[Text], str]:
+    def texts(self, tokenizer: Tokenizer, heldout: bool) -> tuple[list[Text], str, dict[str, dict[str, int]]]:
+        """The text, what it is called, and how many characters of each domain each part got where one text was split."""
         if heldout and self.heldout is not None:
-            return read_texts(self.heldout, tokenizer), str(self.heldout.name)
+            return read_texts(self.heldout, tokenizer), str(self.heldout.name), {}
         whole, origin = python_texts() if self.data is None else (read_texts(self.data, tokenizer), self.data.name)
         if self.heldout is not None:
-            return whole, origin
-        return split(whole)[int(heldout)], origin
+            return whole, origin, {}
+        both = split(whole)
+        parts = {
+            ours.domain: {"calibration": ours.characters, "evaluation": theirs.characters}
+            for ours, theirs in zip(*both)
+        }
+        return both[int(heldout)], origin, parts
 
     @cached_property
     def is_own(self) -> bool:
@@ -83,3 +96,12 @@ class Corpus:
 
 
 PYTHON_TEXT = Corpus()
+
+
+def told(parts: Mapping[str, Mapping[str, int]]) -> str:
+    """What each part of a text got, in words."""
+    found = (
+        f"of {domain}, calibration got {n['calibration']:,} characters and evaluation {n['evaluation']:,}"
+        for domain, n in parts.items()
+    )
+    return "; ".join(found)

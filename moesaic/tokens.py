@@ -1,16 +1,11 @@
 """Text by domain -> rows of token ids, with the hash of everything they were made from.
 
-A folder holds one domain a file (`code.txt`, `math.jsonl`). Each domain is tokenized whole and cut into
-as many equal stretches as it owes rows; a row is a seeded window inside its stretch, so windows never
-overlap and cover the file from end to end. Leaves out chunk-by-chunk perplexity (evaluate/perplexity.py)
-and any download.
+Each domain is cut into as many equal stretches as it must supply rows; a row is a seeded window inside its stretch, so
+windows never overlap and cover the text from end to end. Leaves out chunk-by-chunk perplexity (evaluate/perplexity.py).
 """
 
 import hashlib
 import itertools
-import pydoc_data.topics
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,37 +17,14 @@ import torch
 from torch import Tensor
 
 from .artifact import identity, read_tensors, write_tensors
-from .conversations import Conversation
+from .documents import Text
 from .errors import InputError
-from .files import is_hidden
 from .tokenizer import Tokenizer
-from .utf8 import json_lines, pieces
 
 KIND = "tokens"
-JOINT = "\n\n"  # stands between the documents of one domain
-FEW = 8  # fewer documents than this are split inside each document, not between them
-NO_PROSE = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}  # tables, tests, the other domain
-PARAGRAPH = 60  # characters from which a paragraph that stands in two texts is no coincidence
 GENEROUS = 16  # characters to read for a token wanted; text has 2 to 6 a token
 IMAGE, IMAGE_TOKENS = "image", 4096  # the domain of an image's tokens, and how many ids are set aside for one image
-CHATS = ("messages", "conversations", "conversation")  # columns that hold one
 RUN = 32  # tokens in a row that two sets must share before that counts as overlap
-
-
-@dataclass(frozen=True)
-class Text:
-    """One domain: its name and its documents, in order."""
-
-    domain: str
-    documents: tuple[str, ...]
-
-    @cached_property
-    def joined(self) -> str:
-        return JOINT.join(self.documents)
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.joined.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,7 +59,7 @@ class TokenSet:
         if rows < 1 or length < 2:
             raise InputError(f"asked for {rows} rows of {length} tokens; wanted at least 1 row of 2")
         body = length - (tokenizer.bos is not None)
-        streams = {t.domain: tokenizer.encode(thin(t.joined, rows * length * GENEROUS, rows)) for t in texts}
+        streams = {t.domain: tokenizer.encode(t.thin(rows * length * GENEROUS, rows)) for t in texts}
         for domain, ids_N in streams.items():
             if len(ids_N) < body:
                 held = f"{domain} holds {len(ids_N):,} tokens and a row has {length:,}"
@@ -159,128 +131,6 @@ class TokenSet:
 
 def sha256_of(ids: Tensor) -> str:
     return hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
-
-
-def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
-    """The domains of a folder (or of one file), by name. Raises `InputError` where there is no text.
-
-    `.txt` is one document; each line of `.jsonl` is one, an object with `text` or with `messages`.
-    """
-    path = Path(path)
-    files, root = data_files(path, ".txt", ".jsonl")
-    if not files:
-        what = "holds no .txt and no .jsonl file" if path.is_dir() else "is no folder"
-        raise InputError(f"{path} {what}; wanted text, one domain a file (code.txt, math.jsonl)")
-    texts: dict[str, Text] = {}
-    for file in files:
-        if file.stem in texts:
-            raise InputError(f"{path} has two files of the domain {file.stem!r}; give one another name")
-        documents, images = (
-            read_lines(file, root, tokenizer) if file.suffix == ".jsonl" else (("".join(pieces(file, root)),), 0)
-        )
-        if images and not documents:
-            continue
-        if not any(d.strip() for d in documents):
-            raise InputError(f"{file} holds no text; remove it or fill it")
-        texts[file.stem] = Text(file.stem, documents)
-    if not texts:
-        raise InputError(f"{path} holds images alone; wanted some text beside them")
-    return list(texts.values())
-
-
-def data_files(path: Path, *suffixes: str) -> tuple[list[Path], Path | None]:
-    """A file itself, or the files of a folder that end so, by name, and the folder that links may not leave."""
-    if path.exists() and not path.is_dir():
-        return [path], None
-    return sorted(f for f in path.glob("*") if f.suffix in suffixes and not is_hidden(f.name)), path
-
-
-def read_lines(file: Path, root: Path | None, tokenizer: Tokenizer) -> tuple[tuple[str, ...], int]:
-    """The documents of JSON Lines, and how many further lines have an image: those are images.py's."""
-    documents, images = [], 0
-    for where, entry in json_lines(file, root):
-        if has_image(entry, where):
-            images += 1
-        else:
-            documents.append(read_entry(entry, where, tokenizer))
-    return tuple(documents), images
-
-
-def has_image(entry: Any, where: str) -> bool:
-    """Whether a sample's text belongs to an image: it is read with that (images.py), and nowhere else."""
-    image = entry.get("image") if isinstance(entry, dict) else None
-    if image is not None and not isinstance(image, str):
-        raise InputError(
-            f"{where} has an `image` that is a {type(image).__name__}; wanted the name of a file beside it"
-        )
-    return image is not None
-
-
-def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:
-    """The text of a line: its own, or its conversation as the model's chat template writes it."""
-    try:
-        if not isinstance(entry, dict):
-            raise InputError("it is no object with `text` or `messages`")
-        text, rows = entry.get("text"), next((entry[key] for key in CHATS if entry.get(key) is not None), None)
-        if isinstance(text, str) and (text.strip() or rows is None):
-            text.encode()
-            return text
-        if rows is None:
-            raise InputError("it has neither `text` nor `messages`")
-        return tokenizer.renderer.render(Conversation.of(rows, entry.get("tools"), entry.get("system")))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds half a character ({error.reason}); write it in full") from error
-
-
-def python_texts() -> tuple[list[Text], str]:
-    """Text that every Python brings along, and what to call it: its own sources, and its help topics.
-
-    Nothing is downloaded. Models have read this text: good for a demonstration, never "held out".
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [f for f in sorted(library.rglob("*.py")) if not NO_PROSE & set(f.relative_to(library).parts)]
-    code = tuple(f.read_text(encoding="utf-8", errors="replace") for f in files if f.stat().st_size > 2000)
-    if not code:
-        raise InputError(f"this Python has no standard-library sources in {library}; give a folder of text with --data")
-    topics = tuple(text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 200)
-    return [
-        Text("code", code),
-        Text("tech", topics),
-    ], f"Python {sys.version.split()[0]}: standard library and help topics"
-
-
-def split(texts: Sequence[Text], share: float = 0.25) -> tuple[list[Text], list[Text]]:
-    """Text to calibrate on, and `share` of it to evaluate on: no document in both, and no paragraph either.
-
-    Many documents are dealt out by the hash of their content (a copy goes where its twin goes); a few
-    are cut at a line, their end being kept for evaluation. What is left to evaluate on then loses the
-    paragraphs that calibration holds too: licences, quotations, the same section under two titles.
-    """
-    first, second = [], []
-    for text in texts:
-        unique = {hashlib.sha256(d.encode()).digest(): d for d in text.documents}
-        if len(unique) >= FEW:
-            chosen = set(sorted(unique)[: max(1, round(share * len(unique)))])
-            ours, theirs = ([d for h, d in unique.items() if (h in chosen) == side] for side in (False, True))
-        else:
-            cuts = [(d, d.rfind("\n", 0, int(len(d) * (1 - share))) + 1) for d in unique.values()]
-            ours, theirs = [d[:at] for d, at in cuts], [d[at:] for d, at in cuts]
-        seen = {p.strip() for d in ours for p in d.split(JOINT) if len(p.strip()) >= PARAGRAPH}
-        theirs = [JOINT.join(p for p in d.split(JOINT) if p.strip() not in seen) for d in theirs]
-        first.append(Text(text.domain, tuple(ours)))
-        second.append(Text(text.domain, tuple(d for d in theirs if d.strip())))
-    return first, second
-
-
-def thin(text: str, characters: int, blocks: int) -> str:
-    """At most about `characters` of a text, in equal blocks spread over it, each from the start of a line."""
-    if len(text) <= characters:
-        return text
-    size, starts = characters // blocks, [i * len(text) // blocks for i in range(blocks)]
-    starts = [text.rfind("\n", max(0, s - size // 4), s) + 1 or s for s in starts]
-    return JOINT.join(text[s : s + size] for s in starts)
 
 
 def allot(rows: int, room: Mapping[str, int], shares: Mapping[str, float] | None) -> dict[str, int]:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from moesaic.conversations import Conversation
 from moesaic.corpus import Corpus
 from moesaic.errors import InputError
+from moesaic.texts import read_texts
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import read_texts
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{{ LF }}{% endif %}"

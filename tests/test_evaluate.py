@@ -17,13 +17,14 @@ from torch import Tensor
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import Contender, lockstep
+from moesaic.documents import Text
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import EVALUATIONS, Reading, Scores, evaluate
 from moesaic.evaluate.kld import llama_text
 from moesaic.evaluate.perplexity import windows
 from moesaic.stream import LayerRun
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import Text, TokenSet
+from moesaic.tokens import TokenSet
 
 
 def changed(source: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> Checkpoint:

@@ -16,8 +16,8 @@ from moesaic.corpus import Corpus
 from moesaic.errors import FamilyError, InputError
 from moesaic.families import FAMILIES
 from moesaic.images import Sight, fitted, pictured
+from moesaic.texts import read_texts
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import read_texts
 
 VISION = FAMILIES["minimax_m3_vl"].vision
 

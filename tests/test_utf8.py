@@ -20,8 +20,8 @@ from moesaic.errors import InputError
 from moesaic.evaluate.perplexity import windows
 from moesaic.images import read_samples
 from moesaic.serve.local import read_key
+from moesaic.texts import read_texts
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import read_texts
 from moesaic.utf8 import CHUNK, json_lines, pieces, read_utf8
 
 BOM = b"\xef\xbb\xbf"

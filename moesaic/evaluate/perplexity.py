@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ..divergence import Estimate
+from ..documents import Text
 from ..errors import InputError
 from ..tokenizer import Tokenizer
-from ..tokens import Text, sha256_of
+from ..tokens import sha256_of
 from ..utf8 import read_utf8
 from .base import Evaluation, Reading, Score, Scoring
 
