@@ -50,7 +50,8 @@ def quality(a: argparse.Namespace) -> None:
         run = Path(name)
         found = calibrate(source, corpus.calibration(source, run / "tokens.safetensors"), run / "stats", True, True)
         rows = corpus.evaluation(source, run / "heldout.safetensors", a.judged)
-    outlooks = preview(source, candidates(found, a.keep, seeds=SEEDS), rows, a.seed, quiet=True)
+        cuts = candidates(found, a.keep, seeds=SEEDS)
+        outlooks = preview(source, cuts, rows, run / "preview", seed=a.seed, quiet=True)
     for o in outlooks:
         kl, ppl, name = o.kl_nats, o.perplexity, o.candidate.criterion
         print(

@@ -1,12 +1,14 @@
-"""What a cut would cost, before any byte is written: candidates measured by masking, all in one sweep of the weights.
+"""What a cut would cost, before any byte is written: candidates measured by masking, many in one sweep of the weights.
 
 Masking an expert gives the logits of the model without it, so the figures are those of the pruned
 model. Leaves out generation: text that loops is a matter of its own.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +16,22 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
+from torch import Tensor
 
+from .artifact import identity
 from .calibrate import Statistics
 from .checkpoint import Checkpoint
 from .criteria import CRITERIA
 from .divergence import Bootstrap, Divergence, Estimate, against
-from .plan import dropped
-from .progress import progress
+from .measure import Branch, Figures, ridden
 from .report import mosaic
 from .report.plots import ACCENT, INK, MUTED, WIDE, svg
 from .select import POOLED, select_experts
-from .stream import LayerRun, State
+from .stream import LayerRun
 from .tokens import TokenSet
 
 Kept = dict[int, tuple[int, ...]]
+FIGURES = ("kl_nats", "delta_ln_ppl", "perplexity", "top1", "overlap")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,14 @@ class Outlook:
     tokens: int
     nonfinite: int
 
+    @staticmethod
+    def of(candidate: Candidate, row: Mapping[str, Any]) -> "Outlook":
+        """Of what `figures_of` gave."""
+        estimates = {name: Estimate(**row[name]) for name in FIGURES}
+        return Outlook(candidate, **estimates, tokens=row["tokens"], nonfinite=row["nonfinite"])
+
     def facts(self) -> dict[str, Any]:
-        figures = {n: vars(getattr(self, n)) for n in ("kl_nats", "delta_ln_ppl", "perplexity", "top1", "overlap")}
+        figures = {n: vars(getattr(self, n)) for n in FIGURES}
         return {
             "criterion": self.candidate.criterion,
             "experts": self.candidate.experts,
@@ -82,39 +92,43 @@ def candidates(
 
 
 def preview(
-    checkpoint: Checkpoint, found: Sequence[Candidate], tokens: TokenSet, seed: int = 0, quiet: bool = False
-) -> list[Outlook]:
-    """Measure candidates on `tokens`, best first within each count. One sweep reads each weight once for all.
+    checkpoint: Checkpoint, found: Sequence[Candidate], tokens: TokenSet, folder: Path, *,
+    seed: int = 0, memory_bytes: int | None = None, quiet: bool = False,
+) -> list[Outlook]:  # fmt: skip
+    """Measure candidates on `tokens`, best first within each count, as branches of one sweep (see `ridden`).
 
-    Memory: hidden states of all candidates, F32 [candidates + 1, tokens, D].
+    Cuts that are alike are measured once. Interrupted, the same call goes on; done before, it only reads what it left
+    in `folder`. Memory: hidden states of as many candidates as fit into `memory_bytes` (default: half of what is
+    available); the others take their turns.
     """
-    run = LayerRun(checkpoint)
-    hidden_BTD = run.embed(tokens.ids_BT)
-    states = [State(hidden_BTD)]
-    for candidate in found:
-        states.append(State(hidden_BTD.clone(), dropped(candidate.kept, checkpoint.architecture.experts)))
-    with progress("preview", checkpoint.architecture.layers, "layers", quiet) as meter:
-        for _, after in run.sweep(states):
-            states = after
-            meter.advance(1)
-    divergences = against(run, states[0].hidden_BTD, [s.hidden_BTD for s in states[1:]], tokens.ids_BT)
-    outlooks = [outlook(c, d, seed) for c, d in zip(found, divergences)]
+    figures = Figures(partial(figured, seed), {"figures": "outlook", "seed": str(seed)})
+    cuts = [Branch({}, candidate.kept) for candidate in found]
+    place = folder / identity(checkpoint.identity, tokens.identity, seed)
+    rows = ridden(checkpoint, cuts, tokens, place, figures, memory_bytes=memory_bytes, quiet=quiet, title="preview")
+    outlooks = [Outlook.of(candidate, row) for candidate, row in zip(found, rows)]
     return sorted(outlooks, key=lambda o: (-o.candidate.experts, o.kl_nats.value))
 
 
-def outlook(candidate: Candidate, divergence: Divergence, seed: int) -> Outlook:
+def figured(
+    seed: int, run: LayerRun, source_BTD: Tensor, cuts: Sequence[Tensor], tokens: TokenSet, told: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """`Figures.find` of `preview`."""
+    return [figures_of(d, seed) for d in against(run, source_BTD, cuts, tokens.ids_BT)]
+
+
+def figures_of(divergence: Divergence, seed: int) -> dict[str, Any]:
+    """What `Outlook.of` reads, JSON-able."""
     bootstrap = Bootstrap(divergence, seed)
     nll = bootstrap.mean(divergence["nll_export"])
-    return Outlook(
-        candidate,
-        bootstrap.mean(divergence["kl_nats"], within=(0.0, np.inf)),
-        bootstrap.mean(divergence["nll_export"] - divergence["nll_source"]),
-        nll.map(math.exp, math.exp(nll.value)),
-        bootstrap.mean(divergence["same_top1"], within=(0.0, 1.0)),
-        bootstrap.mean(divergence["overlap"], within=(0.0, 1.0)),
-        divergence.tokens,
-        sum(divergence.nonfinite.values()),
-    )
+    figures = {
+        "kl_nats": bootstrap.mean(divergence["kl_nats"], within=(0.0, np.inf)),
+        "delta_ln_ppl": bootstrap.mean(divergence["nll_export"] - divergence["nll_source"]),
+        "perplexity": nll.map(math.exp, math.exp(nll.value)),
+        "top1": bootstrap.mean(divergence["same_top1"], within=(0.0, 1.0)),
+        "overlap": bootstrap.mean(divergence["overlap"], within=(0.0, 1.0)),
+    }
+    counts = {"tokens": divergence.tokens, "nonfinite": sum(divergence.nonfinite.values())}
+    return {name: vars(estimate) for name, estimate in figures.items()} | counts
 
 
 def table(outlooks: Sequence[Outlook]) -> Table:

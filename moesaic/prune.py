@@ -187,7 +187,7 @@ def look_ahead(setting: Setting, statistics: Statistics, counts: Sequence[int]) 
     source, work, ranking, corpus = setting.source, setting.work, setting.ranking, setting.corpus
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     cuts = candidates(statistics, counts, ranking.criteria, policy=ranking.policy, domains=ranking.domains)
-    outlooks = preview(source, cuts, rows, corpus.seed, setting.quiet)
+    outlooks = preview(source, cuts, rows, work / "preview", seed=corpus.seed, quiet=setting.quiet)
     facts = {"model": str(source.path), "candidates": [o.facts() for o in outlooks], "seed": corpus.seed}
     facts["text"] = dict(rows.facts)
     write_json(work / "preview.json", "preview", facts, {"source": source.identity, "tokens": rows.identity})

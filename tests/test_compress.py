@@ -149,7 +149,7 @@ def test_preview_is_what_the_pruned_model_costs(model: Checkpoint, data: Path, t
     rows = corpus.evaluation(model, tmp_path / "e.safetensors")
     keep = model.architecture.experts // 2
     found = candidates(statistics, [keep], ("reap", "frequency"), seeds=1)
-    outlooks = preview(model, found, rows, quiet=True)
+    outlooks = preview(model, found, rows, tmp_path / "preview", quiet=True)
     assert [o.kl_nats.value for o in outlooks] == sorted(o.kl_nats.value for o in outlooks)
     assert {o.candidate.criterion for o in outlooks} == {"reap", "frequency", "random 0"}
     for o in outlooks:
