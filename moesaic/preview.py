@@ -31,6 +31,7 @@ from .stream import LayerRun
 from .tokens import TokenSet
 
 Kept = dict[int, tuple[int, ...]]
+VERSION = 1  # goes up with any change to what is found of the same cut and text
 FIGURES = ("kl_nats", "delta_ln_ppl", "perplexity", "top1", "overlap")
 
 
@@ -101,9 +102,9 @@ def preview(
     in `folder`. Memory: hidden states of as many candidates as fit into `memory_bytes` (default: half of what is
     available); the others take their turns.
     """
-    figures = Figures(partial(figured, seed), {"figures": "outlook", "seed": str(seed)})
+    figures = Figures(partial(figured, seed), {"figures": f"outlook {VERSION}", "seed": str(seed)})
     cuts = [Branch({}, candidate.kept) for candidate in found]
-    place = folder / identity(checkpoint.identity, tokens.identity, seed)
+    place = folder / identity(checkpoint.identity, tokens.identity, seed, VERSION)
     rows = ridden(checkpoint, cuts, tokens, place, figures, memory_bytes=memory_bytes, quiet=quiet, title="preview")
     outlooks = [Outlook.of(candidate, row) for candidate, row in zip(found, rows)]
     return sorted(outlooks, key=lambda o: (-o.candidate.experts, o.kl_nats.value))

@@ -7,6 +7,8 @@ lie in an overlay until `export` has taken them in. Leaves out families without 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import overlay
-from .artifact import read_json, read_tensors, write_json, write_tensors
+from .artifact import read_json, write_json
 from .checkpoint import Checkpoint, sample
 from .divergence import Bootstrap, against
 from .errors import CheckError, InputError
@@ -23,13 +25,16 @@ from .plan import Plan, dropped
 from .progress import progress
 from .render.group import format_of, read_values, weights_of, write_group
 from .rounding import ROUNDINGS, arithmetic, round_siblings
-from .stream import Change, LayerRun, LinearPass, Observer, State
+from .stream import STATES, LayerRun, LinearPass, Observer, Standing, State, Sweep
 from .stream.memory import spans
+from .stream.sweep import EACH_LAYER
 from .target import Target, bound
 from .tokens import TokenSet
 
 FOLDER, VERDICT = "repaired", "repair.json"
 VERSION = "1"  # goes up with any change to what is fitted to the same text
+JUDGED = "judged.safetensors"  # states while the repair is judged
+SOURCE, CUT, REPAIRED = "source", "cut", "repaired"
 RIDGE = 1e-2  # λ, as a share of the mean diagonal of H Hᵀ
 FIT_TOKENS = 16_384  # five for each column of the largest shared expert that there is
 
@@ -54,7 +59,7 @@ def repair(
     found = overlay.listing(folder, inputs)
     inputs |= {"heldout": heldout.identity, "seed": str(seed)}
     if not (folder / VERDICT).exists():
-        facts = measured(run, target, heldout, folder, seed, quiet)
+        facts = measured(run, target, heldout, folder, inputs, seed, quiet)
         counts = {"matrices": len(found["items"]), "fitted_tokens": fitted.tokens}
         write_json(folder / VERDICT, "repair", counts | facts, inputs)
     facts = read_json(folder / VERDICT, "repair", inputs)
@@ -89,34 +94,40 @@ def is_repairable(linear: Linear) -> bool:
 # Fitting ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def fit(
     run: LayerRun, target: Target, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], quiet: bool
 ) -> None:  # fmt: skip
     """Every layer's matrix as a file in `folder`, each fitted on what those before it give."""
-    saved, groups, start = folder / "hidden.safetensors", list[dict[str, Any]](), 0
-    if saved.exists():
-        tensors, body = read_tensors(saved, "hidden", inputs)
-        groups, start, hidden_BTD = body["groups"], body["layer"] + 1, tensors["hidden_BTD"].to(run.device)
-    else:
-        hidden_BTD = run.embed(tokens.ids_BT)
-    with progress("repair", run.architecture.layers - start, "layers", quiet) as meter:
-        for layer in range(start, run.architecture.layers):
-            down = next((n for n in target.architecture.linears if n.layer == layer and is_repairable(n)), None)
-            if down is None:
-                (after,) = run.advance(layer, [State(hidden_BTD)])
-                hidden_BTD = after.hidden_BTD
-            else:
-                hidden_BTD, facts = fit_layer(run, target, down, hidden_BTD, folder, inputs)
-                groups.append(facts)
-            write_tensors(saved, "hidden", {"hidden_BTD": hidden_BTD.cpu()}, inputs, {"layer": layer, "groups": groups})
-            meter.advance(1)
-    if len(groups) != (wanted := sum(map(is_repairable, target.architecture.linears))):
-        raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
-    overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, {})
-    saved.unlink()
+    under_way = Sweep(range(run.architecture.layers), folder / STATES, inputs, run.device, EACH_LAYER)
+
+    def end(at: Standing) -> None:
+        groups = at.notes["groups"]
+        if len(groups) != (wanted := sum(map(is_repairable, target.architecture.linears))):
+            raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
+        overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, {})
+
+    with progress("repair", run.architecture.layers - under_way.done, "layers", quiet) as meter:
+        begin = partial(embedded, run, tokens)
+        under_way.through(begin, partial(fit_step, run, target, folder, inputs), end, lambda _: meter.advance(1))
 
 
+def embedded(run: LayerRun, tokens: TokenSet) -> Standing:
+    return Standing({CUT: State(run.embed(tokens.ids_BT))}, {"groups": []})
+
+
+def fit_step(
+    run: LayerRun, target: Target, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing
+) -> Standing:
+    """One layer of the cut and repaired model; its matrix, where it has one, goes into the overlay."""
+    down = next((n for n in target.architecture.linears if n.layer == layer and is_repairable(n)), None)
+    if down is None:
+        (after,) = run.advance(layer, [at.states[CUT]])
+        return replace(at, states={CUT: after})
+    hidden_BTD, facts = fit_layer(run, target, down, at.states[CUT].hidden_BTD, folder, inputs)
+    return replace(at, states={CUT: State(hidden_BTD)}, notes={"groups": [*at.notes["groups"], facts]})
+
+
+@torch.no_grad()
 def fit_layer(
     run: LayerRun, target: Target, down: Linear, hidden_BTD: Tensor, folder: Path, inputs: Mapping[str, str]
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -162,35 +173,44 @@ def correction(h_TI: Tensor, lacking_TO: Tensor, block_bytes: int) -> Tensor:
 # Judging ----------------------------------------------------------------------------------------------------------
 
 
-def repaired(target: Target, folder: Path) -> Change:
-    """The shared experts as their files in `folder` have them."""
-
-    def change(linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
-        found = {n.name: w_OI for n, w_OI in zip(linears, values)}
-        for linear in filter(is_repairable, linears):
-            found |= read_values(folder, target, (linear,), bound(target.source, target.plan))
-        return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
-
-    return change
+def fitted(target: Target, folder: Path, linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
+    """A `Change`: the shared experts as their files in `folder` have them."""
+    found = {n.name: w_OI for n, w_OI in zip(linears, values)}
+    for linear in filter(is_repairable, linears):
+        found |= read_values(folder, target, (linear,), bound(target.source, target.plan))
+    return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
 
 
 def measured(
-    run: LayerRun, target: Target, rows: TokenSet, folder: Path, seed: int, quiet: bool
+    run: LayerRun, target: Target, rows: TokenSet, folder: Path, inputs: Mapping[str, str], seed: int, quiet: bool
 ) -> dict[str, Any]:  # fmt: skip
     """KL of the cut and of the repaired model, their difference, and whether that is to be believed; one sweep for all."""
-    change, hidden_BTD = repaired(target, folder), run.embed(rows.ids_BT)
-    changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
     left_out = dropped(target.plan.kept, run.architecture.experts)
-    states = [
-        State(hidden_BTD),
-        State(hidden_BTD, left_out),
-        State(hidden_BTD, left_out, changed=changed),
-    ]
-    with progress("judge the repair", run.architecture.layers, "layers", quiet) as meter:
-        for layer in range(run.architecture.layers):
-            states = run.advance(layer, states)
-            meter.advance(1)
-    before, after = against(run, states[0].hidden_BTD, [s.hidden_BTD for s in states[1:]], rows.ids_BT)
+    under_way = Sweep(range(run.architecture.layers), folder / JUDGED, inputs, run.device)
+
+    def begin() -> Standing:
+        hidden_BTD = run.embed(rows.ids_BT)
+        cut = State(hidden_BTD, left_out)
+        return Standing({SOURCE: State(hidden_BTD), CUT: cut, REPAIRED: cut})
+
+    with progress("judge the repair", run.architecture.layers - under_way.done, "layers", quiet) as meter:
+        step, end = partial(judge_step, run, target, folder), partial(judged, run, rows, seed)
+        return under_way.through(begin, step, end, lambda _: meter.advance(1))
+
+
+def judge_step(run: LayerRun, target: Target, folder: Path, layer: int, at: Standing) -> Standing:
+    """One layer of the source, of the cut, and of the cut with the matrices that `folder` has."""
+    change = partial(fitted, target, folder)
+    changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
+    states = {**at.states, REPAIRED: replace(at.states[REPAIRED], changed=changed)}
+    after = zip(states, run.advance(layer, list(states.values())))
+    return replace(at, states={name: replace(state, changed={}) for name, state in after})
+
+
+def judged(run: LayerRun, rows: TokenSet, seed: int, at: Standing) -> dict[str, Any]:
+    """Figures of the last states, and whether the repair is kept."""
+    source, cut, repaired = (at.states[name].hidden_BTD for name in (SOURCE, CUT, REPAIRED))
+    before, after = against(run, source, [cut, repaired], rows.ids_BT)
     kl_cut, kl_repaired = (Bootstrap(d, seed).mean(d["kl_nats"], within=(0.0, torch.inf)) for d in (before, after))
     difference = Bootstrap(after, seed).mean(after["kl_nats"] - before["kl_nats"], where_BS=before.counted_BS)
     sound = after.nonfinite["export"] <= before.nonfinite["export"]

@@ -19,7 +19,6 @@ from children import child, contents, dying
 from reference import Reference, decoded
 from torch import Tensor
 
-from moesaic.artifact import write_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.corpus import Corpus
@@ -31,7 +30,8 @@ from moesaic.prune import Pruning, prune
 from moesaic.repair import RIDGE, correction, made_from, repair
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
-from moesaic.stream import LayerRun
+from moesaic.stream import STATES, LayerRun, Standing, State
+from moesaic.stream.sweep import save
 from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
@@ -161,8 +161,8 @@ def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
     """A saved state, as a fault would leave it, that is behind layer 1 and has no matrix of it."""
     plan, tokens = Plan("mxfp8", KEPT), some_tokens(m3, 8, 0)
     inputs = made_from(m3, plan, tokens.take(range(tokens.rows)))
-    state = {"hidden_BTD": LayerRun(m3).embed(tokens.ids_BT)}
-    write_tensors(tmp_path / "hidden.safetensors", "hidden", state, inputs, {"layer": 1, "groups": []})
+    behind = Standing({"cut": State(LayerRun(m3).embed(tokens.ids_BT))}, {"groups": []}, done=2)
+    save(tmp_path / STATES, behind, inputs)
     with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):
         repair(m3, plan, tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
 

@@ -1,21 +1,19 @@
-"""Where a sweep of several models stands between two layers, on disk and back; and what is kept of a source for later.
+"""What models show on their way through the layers, and what is kept of a source for later.
 
 Leaves out how the models get from one layer to the next (lockstep.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..artifact import read_tensors, write_tensors
-from ..stream import State
 from .comparison import Divergence
 from .routing import Route
 
-SWEEP, KNOWN = "lockstep", "known_source"
+KNOWN = "known_source"
 Routes = Mapping[int, Sequence[Route]]  # MoE layer -> of each block of rows
 
 
@@ -27,41 +25,6 @@ class Mark:
     relative_error: float | None = None  # ‖h − h_source‖ / ‖h_source‖
     router_agreement: float | None = None  # share of the source's experts that were selected too
     pruned_mass: float | None = None  # the source's gates on experts that are gone
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """All models between two layers. A source that is known already stands at the end from the start."""
-
-    layer: int  # the next to run
-    states: Mapping[str, list[State]]  # model -> of each block of rows
-    routes: Routes = field(default_factory=dict)  # the source's
-    routing: Mapping[str, list[Tensor]] = field(default_factory=dict)  # model -> [2, T]: agreement, mass; sums so far
-    marks: Mapping[str, Sequence[Mark]] = field(default_factory=dict)
-
-    def save(self, path: Path, inputs: Mapping[str, str]) -> None:
-        tensors = {
-            f"{side}.{i}": s.hidden_BTD.cpu() for side, states in self.states.items() for i, s in enumerate(states)
-        }
-        tensors |= {f"routing.{side}.{i}": x for side, sums in self.routing.items() for i, x in enumerate(sums)}
-        body = {
-            "layer": self.layer,
-            "nonfinite": {side: [dict(s.nonfinite) for s in states] for side, states in self.states.items()},
-            "marks": {side: [asdict(mark) for mark in marks] for side, marks in self.marks.items()},
-        }
-        write_tensors(path, SWEEP, tensors | route_tensors(self.routes), inputs, body)
-
-    @staticmethod
-    def load(path: Path, inputs: Mapping[str, str], devices: Mapping[str, torch.device]) -> "Boundary":
-        tensors, body = read_tensors(path, SWEEP, inputs)
-        states = {}
-        for side, counts in body["nonfinite"].items():
-            bad = [{int(layer): n for layer, n in c.items()} for c in counts]
-            states[side] = [State(tensors[f"{side}.{i}"].to(devices[side]), nonfinite=b) for i, b in enumerate(bad)]
-        blocks = range(len(next(iter(states.values()))))
-        routing = {side: [tensors[f"routing.{side}.{i}"] for i in blocks] for side in body["marks"]}
-        marks = {side: [Mark(**mark) for mark in marks] for side, marks in body["marks"].items()}
-        return Boundary(body["layer"], states, routes_of(tensors), routing, marks)
 
 
 @dataclass(frozen=True)

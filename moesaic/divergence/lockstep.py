@@ -4,9 +4,9 @@ Saves where it stands when asked to, so that an interrupted sweep continues. Lea
 outcome means (bootstrap.py) and what was read (evaluate/).
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..stream import Intake, LayerRun, State
+from ..stream import Intake, LayerRun, Standing, State, Sweep
 from ..stream.memory import spans
-from .boundary import Boundary, Known, Mark
+from .boundary import Known, Mark, route_tensors, routes_of
 from .comparison import Comparison, Divergence
 from .routing import Kept, Route, agreement, into
 
 SOURCE = "source"
-SAVE_SECONDS = 600.0  # between two saves of the hidden states
 COPIES = 6  # float64 tensors [tokens, ids] that a comparison makes
 
 
@@ -68,7 +67,7 @@ def lockstep(
 ) -> Lockstep:
     """Read `rows` (token ids [B, T] each) with all models and compare the predictions that are `scored` [B, T−1].
 
-    save   file for the hidden states, every ten minutes and on Ctrl-C; when it is there and made from
+    save   file for the hidden states, every few minutes and on Ctrl-C; when it is there and made from
            the same `inputs`, the sweep goes on from it. It is removed at the end.
     known  of the source from an earlier call on these rows: then only the contenders are swept, and
            no error by layer is known.
@@ -79,29 +78,10 @@ def lockstep(
     sides = {SOURCE: Contender(source), **contenders}
     live = dict(contenders) if known else sides
     inputs = {**(inputs or {}), "swept": " ".join(c.told(side) for side, c in live.items())}
-    devices = {side: contender.run.device for side, contender in sides.items()}
-    resumed = save is not None and save.exists()
-    at = Boundary.load(save, inputs, devices) if save and resumed else begin(sides, rows, known)
-    done(at.layer)
-    saved = time.monotonic()
-    try:
-        while at.layer < source.architecture.layers:
-            at = step(at, live, source.architecture.experts)
-            done(1)
-            if save is not None and time.monotonic() - saved > SAVE_SECONDS:
-                at.save(save, inputs)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        if save is not None:
-            at.save(save, inputs)
-        raise
-    divergences = head(sides, at, rows, scored)
-    if save is not None:
-        save.unlink(missing_ok=True)
-    ends = at.states[SOURCE]
-    nonfinite = {side: total(states) for side, states in at.states.items()}
-    found = Known([s.hidden_BTD for s in ends], at.routes, [s.nonfinite for s in ends], [])
-    return Lockstep(divergences, at.marks, nonfinite, found)
+    under_way = Sweep(range(source.architecture.layers), save, inputs, source.device)
+    done(under_way.done)
+    begin, step = partial(first, sides, rows, known), partial(forward, live, source.architecture.experts)
+    return under_way.through(begin, step, partial(end, sides, rows, scored), lambda _: done(1))
 
 
 def check(source: LayerRun, other: LayerRun) -> None:
@@ -113,52 +93,89 @@ def check(source: LayerRun, other: LayerRun) -> None:
         )
 
 
-def begin(sides: Mapping[str, Contender], rows: Sequence[Tensor], known: Known | None) -> Boundary:
-    states: dict[str, list[State]] = {}
+def first(sides: Mapping[str, Contender], rows: Sequence[Tensor], known: Known | None) -> Standing:
+    """All models before their first layer; a source that is known stands at the end from the start."""
+    states: dict[str, State] = {}
     if known is not None:
         device = sides[SOURCE].run.device
-        states[SOURCE] = [State(h.to(device), nonfinite=bad) for h, bad in zip(known.final, known.nonfinite)]
+        ends = zip(known.final, known.nonfinite)
+        states = {name_of(SOURCE, i): State(h.to(device), nonfinite=bad) for i, (h, bad) in enumerate(ends)}
     alike: dict[int, str] = {}  # contenders of one run start from the same tensors, and share the first attention
     for side, contender in sides.items():
-        if side not in states:
-            first = alike.setdefault(id(contender.run), side)
-            states[side] = states.get(first) or [State(contender.run.embed(tokens_BT)) for tokens_BT in rows]
+        if name_of(side, 0) not in states:
+            same = alike.setdefault(id(contender.run), side)
+            for i, tokens_BT in enumerate(rows):
+                states[name_of(side, i)] = states.get(name_of(same, i)) or State(contender.run.embed(tokens_BT))
     others = [side for side in sides if side != SOURCE]
-    routing = {side: [torch.zeros(2, tokens_BT.numel()) for tokens_BT in rows] for side in others}
-    return Boundary(0, states, dict(known.routes) if known else {}, routing, {side: [] for side in others})
+    tensors = {routing(side, i): torch.zeros(2, t.numel()) for side in others for i, t in enumerate(rows)}
+    return Standing(
+        states, {"marks": {side: [] for side in others}}, {**tensors, **route_tensors(known.routes if known else {})}
+    )
 
 
-def step(at: Boundary, live: Mapping[str, Contender], experts: int) -> Boundary:
+def forward(live: Mapping[str, Contender], experts: int, layer: int, before: Standing) -> Standing:
     """One layer of every model that is `live`; those of one run ride together. `experts` are the source's."""
-    layer, states = at.layer, dict(at.states)
-    seen: dict[str, list[list[Route]]] = {side: [[] for _ in states[side]] for side in live}
+    states, seen, tensors = dict(before.states), dict[str, list[Route]](), dict(before.tensors)
     for run in {id(c.run): c.run for c in live.values()}.values():
-        ours = [side for side, contender in live.items() if contender.run is run]
+        ours = {name: side for side, c in live.items() if c.run is run for name in blocks(states, side)}
+        seen |= {name: [] for name in ours}
         going = [
-            replace(state, rounded=live[side].rounded, observer=into(routes))
-            for side in ours
-            for state, routes in zip(states[side], seen[side])
-        ]
-        after = iter(run.advance(layer, going))
-        for side in ours:
-            states[side] = [replace(next(after), observer=None, rounded={}) for _ in states[side]]
-            if live[side].noise:
-                states[side] = [disturbed(s, live[side], layer, i) for i, s in enumerate(states[side])]
-    routes = dict(at.routes)
-    if SOURCE in live and all(seen[SOURCE]):
-        routes[layer] = [found[0] for found in seen[SOURCE]]
-    routing, marks = dict(at.routing), dict(at.marks)
+            replace(
+                states[name], hidden_BTD=states[name].hidden_BTD.to(run.device), rounded=live[side].rounded,
+                observer=into(seen[name]),
+            )
+            for name, side in ours.items()
+        ]  # fmt: skip
+        for name, state in zip(ours, run.advance(layer, going)):
+            states[name] = replace(state, observer=None, rounded={})
+            if (by := live[ours[name]]).noise:
+                states[name] = disturbed(states[name], by, layer, int(name.rsplit(".", 1)[1]))
+    if SOURCE in live and all(seen[name] for name in blocks(states, SOURCE)):
+        tensors |= route_tensors({layer: [seen[name][0] for name in blocks(states, SOURCE)]})
+    routes, marks = routes_of(tensors).get(layer), dict(before.notes["marks"])
     for side in live:
         if side != SOURCE:
-            error = apart(states[SOURCE], states[side]) if SOURCE in live else None
+            error = apart(of(states, SOURCE), of(states, side)) if SOURCE in live else None
             agreed = gone = None
-            if (kept := live[side].kept) is not None and layer in routes:
-                pairs = zip(routes[layer], seen[side])
-                added = [torch.stack(agreement(route, found[0], kept[layer], experts)) for route, found in pairs]
-                routing[side] = [old_2T + x_2T for old_2T, x_2T in zip(routing[side], added)]
+            if (kept := live[side].kept) is not None and routes is not None:
+                pairs = zip(routes, blocks(states, side))
+                added = [torch.stack(agreement(route, seen[name][0], kept[layer], experts)) for route, name in pairs]
+                tensors |= {routing(side, i): tensors[routing(side, i)] + x_2T for i, x_2T in enumerate(added)}
                 agreed, gone = torch.cat(added, 1).double().mean(1).tolist()
-            marks[side] = [*marks[side], Mark(layer, error, agreed, gone)]
-    return Boundary(layer + 1, states, routes, routing, marks)
+            marks[side] = [*marks[side], asdict(Mark(layer, error, agreed, gone))]
+    return replace(before, states=states, notes={"marks": marks}, tensors=tensors)
+
+
+def end(sides: Mapping[str, Contender], rows: Sequence[Tensor], scored: Sequence[Tensor], last: Standing) -> Lockstep:
+    """What came of it, of what stands behind the last layer."""
+    ends = {side: of(last.states, side) for side in sides}
+    routes = routes_of(last.tensors)
+    sums = {side: [last.tensors[routing(side, i)] for i in range(len(rows))] for side in sides if side != SOURCE}
+    agreed = {side: routed(sides[side], len(routes), sums_B, scored) for side, sums_B in sums.items()}
+    marks = {side: [Mark(**mark) for mark in found] for side, found in last.notes["marks"].items()}
+    source = ends[SOURCE]
+    known = Known([s.hidden_BTD for s in source], routes, [s.nonfinite for s in source], [])
+    nonfinite = {side: total(states) for side, states in ends.items()}
+    return Lockstep(head(sides, ends, agreed, rows, scored), marks, nonfinite, known)
+
+
+def name_of(side: str, block: int) -> str:
+    """The name of a model's states for one block of rows."""
+    return f"{side}.{block}"
+
+
+def routing(side: str, block: int) -> str:
+    """The name of sums [2, T] over MoE layers so far: agreement, and mass on experts that are gone."""
+    return f"routing.{side}.{block}"
+
+
+def blocks(states: Mapping[str, State], side: str) -> list[str]:
+    """Names of a model's states, block by block."""
+    return [name for name in states if name.rsplit(".", 1)[0] == side]
+
+
+def of(states: Mapping[str, State], side: str) -> list[State]:
+    return [states[name] for name in blocks(states, side)]
 
 
 def disturbed(state: State, by: Contender, layer: int, block: int) -> State:
@@ -184,14 +201,15 @@ def apart(source: Sequence[State], other: Sequence[State]) -> float | None:
 
 @torch.no_grad()
 def head(
-    sides: Mapping[str, Contender], at: Boundary, rows: Sequence[Tensor], scored: Sequence[Tensor]
-) -> dict[str, list[Divergence]]:
+    sides: Mapping[str, Contender], ends: Mapping[str, Sequence[State]], agreed: Mapping[str, Mapping[str, Tensor]],
+    rows: Sequence[Tensor], scored: Sequence[Tensor],
+) -> dict[str, list[Divergence]]:  # fmt: skip
     """Final norms and heads, a block of the vocabulary at a time, over every scored position."""
     source, runs = sides[SOURCE].run, {id(c.run): c.run for c in sides.values()}
     x_ND = {}
     for side, contender in sides.items():
         run = contender.run
-        parts = [s.hidden_BTD[:, :-1][mask_BS.to(run.device)] for s, mask_BS in zip(at.states[side], scored)]
+        parts = [s.hidden_BTD[:, :-1][mask_BS.to(run.device)] for s, mask_BS in zip(ends[side], scored)]
         x_ND[side] = run.in_spans(run.norm(), torch.cat(parts), 4)
     next_N = torch.cat([tokens_BT[:, 1:][mask_BS] for tokens_BT, mask_BS in zip(rows, scored)]).to(source.device)
     comparisons = {side: Comparison.of(next_N) for side in sides if side != SOURCE}
@@ -204,19 +222,18 @@ def head(
                 comparison.add(n, block.start, source_nv, export_nv.to(source.device))
     found = {}
     for side, comparison in comparisons.items():
-        values = comparison.finish() | routed(sides[side], at, side, scored)
+        values = {**comparison.finish(), **agreed[side]}
         split = {name: x_N.split([int(mask_BS.sum()) for mask_BS in scored]) for name, x_N in values.items()}
         found[side] = [Divergence.of(mask, {name: x[i] for name, x in split.items()}) for i, mask in enumerate(scored)]
     return found
 
 
-def routed(contender: Contender, at: Boundary, side: str, scored: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Mean over MoE layers of what `agreement` says of each scored token [N]; empty where it was not compared."""
-    if contender.kept is None or not at.routes:
+def routed(contender: Contender, layers: int, sums: Sequence[Tensor], scored: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean over MoE `layers` of what `agreement` says of each scored token [N]; empty where it was not compared."""
+    if contender.kept is None or not layers:
         return {}
     parts = [
-        (sums_2T / len(at.routes)).reshape(2, len(mask_BS), -1)[:, :, :-1][:, mask_BS]
-        for sums_2T, mask_BS in zip(at.routing[side], scored)
+        (sums_2T / layers).reshape(2, len(mask_BS), -1)[:, :, :-1][:, mask_BS] for sums_2T, mask_BS in zip(sums, scored)
     ]
     agreed_N, gone_N = torch.cat(parts, 1)
     return {"router_agreement": agreed_N, "pruned_mass": gone_N}

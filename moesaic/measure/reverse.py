@@ -6,6 +6,8 @@ reached. Leaves out what is added up: see surrogate and trace.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,11 +16,14 @@ from ..artifact import read_tensors, sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
 from ..plan import SOURCE
 from ..progress import progress
-from ..stream import LayerRun, State
+from ..stream import STATES, LayerRun, Standing, State, Sweep
 from ..stream.backward import Listener, drawn, retreat, tail
+from ..stream.state import ignore
+from ..stream.sweep import EACH_LAYER, load, save
 from ..tokens import TokenSet
 
 KIND = "slopes"
+TEXT, SLOPE = "text", "slope"  # the states of either direction
 PASSES = 7  # a layer's work besides formats: forward, again, slopes before and behind, experts that tokens would go to
 
 # Of a layer: who listens while it is run backward, and what has then been found, by name.
@@ -41,53 +46,66 @@ def reverse(
 
     Takes 4 · T · D bytes of disk for each layer, gone at the end, and reads the weights twice.
     """
-    layers = run.architecture.layers
+    layers, slopes = run.architecture.layers, folder / STATES
     sweep_partials(folder)
-    if not all((folder / f"{layer:03d}.safetensors").exists() for layer in range(layers)):
-        begun = folder / "slope.safetensors"
+    if not all(product(folder, layer).exists() for layer in range(layers)):
         if not quiet:
             disk = 4 * layers * tokens.tokens * run.architecture.hidden
             print(f"slopes: {tokens.tokens:,} tokens, {disk / 1e9:,.2f} GB of hidden states on disk", file=sys.stderr)
-        if not begun.exists():
+        if not slopes.exists():
             last_BTD = forward(run, tokens, folder, inputs, quiet)
             labels_BS = tokens.ids_BT[:, 1:] if from_text else drawn(run, last_BTD, seed)
-            keep(begun, tail(run, last_BTD, labels_BS), inputs, layers)
-        tensors, body = read_tensors(begun, KIND, inputs)
-        at, slope_BTD = int(body["layer"]), tensors["at_BTD"].to(run.device)
-        with progress("backward", at * tokens.tokens, "token-layers", quiet) as meter:
-            for layer in reversed(range(at)):
-                hidden_BTD = read_tensors(before(folder, layer), KIND, inputs)[0]["at_BTD"].to(run.device)
-                listener, found = hearing(layer)
-                slope_BTD = retreat(run, layer, hidden_BTD, slope_BTD, listener)
-                write_tensors(folder / f"{layer:03d}.safetensors", KIND, found(), inputs)
-                keep(begun, slope_BTD, inputs, layer)
-                meter.advance(tokens.tokens)
-    for state in (*(before(folder, layer) for layer in range(layers)), folder / "slope.safetensors"):
-        state.unlink(missing_ok=True)
-    files = [read_tensors(folder / f"{layer:03d}.safetensors", KIND, inputs)[0] for layer in range(layers)]
+            save(slopes, Standing({SLOPE: State(tail(run, last_BTD, labels_BS))}), inputs)
+            del last_BTD
+        under_way = Sweep(range(layers)[::-1], slopes, inputs, run.device, EACH_LAYER)
+        with progress("backward", (layers - under_way.done) * tokens.tokens, "token-layers", quiet) as meter:
+            step = partial(backward, run, hearing, folder, inputs)
+            begin = partial(load, slopes, inputs, run.device)
+            under_way.through(begin, step, ignore, lambda _: meter.advance(tokens.tokens))
+    for states in (*(before(folder, layer) for layer in range(layers)), slopes):
+        states.unlink(missing_ok=True)
+    files = [read_tensors(product(folder, layer), KIND, inputs)[0] for layer in range(layers)]
     return {name: tensor for found in files for name, tensor in found.items()}
 
 
 def forward(run: LayerRun, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], quiet: bool) -> Tensor:
     """Hidden states after the last layer; those before each layer are left in `folder`."""
     layers = run.architecture.layers
-    done = [layer for layer in range(layers) if before(folder, layer).exists()]
-    start = max(done, default=0)
-    if done:
-        state = State(read_tensors(before(folder, start), KIND, inputs)[0]["at_BTD"].to(run.device))
-    else:
-        state = State(run.embed(tokens.ids_BT))
+    start = max((layer for layer in range(layers) if before(folder, layer).exists()), default=0)
+
+    def begin() -> Standing:
+        if before(folder, start).exists():
+            return load(before(folder, start), inputs, run.device)
+        return Standing({TEXT: State(run.embed(tokens.ids_BT))})
+
     with progress("forward", (layers - start) * tokens.tokens, "token-layers", quiet) as meter:
-        for layer in range(start, layers):
-            keep(before(folder, layer), state.hidden_BTD, inputs, layer)
-            (state,) = run.advance(layer, [state])
-            meter.advance(tokens.tokens)
-    return state.hidden_BTD
+        return Sweep(range(layers), None, inputs, run.device).through(
+            begin, partial(onward, run, folder, inputs), lambda at: at.states[TEXT].hidden_BTD,
+            lambda _: meter.advance(tokens.tokens),
+        )  # fmt: skip
+
+
+def onward(run: LayerRun, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing) -> Standing:
+    """One layer forward, and the states before it into a file of their own."""
+    save(before(folder, layer), at, inputs)
+    (after,) = run.advance(layer, [at.states[TEXT]])
+    return replace(at, states={TEXT: after})
+
+
+def backward(
+    run: LayerRun, hearing: Hearing, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing
+) -> Standing:
+    """One layer backward, from the states before it in their file; what is heard goes into the layer's file."""
+    hidden_BTD = load(before(folder, layer), inputs, run.device).states[TEXT].hidden_BTD
+    listener, found = hearing(layer)
+    slope_BTD = retreat(run, layer, hidden_BTD, at.states[SLOPE].hidden_BTD, listener)
+    write_tensors(product(folder, layer), KIND, found(), inputs)
+    return replace(at, states={SLOPE: State(slope_BTD)})
 
 
 def before(folder: Path, layer: int) -> Path:
     return folder / f"before-{layer:03d}.safetensors"
 
 
-def keep(file: Path, at_BTD: Tensor, inputs: Mapping[str, str], layer: int) -> None:
-    write_tensors(file, KIND, {"at_BTD": at_BTD.cpu()}, inputs, {"layer": layer})
+def product(folder: Path, layer: int) -> Path:
+    return folder / f"{layer:03d}.safetensors"

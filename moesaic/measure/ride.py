@@ -137,7 +137,7 @@ def advance(riders: Riders, layer: int, at: Standing) -> Standing:
             states[name] = replace(states[name], changed=changed(branch, riders.way))
     going = [name for name in states if name != AWAITED]
     after = zip(going, run.advance(layer, [states[name] for name in going]))
-    return replace(at, states=states | {name: replace(state, changed={}) for name, state in after})
+    return replace(at, states={**states, **{name: replace(state, changed={}) for name, state in after}})
 
 
 def state_of(run: LayerRun, branch: Branch, hidden_BTD: Tensor, way: Mapping[str, Change]) -> State:

@@ -116,18 +116,24 @@ def sense(
     run, a, length = LayerRun(checkpoint), checkpoint.architecture, tokens.ids_BT.shape[1]
     way = changes([Branch({unit: f}) for unit, of in offered.items() for f in of if f != SOURCE], rounding)
     inputs = inputs_of(checkpoint, tokens, rounding, SURROGATE, offered, list(counts), order_LE.tolist(), seed)
-
-    def hearing(layer: int) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
-        order_E = order_LE[a.moe_layers.index(layer)].tolist() if layer in a.moe_layers else []
-        sums = Sums(offered, way, counts, order_E, run, tokens.tokens)
-        return Listener(sums.unit, sums.wanted, sums.gates), partial(sums.rows, length)
-
+    hearing = partial(heard, run, offered, way, counts, order_LE, (tokens.rows, length))
     found = reverse(run, tokens, folder, inputs, hearing, seed=seed, quiet=quiet)
     keys: dict[str, Key] = {f"{unit}/{f}": (unit, f) for unit, of in offered.items() for f in of if f != SOURCE}
     keys |= {f"{layer}/{kept}": (layer, kept) for layer in a.moe_layers for kept in counts}
     if missing := set(keys) ^ set(found):
         raise InputError(f"{len(missing)} options were not priced ({sorted(missing)[0]}); report this as a bug")
     return {key: Sensed(*found[name].numpy()) for name, key in keys.items()}
+
+
+def heard(
+    run: LayerRun, offered: Mapping[str, Sequence[str]], way: Mapping[str, Change], counts: Sequence[int],
+    order_LE: np.ndarray, shape: tuple[int, int], layer: int,
+) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:  # fmt: skip
+    """What `reverse` asks of a layer."""
+    moe_layers = run.architecture.moe_layers
+    order_E = order_LE[moe_layers.index(layer)].tolist() if layer in moe_layers else []
+    sums = Sums(offered, way, counts, order_E, run, shape[0] * shape[1])
+    return Listener(sums.unit, sums.wanted, sums.gates), partial(sums.rows, shape[1])
 
 
 def surrogate(

@@ -77,11 +77,7 @@ def trace(
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
     counted = tokens.rows * (tokens.ids_BT.shape[1] - 1)
-
-    def hearing(layer: int) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
-        traces = Traces(offered, way)
-        return Listener(traces.unit), partial(traces.found, counted)
-
+    hearing = partial(heard, offered, way, counted)
     found = reverse(engine, tokens, run / TRACE, inputs, hearing, from_text=True, quiet=quiet)
     asked = [(unit, f) for unit, of in offered.items() for f in of if f != SOURCE]
     if missing := [f"{unit}/{f}" for unit, f in asked if f"{unit}/{f}" not in found]:
@@ -91,6 +87,14 @@ def trace(
     table = Prices.of(TRACE, offered, a.moe_layers, order_LE, tokens.tokens, prices)
     table.save(run / "costs.json", inputs)
     return table
+
+
+def heard(
+    offered: Mapping[str, Sequence[str]], way: Mapping[str, Change], counted: int, layer: int
+) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
+    """What `reverse` asks of a layer."""
+    traces = Traces(offered, way)
+    return Listener(traces.unit), partial(traces.found, counted)
 
 
 def drops(

@@ -6,23 +6,24 @@ as they are rounded, and hidden states are saved after each layer, so the same c
 out roundings that need no data: `export` does those by itself.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import overlay
-from ..artifact import write_tensors
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..plan import Plan, dropped
 from ..progress import progress
 from ..rounding import rounding_named
-from ..stream import LayerRun, State
+from ..stream import STATES, LayerRun, Standing, State, Sweep
+from ..stream.sweep import EACH_LAYER
 from ..target import Target, bound
 from ..tokens import TokenSet
-from .work import Work
+from .work import TEXT, Work, round_layer
 
 __all__ = ["FOLDER", "render"]
 
@@ -49,29 +50,31 @@ def render(
         return overlay.listing(folder, inputs)
     run = LayerRun(source, device)
     work = Work(target, rounding, run, folder, inputs)
-    layer, hidden_BTD = work.resume()
-    before = run.embed(tokens.ids_BT) if hidden_BTD is None else hidden_BTD.to(run.device)
-    state = State(before, dropped(plan.kept, source.architecture.experts))
-    with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as work.meter:
-        for facts in work.facts:
-            work.meter.advance(facts["weights"])
-        while layer <= max((g[0].layer for g in work.groups), default=-1):
-            state = work.advance(layer, state)
-            body = {"layer": layer, "groups": work.facts}
-            write_tensors(folder / "hidden.safetensors", "hidden", {"hidden_BTD": state.hidden_BTD.cpu()}, inputs, body)
-            layer += 1
-    facts = summary(work, tokens)
-    overlay.finish(folder, {name: digest for g in work.facts for name, digest in g["sha256"].items()}, inputs, facts)
-    (folder / "hidden.safetensors").unlink(missing_ok=True)
-    return overlay.listing(folder, inputs)
+    layers = range(max((g[0].layer for g in work.groups), default=-1) + 1)
+    under_way = Sweep(layers, folder / STATES, inputs, run.device, EACH_LAYER)
+
+    def begin() -> Standing:
+        state = State(run.embed(tokens.ids_BT), dropped(plan.kept, source.architecture.experts))
+        return Standing({TEXT: state}, {"groups": []})
+
+    def end(at: Standing) -> dict[str, Any]:
+        groups = at.notes.get("groups", [])
+        facts = summary(work, groups, tokens)
+        overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, facts)
+        return overlay.listing(folder, inputs)
+
+    with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as meter:
+        meter.advance(sum(facts["weights"] for facts in under_way.saved["notes"].get("groups", ())))
+        step = partial(round_layer, target, rounding, run, folder, inputs, told=meter.advance)
+        return under_way.through(begin, step, end)
 
 
-def summary(work: Work, tokens: TokenSet) -> dict[str, Any]:
+def summary(work: Work, found: Sequence[Mapping[str, Any]], tokens: TokenSet) -> dict[str, Any]:
     """Counts, and by name the experts that no token reached, or that owe most of what they know to other tokens.
 
     Raises `PlanError` when not every group was rounded exactly once.
     """
-    groups = sorted(work.facts, key=lambda g: g["group"])
+    groups = sorted(found, key=lambda g: g["group"])
     if [g["group"] for g in groups] != sorted(g[0].name for g in work.groups):
         raise PlanError(f"{len(groups)} groups were rounded, the plan has {len(work.groups)}; report this as a bug")
     experts = [g for g in groups if g["expert"] is not None]

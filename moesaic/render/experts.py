@@ -59,6 +59,8 @@ class Experts:
 
     def batches(self, experts: Sequence[Sequence[Group]]) -> Iterator[Sequence[Sequence[Group]]]:
         """Groups of experts (gate with up, and down), as many experts at a time as `SIDE_BY_SIDE` blocks hold."""
+        if not experts:
+            return
         sizes = [
             width**2 + width * sum(n.shape[0] for n in group) for group in experts[0] for width in [group[0].shape[1]]
         ]

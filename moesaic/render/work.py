@@ -9,16 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifact import read_tensors
 from ..containers import siblings
 from ..errors import PlanError
 from ..families import Linear
-from ..progress import Meter
 from ..rounding import Inputs, Rounding, round_members
-from ..stream import LayerRun, LinearPass, Observer, Routing, State
+from ..stream import LayerRun, LinearPass, Observer, Routing, Standing, State
+from ..stream.state import ignore
 from ..target import Target, keeps_values
 from .experts import Experts, batch_of
 from .group import Group, Members, format_of, is_written, read_facts, read_values, weights_of, write_group
+
+TEXT = "text"  # the name of its states
+
+
+def round_layer(
+    target: Target, rounding: Rounding, run: LayerRun, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing, *,
+    told: Callable[[int], None] = ignore,
+) -> Standing:  # fmt: skip
+    """A layer's groups rounded into the overlay, their facts added to the notes, and the states behind the rounded layer."""
+    work = Work(target, rounding, run, folder, inputs, list(at.notes["groups"]), told)
+    state = work.advance(layer, at.states[TEXT])
+    return replace(at, states={TEXT: state}, notes={"groups": work.facts})
 
 
 @dataclass
@@ -30,22 +41,13 @@ class Work:
     run: LayerRun
     folder: Path
     inputs: Mapping[str, str]
-    meter: Meter = field(default_factory=lambda: Meter("render", 0, "weights"))
     facts: list[dict[str, Any]] = field(default_factory=list)
+    told: Callable[[int], None] = ignore  # how many weights have been rounded
 
     def __post_init__(self) -> None:
         changed = [n for n in self.target.architecture.linears if not keeps_values(self.target, n)]
         self.groups = siblings(changed)
         self.by_origin = {self.target.origin[n.name].name: group for group in self.groups for n in group}
-
-    def resume(self) -> tuple[int, Tensor | None]:
-        """The first layer still to do, and the hidden states before it (None: from the embedding)."""
-        path = self.folder / "hidden.safetensors"
-        if not path.exists():
-            return 0, None
-        tensors, body = read_tensors(path, "hidden", self.inputs)
-        self.facts = body["groups"]
-        return body["layer"] + 1, tensors["hidden_BTD"]
 
     @torch.no_grad()
     def advance(self, layer: int, state: State) -> State:
@@ -62,7 +64,7 @@ class Work:
         self.round_linears(self.of_layer(layer, "dense"), feed_forward, state)
         watching = replace(state, observer=Observer(route=partial(self.round_experts, state)))
         (hidden_BTD,) = run.feed_forward(layer, [watching], [middle_BTD])
-        return replace(state, hidden_BTD=hidden_BTD)
+        return replace(state, hidden_BTD=hidden_BTD, changed={})
 
     def of_layer(self, layer: int, *roles: str) -> list[Group]:
         return [group for group in self.groups if group[0].layer == layer and group[0].role in roles]
@@ -119,7 +121,7 @@ class Work:
 
     def record(self, facts: dict[str, Any]) -> None:
         self.facts.append(facts)
-        self.meter.advance(facts["weights"])
+        self.told(facts["weights"])
 
     def change(self, linears: Sequence[Linear], values: Sequence[Tensor]) -> Sequence[Tensor]:
         """A `Change`: the values of matrices as far as they have been rounded."""
