@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import FIELDS, Bootstrap, Divergence
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.texts import python_texts, read_texts
 from moesaic.tokenizer import Tokenizer
 from moesaic.tokens import TokenSet
@@ -43,10 +43,8 @@ def rows_of(model: Path, rows: int, length: int, data: Path | None = None) -> To
 
 def streamed(source: Path, export: Path, tokens: TokenSet) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        scores = evaluate(
-            Checkpoint.open(source), Checkpoint.open(export), [Reading.of(tokens)], Path(folder),
-            floor=False, device="cpu", quiet=True,
-        )  # fmt: skip
+        models = Checkpoint.open(source), Checkpoint.open(export)
+        scores = evaluate(*models, [Reading.of(tokens)], Path(folder), Conditions(floor=False, device="cpu"), True)
     found = scores.find("kl_mean")
     assert found is not None and found.value is not None
     return found.value
@@ -107,7 +105,7 @@ def errors(a: argparse.Namespace) -> None:
             Checkpoint.open(a.export),
             [Reading.of(tokens)],
             Path(folder),
-            device="cpu",
+            Conditions(device="cpu"),
             quiet=True,
         )
         values, _ = read_tensors(Path(folder) / "scores.safetensors", "token_scores")

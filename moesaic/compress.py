@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .activations import calibrated
-from .artifact import read_json, write_json
+from .artifact import read_json, sweep_partials, write_json
 from .calibrate import Statistics, calibrate, check_domains
 from .candidates import (
     Chosen,
@@ -35,7 +35,7 @@ from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
 from .errors import CheckError, InputError
-from .evaluate import Reading, Scores, evaluate
+from .evaluate import Conditions, Reading, Scores, evaluate
 from .fit import check_layout
 from .formats import FORMATS
 from .make import expert_errors, make, rendered, rounding_on
@@ -113,6 +113,7 @@ def compress(
     elif recipe.offer.layout is not None:
         check_layout(Target.of(source, as_told(source, recipe, None)), recipe.offer.layout)
     source.check_values()
+    sweep_partials(run)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": recipe.facts()}, {})
 
     chosen = None
@@ -144,7 +145,7 @@ def compress(
     write_json(run / "verify.json", "verify", findings(result, verdict), inputs)
     verdict.require(run / "model", "remove it and run again")
 
-    scores = evaluate(source, result, [Reading.of(rows)], run, activations=("none", "engine"), quiet=quiet)
+    scores = evaluate(source, result, [Reading.of(rows)], run, Conditions(("none", "engine")), quiet)
     page = report(run)
     return summary(source, result, scores, selection) | {
         "run": str(run),

@@ -1,6 +1,7 @@
 """Activations as an engine rounds them, where tokens go, and the floor: held to compressed-tensors and to transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import Contender, kept_of, lockstep
 from moesaic.divergence.activations import declared, intakes, rounded, told
 from moesaic.errors import InputError
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.export import export
 from moesaic.plan import Plan
 from moesaic.stream import LayerRun, Observer, Routing, State
@@ -115,7 +116,14 @@ def test_equal_to_a_whole_model_whose_every_linear_rounds_its_inputs(
     source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = text_rows(source)
-    evaluate(source, source, [Reading.of(tokens)], tmp_path, activations=("none", "engine"), device="cpu", quiet=True)
+    evaluate(
+        source,
+        source,
+        [Reading.of(tokens)],
+        tmp_path,
+        Conditions(activations=("none", "engine"), device="cpu"),
+        quiet=True,
+    )
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     plain = Reference(source.path).logits(tokens.ids_BT)[:, :-1].double().log_softmax(-1)
     skip = {source.architecture.experts, source.architecture.vocab}
@@ -132,7 +140,7 @@ def test_equal_to_a_whole_model_whose_every_linear_rounds_its_inputs(
 def test_scores_say_how_activations_were_treated(m3: Checkpoint, tmp_path: Path) -> None:
     worse = changed(m3.path, tmp_path / "export", noisy)
     tokens = text_rows(m3)
-    scores = evaluate(m3, worse, [Reading.of(tokens)], tmp_path, activations=("none", "engine"), quiet=True)
+    scores = evaluate(m3, worse, [Reading.of(tokens)], tmp_path, Conditions(activations=("none", "engine")), quiet=True)
     kl = {way: scores.find("kl_mean", activations=way) for way in ("none", "engine")}
     assert all(kl.values()) and kl["none"].value != kl["engine"].value  # type: ignore[union-attr]
     assert (
@@ -150,7 +158,7 @@ def test_routing_is_compared_in_the_numbers_of_the_source(m3: Checkpoint, tmp_pa
     pruned = export(m3, Plan("mxfp8", kept), tmp_path / "pruned", quiet=True)
     assert kept_of(pruned, m3) == {layer: list(ids) for layer, ids in kept.items()}
     tokens = text_rows(m3)
-    scores = evaluate(m3, pruned, [Reading.of(tokens)], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, pruned, [Reading.of(tokens)], tmp_path, Conditions(device="cpu"), quiet=True)
     first = m3.architecture.moe_layers[0]
     seen: list[Routing] = []
     run = LayerRun(m3, "cpu")
@@ -178,7 +186,7 @@ def test_routing_is_compared_in_the_numbers_of_the_source(m3: Checkpoint, tmp_pa
 def test_a_stranger_is_compared_without_routing_and_says_so(m3: Checkpoint, tmp_path: Path) -> None:
     router = m3.architecture.routers[m3.architecture.moe_layers[0]].weight
     other = changed(m3.path, tmp_path / "other", lambda n, t: t.flip(1) if n == router else t)
-    scores = evaluate(m3, other, [Reading.of(text_rows(m3))], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, other, [Reading.of(text_rows(m3))], tmp_path, Conditions(device="cpu"), quiet=True)
     assert "resembles none" in scores.facts["routing"] and scores.find("router_agreement") is None
     assert scores.find("kl_mean").value > 0  # type: ignore[union-attr]
 
@@ -186,14 +194,14 @@ def test_a_stranger_is_compared_without_routing_and_says_so(m3: Checkpoint, tmp_
 def test_the_floor_is_small_but_there_and_kept_with_the_source(m3: Checkpoint, tmp_path: Path) -> None:
     reading = Reading.of(text_rows(m3))
     worse = changed(m3.path, tmp_path / "export", noisy)
-    go = dict(cache=tmp_path / "cache", device="cpu", quiet=True)
-    first = evaluate(m3, worse, [reading], tmp_path / "a", **go)
-    again = evaluate(m3, worse, [reading], tmp_path / "b", **go)
+    go = Conditions(device="cpu", cache=tmp_path / "cache")
+    first = evaluate(m3, worse, [reading], tmp_path / "a", go, True)
+    again = evaluate(m3, worse, [reading], tmp_path / "b", go, True)
     floor, kl = first.find("floor_kl_mean"), first.find("kl_mean")
     assert floor is not None and kl is not None and 0 < floor.value < kl.value / 3  # type: ignore[operator]
     assert again.scores == first.scores and again.find("floor_kl_mean") == floor
     assert first.find("floor_router_agreement") is None and first.facts["noise"] == 2**-9
-    without = evaluate(m3, worse, [reading], tmp_path / "c", floor=False, **go)
+    without = evaluate(m3, worse, [reading], tmp_path / "c", replace(go, floor=False), True)
     assert without.find("floor_kl_mean") is None and without.find("kl_mean") == kl
 
 

@@ -16,7 +16,7 @@ from test_evaluate import text_rows
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.errors import CheckError, InputError
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.quantize import Quantizing, quantize
 from moesaic.report import Facts, Naming, card, gather, push, report, uploads, write_card
 from moesaic.report.card import eval_results, licence_files
@@ -49,7 +49,14 @@ def export(source: Checkpoint) -> Path:
     """Its experts in MXFP4, evaluated, with a report."""
     out = source.path.parent / "out"
     quantize(source.path, out, Quantizing("mxfp4"), quiet=True, command="moesaic quantize A B --format mxfp4")
-    evaluate(source, Checkpoint.open(out), [Reading.of(text_rows(source))], out / "moesaic", device="cpu", quiet=True)
+    evaluate(
+        source,
+        Checkpoint.open(out),
+        [Reading.of(text_rows(source))],
+        out / "moesaic",
+        Conditions(device="cpu"),
+        quiet=True,
+    )
     report(out)
     return out
 

@@ -19,7 +19,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import Contender, lockstep
 from moesaic.documents import Text
 from moesaic.errors import InputError, StaleError
-from moesaic.evaluate import EVALUATIONS, Reading, Scores, evaluate
+from moesaic.evaluate import EVALUATIONS, Conditions, Reading, Scores, evaluate
 from moesaic.evaluate.kld import llama_text
 from moesaic.evaluate.perplexity import windows
 from moesaic.stream import LayerRun
@@ -81,7 +81,7 @@ def found(scores: Scores, names: list[str]) -> dict[str, float | None]:
 
 def test_equal_to_two_full_models(source: Checkpoint, export: Checkpoint, tmp_path: Path) -> None:
     tokens = text_rows(source)
-    scores = evaluate(source, export, [Reading.of(tokens)], tmp_path / "run", device="cpu", quiet=True)
+    scores = evaluate(source, export, [Reading.of(tokens)], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     wanted = direct(source.path, export.path, tokens.ids_BT)
     assert wanted["kl_mean"] > 1e-3
     assert found(scores, list(wanted)) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
@@ -95,14 +95,14 @@ def test_equal_to_two_full_models_that_were_trained(family: str, tmp_path: Path)
     source, export = Checkpoint.open(path), changed(path, tmp_path / "export", noisy)
     texts = [Text("math", (text.read_text(),))]
     tokens = TokenSet.build(texts, Tokenizer.open(path), rows=3, length=300, vocab=4096)
-    scores = evaluate(source, export, [Reading.of(tokens)], tmp_path / "run", device="cpu", quiet=True)
+    scores = evaluate(source, export, [Reading.of(tokens)], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     wanted = direct(source.path, export.path, tokens.ids_BT)
     assert wanted["kl_mean"] > 1e-3
     assert found(scores, list(wanted)) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
 def test_a_model_is_no_distance_from_itself(source: Checkpoint, tmp_path: Path) -> None:
-    scores = evaluate(source, source, [Reading.of(text_rows(source))], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(source, source, [Reading.of(text_rows(source))], tmp_path, Conditions(device="cpu"), quiet=True)
     nothing = found(scores, ["kl_mean", "kl_max", "delta_ln_ppl", "delta_p_rms", "kl_above_1_nat"])
     assert set(nothing.values()) == {0.0} and found(scores, ["top1_agreement", "ppl_ratio"]) == {
         "top1_agreement": 1,
@@ -114,7 +114,7 @@ def test_a_model_is_no_distance_from_itself(source: Checkpoint, tmp_path: Path) 
 def test_files_hold_every_token_and_the_same_table_twice(m3: Checkpoint, tmp_path: Path) -> None:
     tokens = text_rows(m3)
     export = changed(m3.path, tmp_path / "export", noisy)
-    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, Conditions(device="cpu"), quiet=True)
     assert Scores.read(tmp_path / "scores.json", {"source": m3.identity, "export": export.identity}) == scores
     with pytest.raises(StaleError):
         Scores.read(tmp_path / "scores.json", {"export": "of another export"})
@@ -132,7 +132,7 @@ def test_files_hold_every_token_and_the_same_table_twice(m3: Checkpoint, tmp_pat
 def test_parts_are_what_they_say(m3: Checkpoint, tmp_path: Path) -> None:
     tokens = text_rows(m3)
     export = changed(m3.path, tmp_path / "export", noisy)
-    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, Conditions(device="cpu"), quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     for i, domain in enumerate(tokens.domains):
         score = scores.find("kl_mean", part=domain)
@@ -145,9 +145,9 @@ def test_parts_are_what_they_say(m3: Checkpoint, tmp_path: Path) -> None:
 def test_readings_of_different_lengths_ride_one_sweep(m2: Checkpoint, tmp_path: Path) -> None:
     short, long = Reading.of(text_rows(m2, 4, 24), "short"), Reading.of(text_rows(m2, 2, 80), "long")
     export = changed(m2.path, tmp_path / "export", noisy)
-    both = evaluate(m2, export, [short, long], tmp_path / "a", device="cpu", quiet=True)
+    both = evaluate(m2, export, [short, long], tmp_path / "a", Conditions(device="cpu"), quiet=True)
     for reading in (short, long):
-        alone = evaluate(m2, export, [reading], tmp_path / reading.name, device="cpu", quiet=True)
+        alone = evaluate(m2, export, [reading], tmp_path / reading.name, Conditions(device="cpu"), quiet=True)
         mine, together = (  # the noise of the floor is drawn by place in the sweep
             [s for s in of.scores if s.reading == reading.name and not s.name.startswith("floor")]
             for of in (alone, both)
@@ -171,7 +171,7 @@ def test_what_is_not_finite_is_counted_and_left_out(m3: Checkpoint, tmp_path: Pa
         return noisy(name, stored)
 
     export = changed(m3.path, tmp_path / "export", plant)
-    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, export, [Reading.of(tokens)], tmp_path, Conditions(device="cpu"), quiet=True)
     spoilt_BT = (tokens.ids_BT == bad_id).cumsum(1) > 0
     bad_BS = read_tensors(tmp_path / "scores.safetensors", "token_scores")[0]["text.kl_nats"].isnan()
     assert bad_BS[spoilt_BT[:, :-1]].all() and not bad_BS[~spoilt_BT.any(1)].any()
@@ -185,7 +185,7 @@ def test_what_is_not_finite_is_counted_and_left_out(m3: Checkpoint, tmp_path: Pa
 
 def test_nothing_finite_is_no_figure_at_all(m2: Checkpoint, tmp_path: Path) -> None:
     ruined = changed(m2.path, tmp_path / "export", lambda n, t: t * torch.nan if n == m2.architecture.norm else t)
-    scores = evaluate(m2, ruined, [Reading.of(text_rows(m2))], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m2, ruined, [Reading.of(text_rows(m2))], tmp_path, Conditions(device="cpu"), quiet=True)
     assert scores.find("kl_mean") is not None and {s.value for s in scores.scores if s.tokens == 0} == {None}
     assert "NaN" not in (tmp_path / "scores.json").read_text()
 
@@ -193,12 +193,52 @@ def test_nothing_finite_is_no_figure_at_all(m2: Checkpoint, tmp_path: Path) -> N
 def test_the_source_kept_from_an_earlier_run_gives_the_same(m3: Checkpoint, tmp_path: Path) -> None:
     reading = Reading.of(text_rows(m3))
     export = changed(m3.path, tmp_path / "export", noisy)
-    first = evaluate(m3, m3, [reading], tmp_path / "a", cache=tmp_path / "cache", device="cpu", quiet=True)
+    first = evaluate(m3, m3, [reading], tmp_path / "a", Conditions(cache=tmp_path / "cache", device="cpu"), quiet=True)
     assert first.find("kl_mean").value == 0  # type: ignore[union-attr]
-    again = evaluate(m3, export, [reading], tmp_path / "b", cache=tmp_path / "cache", device="cpu", quiet=True)
-    plain = evaluate(m3, export, [reading], tmp_path / "c", device="cpu", quiet=True)
+    again = evaluate(
+        m3, export, [reading], tmp_path / "b", Conditions(cache=tmp_path / "cache", device="cpu"), quiet=True
+    )
+    plain = evaluate(m3, export, [reading], tmp_path / "c", Conditions(device="cpu"), quiet=True)
     assert again.scores == plain.scores and len(list((tmp_path / "cache").iterdir())) == 1
     assert again.facts["layers"][0]["relative_error"] is None and plain.facts["layers"][-1]["relative_error"] > 0
+
+
+def test_a_finished_evaluation_is_read_and_a_changed_option_is_swept(
+    m2: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeps: list[int] = []
+    monkeypatch.setattr("moesaic.evaluate.lockstep", lambda *a, **more: sweeps.append(1) or lockstep(*a, **more))
+    reading, go = Reading.of(text_rows(m2, 2, 24)), Conditions(device="cpu", floor=False)
+
+    def swept(conditions: Conditions = go, rows: Reading = reading, export: Checkpoint = m2) -> tuple[int, Scores]:
+        before = len(sweeps)
+        scores = evaluate(m2, export, [rows], tmp_path / "run", conditions)
+        return len(sweeps) - before, scores
+
+    count, first = swept()
+    first = first.add(
+        [replace(first.scores[0], name="of another stage")], {"more": 1}, tmp_path / "run" / "scores.json"
+    )
+    capsys.readouterr()
+    again, found = swept()
+    assert (count, again) == (1, 0)
+    assert found.scores == first.scores[:-1] and "more" not in found.facts, "what others added is theirs to add again"
+    assert Scores.read(tmp_path / "run" / "scores.json").scores == found.scores
+    assert "this text and these options already" in capsys.readouterr().err
+    other = changed(m2.path, tmp_path / "export", lambda n, t: t * 1.5 if n == m2.architecture.norm else t)
+    for change in (
+        {"conditions": replace(go, floor=True)},
+        {"conditions": replace(go, seed=1)},
+        {"conditions": replace(go, dtype=torch.bfloat16)},
+        {"conditions": replace(go, activations=("w4a4",))},
+        {"conditions": replace(go, cache=tmp_path / "cache")},
+        {"rows": Reading.of(text_rows(m2, 3, 24))},
+        {"export": other},
+    ):
+        assert swept(**change)[0] == 1 and swept(**change)[0] == 0, change
+    assert swept()[0] == 1, "one evaluation stands in a folder, the last"
+    (tmp_path / "run" / "scores.safetensors").unlink()
+    assert swept()[0] == 1
 
 
 def test_interrupted_and_continued_gives_the_same(
@@ -206,7 +246,7 @@ def test_interrupted_and_continued_gives_the_same(
 ) -> None:
     reading = Reading.of(text_rows(m3))
     export = changed(m3.path, tmp_path / "export", noisy)
-    plain = evaluate(m3, export, [reading], tmp_path / "plain", device="cpu", quiet=True)
+    plain = evaluate(m3, export, [reading], tmp_path / "plain", Conditions(device="cpu"), quiet=True)
     advance, calls = LayerRun.advance, []
 
     def stop(run: LayerRun, layer: int, states: list) -> list:
@@ -217,20 +257,20 @@ def test_interrupted_and_continued_gives_the_same(
 
     monkeypatch.setattr(LayerRun, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(m3, export, [reading], tmp_path / "run", device="cpu", quiet=True)
+        evaluate(m3, export, [reading], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     partial = tmp_path / "run" / "evaluate.partial.safetensors"
     assert partial.exists() and not (tmp_path / "run" / "scores.json").exists()
     with pytest.raises(StaleError):
-        evaluate(m3, m3, [reading], tmp_path / "run", device="cpu", quiet=True)
+        evaluate(m3, m3, [reading], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     calls[:] = [(m3.path, 0)] * 10
-    continued = evaluate(m3, export, [reading], tmp_path / "run", device="cpu", quiet=True)
+    continued = evaluate(m3, export, [reading], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     assert {layer for _, layer in calls[10:]} == {2} and not partial.exists()
     assert continued.scores == plain.scores and continued.facts["layers"] == plain.facts["layers"]
 
 
 def test_models_of_other_depth_or_vocabulary_are_refused(m2: Checkpoint, m3: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one vocabulary and depth"):
-        evaluate(m2, m3, [Reading.of(text_rows(m2))], tmp_path, device="cpu", quiet=True)
+        evaluate(m2, m3, [Reading.of(text_rows(m2))], tmp_path, Conditions(device="cpu"), quiet=True)
 
 
 def test_small_steps_change_nothing(m3: Checkpoint, tmp_path: Path) -> None:
@@ -272,7 +312,7 @@ def test_strided_perplexity_equals_the_slow_way(m2: Checkpoint, tmp_path: Path) 
     text.write_text(" ".join(str(i * i) for i in range(60)))
     tokenizer = Tokenizer.open(m2.path)
     reading = windows(text, tokenizer, vocab=m2.architecture.vocab, window=40, stride=10)
-    scores = evaluate(m2, m2, [reading], tmp_path / "run", device="cpu", quiet=True)
+    scores = evaluate(m2, m2, [reading], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     ids_N, reference, nll = torch.tensor(tokenizer.encode(text.read_text())), Reference(m2.path), []
     end_before, starts = 0, [*range(0, len(ids_N) - 40 + 1, 10)]
     for start in [*starts, *([len(ids_N) - 40] if starts[-1] + 40 < len(ids_N) else [])]:
@@ -311,7 +351,7 @@ def test_bad_windows_are_refused(m3: Checkpoint, tmp_path: Path, window: int, st
 
 def test_llama_labels_and_registry(m3: Checkpoint, tmp_path: Path) -> None:
     export = changed(m3.path, tmp_path / "export", noisy)
-    scores = evaluate(m3, export, [Reading.of(text_rows(m3))], tmp_path, device="cpu", quiet=True)
+    scores = evaluate(m3, export, [Reading.of(text_rows(m3))], tmp_path, Conditions(device="cpu"), quiet=True)
     text, mean = llama_text(scores), scores.find("kl_mean")
     assert mean is not None and f"Mean    KLD: {mean.value:10.6f} ± {mean.error:10.6f}" in text
     assert all(

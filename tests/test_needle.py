@@ -13,7 +13,7 @@ from test_evaluate import changed, noisy
 from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import Estimate
 from moesaic.errors import InputError
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.evaluate.needle import CONTROL, haystacks
 from moesaic.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def test_lengths_that_cannot_be_are_refused(m3: Checkpoint, length: int, message
 
 def test_figures_are_those_of_two_whole_models(m2: Checkpoint, tmp_path: Path) -> None:
     export, readings = changed(m2.path, tmp_path / "export", noisy), made(m2, [300, 360], samples=2)
-    scores = evaluate(m2, export, readings, tmp_path, device="cpu", floor=False, quiet=True)
+    scores = evaluate(m2, export, readings, tmp_path, Conditions(device="cpu", floor=False), quiet=True)
     assert {s.name for s in scores.scores} == {
         "needle_found_source", "needle_found_export", "needle_log_p_source", "needle_log_p_export", "needle_delta_log_p",
     }  # fmt: skip
@@ -89,7 +89,7 @@ def test_small_trained_models_pass_the_control_and_fail_it_when_it_is_spoilt(fam
     (reading,) = made(model, [360], depths=(0.5,), samples=6)
     swapped_BT = torch.cat([reading.ids_BT[:, :-2], reading.ids_BT[:, -1:], reading.ids_BT[:, -2:-1]], 1)
     spoilt = replace(reading, name="spoilt", ids_BT=swapped_BT)
-    scores = evaluate(model, model, [reading, spoilt], tmp_path, device="cpu", floor=False, quiet=True)
+    scores = evaluate(model, model, [reading, spoilt], tmp_path, Conditions(device="cpu", floor=False), quiet=True)
     found = {r.name: scores.find("needle_found_source", CONTROL, r.name) for r in (reading, spoilt)}
     assert found[reading.name].value >= 0.75 and found["spoilt"].value == 0  # type: ignore[union-attr, operator]
     hidden = scores.find("needle_found_source", reading=reading.name)

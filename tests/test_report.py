@@ -20,7 +20,7 @@ from moesaic.artifact import write_json
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.errors import InputError
-from moesaic.evaluate import Reading, Score, Scores, evaluate
+from moesaic.evaluate import Conditions, Reading, Score, Scores, evaluate
 from moesaic.plan import Plan
 from moesaic.prune import Pruning, Ranking, preview_cuts, prune
 from moesaic.quantize import Quantizing, quantize
@@ -59,7 +59,7 @@ def run(m3: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     errors = {str(layer): [0.11 + 0.001 * e for e in range(len(ids))] for layer, ids in kept.items()}
     verify = {"holds": True, "compared": {"structure": 123, "codes": 456}, "findings": [], "expert_errors": errors}
     write_json(folder / "verify.json", "verify", verify, {})
-    evaluate(m3, export, [Reading.of(tokens)], folder, device="cpu", quiet=True)
+    evaluate(m3, export, [Reading.of(tokens)], folder, Conditions(device="cpu"), quiet=True)
     return folder
 
 
@@ -297,7 +297,9 @@ def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
     prune(m2.path, tmp_path / "p", Pruning(4), corpus=few, quiet=True)
     preview_cuts(m2.path, tmp_path / "v", [4], Ranking(), few, quiet=True)
     tokens = text_rows(m2)
-    evaluate(m2, Checkpoint.open(tmp_path / "p"), [Reading.of(tokens)], tmp_path / "e", device="cpu", quiet=True)
+    evaluate(
+        m2, Checkpoint.open(tmp_path / "p"), [Reading.of(tokens)], tmp_path / "e", Conditions(device="cpu"), quiet=True
+    )
     says = {
         "q": ("moesaic quantize this", "How experts were rounded", "Every check holds", "Bits by layer"),
         "q/moesaic": ("How experts were rounded",),

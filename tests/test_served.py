@@ -20,7 +20,7 @@ from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.errors import InputError, StaleError
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.evaluate.needle import haystacks
 from moesaic.serve.local import local
 from moesaic.served import Server, read, score, writer
@@ -98,7 +98,7 @@ def test_what_a_server_tells_is_what_a_sweep_gives(m3: Checkpoint, tmp_path: Pat
     a, tokenizer = m3.architecture, Tokenizer.open(m3.path)
     readings = [Reading.of(text_rows(m3))]
     readings += haystacks(tokenizer, [260], vocab=a.vocab, context=a.context, depths=(0.5,), samples=1)
-    swept = evaluate(m3, m3, readings, tmp_path, floor=False, device="cpu", quiet=True)
+    swept = evaluate(m3, m3, readings, tmp_path, Conditions(floor=False, device="cpu"), quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     with serving(streaming(m3)) as url:
         server = Server.open(url)

@@ -14,7 +14,7 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2ForCausa
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError
-from moesaic.evaluate import evaluate
+from moesaic.evaluate import Conditions, evaluate
 from moesaic.stream import LayerRun, State
 from moesaic.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def test_equal_to_the_harnesss_own_backend(m2: Checkpoint, folder: Path, tmp_pat
     tokenizer, export = Tokenizer.open(m2.path), changed(m2.path, tmp_path / "export", much_noisier)
     asked = ask(["squares", "prose"], tokenizer, vocab=m2.architecture.vocab, context=40, folder=folder)
     assert len(asked.readings) > 1 and len(asked.rows) == sum(len(r.ids_BT) for r in asked.readings)
-    evaluate(m2, export, asked.readings, tmp_path, floor=False, device="cpu", quiet=True)
+    evaluate(m2, export, asked.readings, tmp_path, Conditions(floor=False, device="cpu"), quiet=True)
     scores, facts = mark(asked, tmp_path, ["none"])
     found = {(s.reading, s.name): s for s in scores}
     marks = []
@@ -127,7 +127,7 @@ def test_equal_to_the_harnesss_own_backend(m2: Checkpoint, folder: Path, tmp_pat
 def test_each_request_is_answered_as_by_the_harnesss_own_backend(m2: Checkpoint, folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(m2.path)
     asked = ask(["squares", "prose"], tokenizer, vocab=m2.architecture.vocab, context=40, folder=folder)
-    evaluate(m2, m2, asked.readings, tmp_path, floor=False, device="cpu", quiet=True)
+    evaluate(m2, m2, asked.readings, tmp_path, Conditions(floor=False, device="cpu"), quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     ours = asked.run(partial(answers, asked, values, "", "source"))
     theirs = backend(m2.path, tokenizer, folder, 40)

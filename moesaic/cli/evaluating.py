@@ -63,7 +63,7 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
     if a.against is None:
         raise InputError("no source is named; give --against MODEL, or --server URL")
     from ..checkpoint import Checkpoint
-    from ..evaluate import Scores, evaluate, ways
+    from ..evaluate import Conditions, Scores, evaluate, ways
 
     wanted = chosen(a, SCORES, TEXT)
     source, export = Checkpoint.open(a.against), Checkpoint.open(a.export)
@@ -73,9 +73,8 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
     readings = read_what(a, source, out, wanted) + (list(asked.readings) if asked else [])
     scores = None
     if readings:
-        scores = evaluate(
-            source, export, readings, out, activations=a.activations, seed=a.seed, cache=a.cache, quiet=a.quiet
-        )
+        conditions = Conditions(activations=a.activations, seed=a.seed, cache=a.cache)
+        scores = evaluate(source, export, readings, out, conditions, a.quiet)
     if asked and scores:
         from ..tasks import mark
 

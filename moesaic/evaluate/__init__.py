@@ -5,13 +5,16 @@ does), and the source beside itself with the noise of BF16: what no measurement 
 docs/SCORES.md says what the files hold. Leaves out text, haystacks and tasks: those are readings.
 """
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from .. import __version__
 from ..artifact import identity, write_tensors
@@ -26,9 +29,33 @@ from ..stream import LayerRun
 from .base import Evaluation, Reading, Score, Scores, Scoring
 
 EVALUATIONS = collect(__name__, Evaluation)
-FLOOR = "floor"
+FLOOR, TOKENS = "floor", "scores.safetensors"
+VERSIONS = {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 NOISE = 2.0**-9  # about what rounding to BF16 does to a number, as a standard deviation relative to it
 FLOOR_SCORES = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "delta_ln_ppl", "delta_p_rms")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which the models are compared.
+
+    activations  ways to run the export, of divergence.WAYS: the first is the one that plots are made of
+    floor        also the source against itself with one rounding to BF16 after every layer
+    device       None: CUDA where there is one, else CPU
+    seed         of that rounding's noise and of the bootstrap
+    cache        folder for what the source gave on these readings: with it each further export costs one
+                 sweep of its own bytes, and no error by layer is known
+    """
+
+    activations: tuple[str, ...] = ("none",)
+    floor: bool = True
+    device: str | None = None
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    cache: Path | None = None
+
+
+AS_STORED = Conditions()
 
 
 def evaluate(
@@ -36,22 +63,13 @@ def evaluate(
     export: Checkpoint,
     readings: Sequence[Reading],
     folder: Path,
-    *,
-    activations: Sequence[str] = ("none",),
-    floor: bool = True,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    cache: Path | None = None,
+    conditions: Conditions = AS_STORED,
     quiet: bool = False,
 ) -> Scores:
     """Read every reading with both models and score it; writes scores.json, scores.csv and scores.safetensors.
 
-    folder       where they go, and where an interrupted sweep is kept
-    activations  ways to run the export, of divergence.WAYS: the first is the one that plots are made of
-    floor        also the source against itself with one rounding to BF16 after every layer
-    cache        folder for what the source gave on these readings: with it each further export costs one
-                 sweep of its own bytes, and no error by layer is known
+    `folder` is where they go, and where an interrupted sweep is kept. Done before with the same models, readings,
+    conditions and versions, it only reads, and says so.
 
     Raises `InputError` when two readings bear one name or the models cannot be compared. Where no
     prediction is finite in both models a score's value is None, and the count of them is in the facts.
@@ -59,13 +77,66 @@ def evaluate(
     names = [r.name for r in readings]
     if not readings or len(set(names)) < len(names):
         raise InputError(f"{len(names)} readings named {names}; wanted one or more, of different names")
-    arithmetic = {"arithmetic": str(dtype).removeprefix("torch.")}
-    of_source = {"source": source.identity, "rows": identity([r.identity for r in readings])} | arithmetic
-    inputs = of_source | {"export": export.identity}
+    of_source = {
+        "source": source.identity,
+        "rows": identity([r.identity for r in readings]),
+        "arithmetic": str(conditions.dtype).removeprefix("torch."),
+    }
+    cache = conditions.cache and conditions.cache / f"source-{identity(of_source, conditions.seed)}.safetensors"
+    device = str(LayerRun(source, conditions.device, conditions.dtype).device)
+    asked = identity(list(conditions.activations), conditions.floor, device, conditions.seed, NOISE, VERSIONS)
+    inputs = of_source | {"export": export.identity, "asked": asked}
+    files = {"files": identity(touched(source), touched(export))}
+    scores = None if cache and not cache.exists() else finished(folder / TOKENS, inputs | files)
+    if scores is None:
+        scores, found = measured(Pair(source, export, folder, conditions, cache), readings, inputs, quiet)
+        write_tokens(folder / TOKENS, readings, found, scores, inputs | files)
+    elif not quiet:
+        where = folder / "scores.json"
+        print(f"evaluate: {where} is of these models, this text and these options already", file=sys.stderr, flush=True)
+    scores.write(folder / "scores.json", inputs)
+    return scores
+
+
+def finished(file: Path, inputs: Mapping[str, str]) -> Scores | None:
+    """What an earlier call with these inputs found; None where there was none."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as tensors:
+        body = json.loads((tensors.metadata() or {}).get("moesaic", "{}"))
+    if body.get("inputs") != dict(inputs) or "scores" not in body:
+        return None
+    return Scores(tuple(Score(**score) for score in body["scores"]), body["facts"])
+
+
+def touched(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """Shards with their sizes and times: an identity reads a few kilobytes of each, and would miss a matrix in between."""
+    names = sorted({stored.file for stored in checkpoint.stored.values()})
+    found = [(name, (checkpoint.path / name).stat()) for name in names]
+    return [(name, of.st_size, of.st_mtime_ns) for name, of in found]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models to compare, under which conditions, and where what was swept is kept."""
+
+    source: Checkpoint
+    export: Checkpoint
+    folder: Path
+    conditions: Conditions
+    cache: Path | None
+
+
+def measured(
+    pair: Pair, readings: Sequence[Reading], inputs: Mapping[str, str], quiet: bool
+) -> tuple[Scores, dict[str, list[Divergence]]]:
+    """Both models on all readings, in one sweep; the values of each token by side too."""
+    source, export, conditions, path = pair.source, pair.export, pair.conditions, pair.cache
+    activations, floor, seed = conditions.activations, conditions.floor, conditions.seed
+    of_source = {name: inputs[name] for name in ("source", "rows", "arithmetic")}
     kept, why_not = correspondence(source, export)
-    runs = [LayerRun(checkpoint, device, dtype) for checkpoint in (source, export)]
+    runs = [LayerRun(checkpoint, conditions.device, conditions.dtype) for checkpoint in (source, export)]
     contenders = {way: Contender(runs[1], found, kept=kept) for way, found in ways(export, activations).items()}
-    path = cache and cache / f"source-{identity(of_source, seed)}.safetensors"
     known = Known.load(path, of_source) if path and path.exists() else None
     if known and floor and not known.floor:
         known = None
@@ -75,21 +146,18 @@ def evaluate(
     with progress("evaluate", source.architecture.layers, "layers", quiet) as meter:
         outcome = lockstep(
             runs[0], contenders, [r.ids_BT for r in readings], [r.scored_BS for r in readings],
-            save=folder / "evaluate.partial.safetensors", inputs=inputs, known=known, done=meter.advance,
+            save=pair.folder / "evaluate.partial.safetensors", inputs=inputs, known=known, done=meter.advance,
         )  # fmt: skip
     found = dict(outcome.divergences)
     if known and floor:
         found[FLOOR] = list(known.floor)
     if path and known is None:
         replace(outcome.known, floor=found.get(FLOOR, [])).save(path, of_source)
-    facts = conditions(source, export, readings, outcome, found) | arithmetic
+    facts = facts_of(source, export, readings, outcome, found) | {"arithmetic": inputs["arithmetic"]}
     facts |= {"device": str(runs[0].device), "seed": seed, "routing": why_not or "compared"}
     first = next(iter(outcome.divergences))  # the name that its scores bear
     facts["activations"] = {first: "not rounded"} | {way: told(export, way) for way in dict.fromkeys(activations)}
-    scores = Scores(tuple(scored(readings, found, seed)), facts)
-    write_tokens(folder / "scores.safetensors", readings, found, inputs)
-    scores.write(folder / "scores.json", inputs)
-    return scores
+    return Scores(tuple(scored(readings, found, seed)), facts), found
 
 
 def ways(export: Checkpoint, activations: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -125,7 +193,7 @@ def scored(readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]
     return scores + floors
 
 
-def conditions(
+def facts_of(
     source: Checkpoint,
     export: Checkpoint,
     readings: Sequence[Reading],
@@ -140,7 +208,7 @@ def conditions(
         "readings": [of_reading(reading, divergence) for reading, divergence in zip(readings, found[first])],
         "layers": of_layers(outcome, first),
         "noise": NOISE if FLOOR in found else None,
-        "versions": {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": VERSIONS,
     }
 
 
@@ -167,11 +235,12 @@ def of_layers(outcome: Lockstep, way: str) -> list[dict[str, Any]]:
 
 
 def write_tokens(
-    path: Path, readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]], inputs: Mapping[str, str]
-) -> None:
+    path: Path, readings: Sequence[Reading], found: Mapping[str, Sequence[Divergence]], scores: Scores,
+    inputs: Mapping[str, str],
+) -> None:  # fmt: skip
     """`<reading>.<field>` [B, T−1] of the first way, `<reading>@<way>.<field>` of the others and of the floor.
 
-    Which rows those are is in the file too: reading -> identity.
+    Which rows those are is in the file too (reading -> identity), and the scores with their facts.
     """
     tensors: dict[str, torch.Tensor] = {}
     for number, (side, divergences) in enumerate(found.items()):
@@ -180,7 +249,12 @@ def write_tokens(
             tensors |= {f"{name}.{f}": x for f, x in divergence.values.items() if x.is_floating_point()}
             if number == 0:
                 tensors |= {f"{name}.part.{part}": rows_B.clone() for part, rows_B in reading.parts.items()}
-    write_tensors(path, "token_scores", tensors, inputs, {"readings": {r.name: r.identity for r in readings}})
+    body = {
+        "readings": {r.name: r.identity for r in readings},
+        "scores": [asdict(score) for score in scores.scores],
+        "facts": dict(scores.facts),
+    }
+    write_tensors(path, "token_scores", tensors, inputs, body)
 
 
-__all__ = ["EVALUATIONS", "Evaluation", "Reading", "Score", "Scores", "evaluate"]
+__all__ = ["EVALUATIONS", "Conditions", "Evaluation", "Reading", "Score", "Scores", "evaluate"]
