@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint
 from .documents import Text
@@ -16,6 +17,10 @@ from .tokenizer import Tokenizer
 from .tokens import TokenSet
 
 LENGTH = 2048  # tokens a row, unless the model's context is shorter
+TRYING_OUT = (
+    "no --data was given, so the text is that of this Python's standard library: for trying out only; for a model that "
+    "will be used, give text of the kind that it will read, as --data FOLDER"
+)
 POOL_TOKENS = 1 << 21  # scores by REAP still moved between 0.5 and 2.1 million tokens (the AIMER paper, on C4)
 
 
@@ -70,7 +75,7 @@ class Corpus:
             )  # fmt: skip
         except InputError as error:
             raise InputError(f"{error} ({told(parts)})" if parts else str(error)) from error
-        chosen = replace(chosen, facts={**chosen.facts, "parts": parts})
+        chosen = replace(chosen, facts={**chosen.facts, "parts": parts, "trying_out": self.is_trial(heldout)})
         if not file.exists() or TokenSet.load(file).facts != chosen.facts:
             chosen.save(file)
         return chosen
@@ -89,6 +94,10 @@ class Corpus:
         }
         return both[int(heldout)], origin, parts
 
+    def is_trial(self, heldout: bool = False) -> bool:
+        """Whether the text to calibrate on, or to judge by, is the standard library's."""
+        return self.data is None and not (heldout and self.heldout is not None)
+
     @cached_property
     def is_own(self) -> bool:
         """Whether the text is the user's. Otherwise models have read it, and no score on it may be called held out."""
@@ -105,3 +114,9 @@ def told(parts: Mapping[str, Mapping[str, int]]) -> str:
         for domain, n in parts.items()
     )
     return "; ".join(found)
+
+
+def recorded_text(run: Path) -> dict[str, Any]:
+    """Facts of the text that was read to calibrate in a run's folder; empty where none was."""
+    files = (run / name for name in ("tokens.safetensors", "pool.safetensors"))
+    return next((dict(TokenSet.load(file).facts) for file in files if file.exists()), {})

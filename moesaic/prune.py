@@ -13,7 +13,7 @@ from . import overlay
 from .artifact import atomic, write_json
 from .calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from .checkpoint import Checkpoint
-from .corpus import PYTHON_TEXT, Corpus
+from .corpus import PYTHON_TEXT, Corpus, recorded_text
 from .criteria import CRITERIA
 from .errors import InputError
 from .export import export
@@ -133,14 +133,18 @@ def know(setting: Setting, counts: Sequence[int]) -> Known:
     source, work, ranking, quiet = setting.source, setting.work, setting.ranking, setting.quiet
     inputs, weighed = {"source": source.identity}, any(CRITERIA[name].reads_weights for name in ranking.criteria)
     if ranking.run is not None:
-        return Known(gathered(source, ranking.run, weighed, quiet), {"statistics": str(ranking.run)}, inputs)
+        return Known(
+            gathered(source, ranking.run, weighed, quiet),
+            {"statistics": str(ranking.run), "tokens": recorded_text(ranking.run)},
+            inputs,
+        )
     if not any(CRITERIA[name].reads_text for name in ranking.criteria):
         return Known(Statistics.of_weights(source, weigh(source, work / WEIGHTS, quiet)), {}, inputs)
     if ranking.until_stable:
         settled = settle(source, setting.corpus, work, counts, ranking, quiet)
         statistics, tokens = settled.statistics, settled.tokens
         weights = weigh(source, work / WEIGHTS, quiet) if weighed else {}
-        facts: dict[str, Any] = {"tokens": dict(tokens.facts), "settled": settled.facts()}
+        facts = {"tokens": dict(tokens.facts), "settled": settled.facts()}
         return Known(replace(statistics, weights=weights), facts, inputs | {"tokens": tokens.identity})
     tokens = setting.corpus.calibration(source, work / "tokens.safetensors")
     if ranking.domains is not None:

@@ -353,7 +353,7 @@ def test_limits_are_stated(facts: Facts, whole: str) -> None:
     assert "activations were not rounded" in text and "more than 47 tokens of context" in text
     assert "not held out" not in text and "not finite" not in text
     assert facts.scores is not None
-    of_python = facts.scores.facts["readings"][0]["facts"] | {"origin": "Python 3.11.7: …"}
+    of_python = facts.scores.facts["readings"][0]["facts"] | {"trying_out": True}
     assert limits.PYTHON_TEXT in limits.limits(with_reading(facts, {"facts": of_python}))
     bad = limits.limits(with_reading(facts, {"nonfinite": {"source": 0, "export": 17}}))
     assert any("17 predictions of the export were not finite" in limit for limit in bad)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import arguments
-from .telling import plus_minus, show, sizes, tell_rounding, told
+from .telling import plus_minus, show, sizes, tell_rounding, told, trying_out
 
 if TYPE_CHECKING:
     from ..compress import Recipe
@@ -53,7 +53,6 @@ def run_inspect(a: arguments.Inspect) -> dict[str, Any]:
 
 def run_prune(a: arguments.Prune) -> dict[str, Any]:
     from ..prune import Pruning, prune
-    from ..repair import sentence
 
     if a.loops and not a.preview:
         raise InputError("--loops probes what --preview compares; give --preview too")
@@ -66,7 +65,25 @@ def run_prune(a: arguments.Prune) -> dict[str, Any]:
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
     pruning = Pruning(experts=a.experts[0], ranking=ranking(a, a.run), repair=a.repair, check=a.check)
-    facts = prune(a.model, a.out, pruning, corpus(a), command=a.line, quiet=a.quiet)
+    with trying_out(reads_library(a)):
+        return told_pruning(prune(a.model, a.out, pruning, corpus(a), command=a.line, quiet=a.quiet))
+
+
+def reads_library(a: arguments.Prune) -> bool:
+    """Whether the choice of experts, or a repair, depends on the standard library's text; of a run, on what it read."""
+    from ..corpus import recorded_text
+    from ..criteria import CRITERIA
+
+    reads = a.criterion not in CRITERIA or CRITERIA[a.criterion].reads_text
+    own = a.data is not None
+    if a.run is not None:
+        return bool(recorded_text(a.run).get("trying_out")) or (a.repair and not own)
+    return not own and (reads or a.repair)
+
+
+def told_pruning(facts: dict[str, Any]) -> dict[str, Any]:
+    from ..repair import sentence
+
     margins = sorted(facts["margins"].values())
     print(
         f"kept {facts['experts']} of {facts['source_experts']} experts in {len(margins)} layers "
@@ -102,12 +119,18 @@ def run_preview(a: arguments.Prune) -> dict[str, Any]:
 
 def run_quantize(a: arguments.Quantize) -> dict[str, Any]:
     from ..quantize import Quantizing, quantize
+    from ..rounding import ROUNDINGS
 
     asked = Quantizing(
         format=a.format, only=a.only, rest=a.rest, container=a.container, rounding=a.rounding or "rtn",
         layout=layout(a), check=a.check,
     )  # fmt: skip
-    facts = quantize(a.model, a.out, asked, corpus(a), command=a.line, quiet=a.quiet)
+    reads = asked.rounding in ROUNDINGS and bool(ROUNDINGS[asked.rounding].needs)
+    with trying_out(reads and a.data is None):
+        return told_rounding(quantize(a.model, a.out, asked, corpus(a), command=a.line, quiet=a.quiet))
+
+
+def told_rounding(facts: dict[str, Any]) -> dict[str, Any]:
     tell_rounding(facts)
     if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
         middle = errors[len(errors) // 2]
@@ -198,7 +221,8 @@ def run_compress(a: arguments.Compress) -> dict[str, Any]:
     from ..compress import compress
 
     asked = replace(recipe(a), format=a.format, rest=a.rest, evaluation_tokens=a.evaluation_tokens)
-    return told(compress(a.model, a.run, asked, corpus(a), command=a.line, quiet=a.quiet))
+    with trying_out(a.data is None):
+        return told(compress(a.model, a.run, asked, corpus(a), command=a.line, quiet=a.quiet))
 
 
 def recipe(a: arguments.Search) -> Recipe:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+@contextmanager
+def trying_out(is_trial: bool) -> Iterator[None]:
+    """Where a model is made from the standard library's text, say so in the first line and in the last."""
+    from ..corpus import TRYING_OUT
+
+    if is_trial:
+        print(f"note     {TRYING_OUT}", flush=True)
+    yield
+    if is_trial:
+        print(f"note     {TRYING_OUT}", flush=True)
 
 
 def told(facts: dict[str, Any]) -> dict[str, Any]:

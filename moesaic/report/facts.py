@@ -13,6 +13,7 @@ import numpy as np
 
 from ..artifact import read_json, read_tensors
 from ..checkpoint import Checkpoint
+from ..corpus import recorded_text
 from ..errors import InputError, MoesaicError
 from ..evaluate import Scores
 from ..fit import Machine, fit
@@ -59,6 +60,7 @@ class Facts:
     memory: Mapping[str, Any] | None = None  # `fit` of the export on the devices that were named
     plan: Plan | None = None
     selection: Mapping[str, Any] | None = None  # selection.json: criterion, kept, margins, scores, tokens, warnings …
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # facts of the text that experts or codes depend on
     verify: Mapping[str, Any] | None = None  # verify.json: holds, compared, findings
     expert_errors: Mapping[str, list[float]] = field(default_factory=dict)  # layer -> ‖error‖/‖w‖ of each expert kept
     preview: Mapping[str, Any] | None = None
@@ -150,6 +152,7 @@ def gather(run: str | Path, devices: str = "", context: int | None = None) -> Fa
         memory=fit(export, Machine.parse(devices), context) if export and devices else None,
         plan=Plan.load(work / "plan.json") if (work / "plan.json").exists() else None,
         selection=notes["selection"] or notes["prune"],
+        calibration=(notes["selection"] or notes["prune"] or {}).get("tokens") or recorded_text(work),
         verify=verify,
         expert_errors=(verify or {}).get("expert_errors") or done.get("expert_errors", {}),
         preview=notes["preview"],

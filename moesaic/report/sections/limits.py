@@ -10,6 +10,10 @@ PYTHON_TEXT = (
     "The text evaluated on comes with every Python installation: the model may have been trained on it, so it is not held out. "
     "It shares no document and no paragraph with the text of the calibration."
 )
+CALIBRATED_ON_PYTHON = (
+    "No text was given to calibrate on: that of Python's standard library was used, which is for trying out only. For a model "
+    "that will be used, make it again with text of the kind that it will read (--data FOLDER)."
+)
 UNROUNDED = (
     "Weights are as stored, activations were not rounded. An engine that rounds those too (W4A4, FP8 dynamic) adds an error "
     "that is not in these figures."
@@ -26,6 +30,8 @@ def section(facts: Facts) -> Section:
 def limits(facts: Facts) -> list[str]:
     """What the figures do not say, in plain sentences."""
     found = [] if facts.selection is None else [sentence(w) for w in facts.selection["warnings"]]
+    if facts.calibration.get("trying_out"):
+        found.insert(0, CALIBRATED_ON_PYTHON)
     if facts.scores is None:
         return found
     for reading in facts.scores.facts["readings"]:
@@ -44,7 +50,7 @@ def sentence(text: str) -> str:
 
 def of_reading(reading: dict[str, Any]) -> list[str]:
     found = []
-    if str(reading["facts"].get("origin", "")).startswith("Python"):
+    if reading["facts"].get("trying_out"):
         found.append(PYTHON_TEXT)
     for model, count in reading["nonfinite"].items():
         if count:

@@ -50,6 +50,10 @@ def of_tokens(tokens: Any, count: int) -> list[tuple[str, str]]:
             rows.append((key.replace("bos", "BOS"), str(tokens[key])))
     if "rows_by_domain" in tokens:
         rows.append(("rows", ", ".join(f"{domain} {n}" for domain, n in tokens["rows_by_domain"].items())))
+    for domain, part in tokens.get("parts", {}).items():
+        rows.append(
+            (f"of {domain}", f"{part['calibration']:,} characters to calibrate on, {part['evaluation']:,} to judge by")
+        )
     hashes = {f"text {d}": h for d, h in tokens.get("text_sha256", {}).items()}
     hashes |= {key: tokens[f"{key}_sha256"] for key in ("tokenizer", "ids") if f"{key}_sha256" in tokens}
     return rows + [(f"{name}, sha256", value[:16]) for name, value in hashes.items()]
