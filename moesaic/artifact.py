@@ -8,6 +8,7 @@ other inputs is a `StaleError`, never a silent reuse. Leaves out what is in them
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,16 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, before another file says that they are there."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sweep_partials(folder: Path) -> None:
     """Remove what killed writers left in a folder that is this command's own."""
     for leftover in folder.rglob(".*.partial"):
@@ -71,17 +82,39 @@ def identity(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def dumps(value: Any, **options: Any) -> str:
+    """JSON as the standard has it, without infinities and NaN: such a number is {"float": "inf"}, "-inf" or "nan"."""
+    return json.dumps(spelled(value), allow_nan=False, **options)
+
+
+def spelled(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
+    if isinstance(value, Mapping):
+        return {key: spelled(one) for key, one in value.items()}
+    return [spelled(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def loads(text: str) -> Any:
+    """What `dumps` wrote, with infinities and NaN as numbers again."""
+    return json.loads(text, object_hook=unspelled)
+
+
+def unspelled(found: dict[str, Any]) -> Any:
+    return float(found["float"]) if found.keys() == {"float"} and found["float"] in ("inf", "-inf", "nan") else found
+
+
 def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
     """Write `body` as one JSON artifact of `kind`, made from `inputs` (name -> identity)."""
     with atomic(path) as partial:
-        text = json.dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False)
+        text = dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Read a JSON artifact. Raises `InputError` for another kind, `StaleError` for other inputs."""
     try:
-        found = json.loads(decoded(read_file(path)))
+        found = loads(decoded(read_file(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
     check(path, found, kind, inputs)
@@ -96,7 +129,7 @@ def write_tensors(
     body: Mapping[str, Any] | None = None,
 ) -> None:
     """Write tensors, and a JSON-able `body` beside them, as one safetensors artifact."""
-    note = json.dumps({**header(kind, inputs), **(body or {})})
+    note = dumps({**header(kind, inputs), **(body or {})})
     with atomic(path) as partial:
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"moesaic": note})
 
@@ -108,7 +141,7 @@ def read_tensors(
     try:
         check_plain(path)
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("moesaic", "{}"))
+            found = loads((file.metadata() or {}).get("moesaic", "{}"))
             check(path, found, kind, inputs)
             return {name: file.get_tensor(name) for name in file.keys()}, found  # noqa: SIM118
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -119,7 +152,7 @@ def read_body(path: Path, kind: str, inputs: Mapping[str, str] | None = None) ->
     """What stands beside the tensors of a safetensors artifact, reading none of them. Errors as `read_json`."""
     try:
         with safe_open(path, "pt") as file:
-            found: dict[str, Any] = json.loads((file.metadata() or {}).get("moesaic", "{}"))
+            found: dict[str, Any] = loads((file.metadata() or {}).get("moesaic", "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a {kind} file ({error}); run the stage that writes it") from error
     check(path, found, kind, inputs)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .artifact import sweep_partials, writing
+from .artifact import sweep_partials, sync_folder, writing
 from .checkpoint import Stored, read_header, reading
 from .errors import CheckpointError, InputError
 from .families import DTYPE_BYTES, TensorInfo
@@ -140,6 +140,7 @@ def write_shards(out: Path, shards: Sequence[Shard], meter: Meter, threads: int 
             stop.set()
     for job in jobs:
         job.result()
+    sync_folder(out)
     return sum(s.payload_bytes for s in shards)
 
 
@@ -157,9 +158,9 @@ def is_complete(path: Path, shard: Shard) -> bool:
 
 
 def write_shard(out: Path, shard: Shard, meter: Meter, stop: threading.Event) -> None:
-    """One shard under a hidden name, renamed when its length is right.
+    """One shard under a hidden name, renamed when its length is right and its bytes are on the disk.
 
-    Not synced: the header gives the file's length away, so one that a power cut tore is written again.
+    So what stands under a shard's name is whole after a power cut too: a length alone would not tell.
     """
     head, starts = shard.layout()
     partial = out / f".{shard.file}.partial"
@@ -171,6 +172,7 @@ def write_shard(out: Path, shard: Shard, meter: Meter, stop: threading.Event) ->
                     if stop.is_set():
                         return
                     fill(file.fileno(), piece, starts, meter)
+                os.fsync(file.fileno())
             if (size := partial.stat().st_size) != len(head) + shard.payload_bytes:
                 raise CheckpointError(
                     f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}"

@@ -2,20 +2,26 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from children import child
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from moesaic.artifact import (
     atomic,
+    dumps,
     identity,
+    loads,
     read_json,
     read_tensors,
     sweep_partials,
@@ -23,7 +29,9 @@ from moesaic.artifact import (
     write_tensors,
     writing,
 )
+from moesaic.cli import COMMANDS, main
 from moesaic.errors import InputError, PlanError, StaleError
+from moesaic.measure import Price, Prices
 from moesaic.plan import Plan
 
 MADE_FROM = {"source": "abc"}
@@ -41,6 +49,50 @@ def test_json_and_tensors_come_back(tmp_path):
     found, body = read_tensors(tmp_path / "a.safetensors", "note", MADE_FROM)
     assert body["y"] == 2 and torch.equal(found["w"], t["w"]) and torch.equal(found["b"], t["b"])
     assert names(tmp_path) == ["a.json", "a.safetensors"]
+
+
+def strictly(text: str) -> object:
+    """JSON as other readers take it: by the standard, which has no infinity and no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_json_does_not_have_are_spelled_and_come_back(tmp_path):
+    body = {"nats": [1.5, float("inf"), -float("inf")], "of": {"error": float("nan"), "float": "inf"}, "n": (2, None)}
+    write_json(tmp_path / "a.json", "note", body, {})
+    write_tensors(tmp_path / "a.safetensors", "note", {"w": torch.ones(1)}, {}, body)
+    told = strictly((tmp_path / "a.json").read_text())
+    assert told["nats"] == [1.5, {"float": "inf"}, {"float": "-inf"}] and told["of"]["error"] == {"float": "nan"}
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert strictly(file.metadata()["moesaic"])["nats"] == told["nats"]
+    for found in (read_json(tmp_path / "a.json", "note"), read_tensors(tmp_path / "a.safetensors", "note")[1]):
+        assert found["nats"] == body["nats"] and found["n"] == [2, None] and found["of"]["float"] == "inf"
+        assert math.isnan(found["of"]["error"])
+
+
+@given(st.recursive(st.none() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_any_numbers_come_back(value):
+    strictly(dumps(value))
+    assert repr(loads(dumps(value))) == repr(value)
+
+
+def test_infinite_prices_come_back(tmp_path):
+    """What a format costs that gives values which are not finite; and an error that one row cannot tell."""
+    rounded = {"layers.0.experts": {"int2_g32": Price(math.inf, math.nan), "mxfp4": Price(0.25, 0.5)}}
+    Prices(rounded, {0: {}}, np.zeros((1, 4), np.int64), tokens=8).save(tmp_path / "costs.json", {})
+    strictly((tmp_path / "costs.json").read_text())
+    price = Prices.load(tmp_path / "costs.json").rounded["layers.0.experts"]["int2_g32"]
+    assert math.isinf(price.nats) and math.isnan(price.error)
+
+
+def test_what_the_command_line_prints_is_json(monkeypatch, capsys):
+    facts = {"best": math.inf, "where": Path("x")}
+    monkeypatch.setitem(COMMANDS, "demo", replace(COMMANDS["demo"], run=lambda a: facts))
+    assert main(["demo", "run", "--json"]) == 0
+    assert strictly(capsys.readouterr().out.splitlines()[-1]) == {"best": {"float": "inf"}, "where": "x"}
 
 
 def test_same_content_same_bytes(tmp_path):

@@ -382,6 +382,30 @@ def test_no_room_is_said_before_the_first_byte(larger, mixed, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_what_says_that_it_is_whole_is_on_the_disk_first(larger, mixed, tmp_path, monkeypatch):
+    """Every file is synced before it gets its name, and the folder of the shards before config.json does."""
+    told: list[tuple[str, str]] = []
+    sync, move = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        told.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def replace(old: Path, new: Path) -> None:
+        told.append(("name", str(new)))
+        assert ("sync", str(Path(old).resolve())) in told, f"{new} was named before its bytes were on the disk"
+        move(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    out = (tmp_path / "out").resolve()
+    export(larger, mixed, out, quiet=True)
+    last = told.index(("name", str(out / "config.json")))
+    shards = [told.index(("name", str(file))) for file in out.glob("*.safetensors")]
+    assert shards and max(shards) < told.index(("sync", str(out))) < last
+    assert all(("sync", str(out / file)) in told[:last] for file in export_module.carried(larger.path))
+
+
 def test_leftovers_do_not_count_as_used(larger, mixed, whole, tmp_path, monkeypatch):
     """A killed export's half shard gives its bytes back before the room is measured."""
     out = tmp_path / "out"

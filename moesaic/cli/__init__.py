@@ -5,7 +5,6 @@ interrupted, and the same command continues.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -130,6 +129,8 @@ COMMANDS: dict[str, Command[Any]] = {
     ),
 }
 
+JSON_HELP = 'print the facts as one JSON object, the last line of all; an infinite number is {"float": "inf"}'
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -140,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         example = f"example: {command.example}"
         p = words.add_parser(name, help=command.summary, description=command.summary, epilog=example)
         command.options(p)
-        p.add_argument("--json", action="store_true", help="print the facts as one JSON object, the last line of all")
+        p.add_argument("--json", action="store_true", help=JSON_HELP)
         p.add_argument("--quiet", action="store_true", help="no progress")
     return top
 
@@ -167,5 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     code = int(facts.pop("exit", 0))
     if a.json:
-        print(json.dumps(facts, default=str))
+        from ..artifact import dumps
+
+        print(dumps(facts, default=str))
     return code

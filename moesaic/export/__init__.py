@@ -7,6 +7,7 @@ export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -334,6 +335,8 @@ def carry_along(source: Path, out: Path) -> None:
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             with open_file(source / file, source) as theirs, open(out / file, "wb") as ours:
                 shutil.copyfileobj(theirs, ours, 1 << 20)
+                ours.flush()
+                os.fsync(ours.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
