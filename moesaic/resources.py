@@ -1,17 +1,22 @@
-"""What a command may take of the machine: memory that is available, within a container's limit too.
+"""What a command may take of the machine: memory that is available, within a container's limit too; and threads.
 
 `SC_AVPHYS_PAGES` would say how much memory is empty: little of it after a sweep, when the page cache is full of files
 that the system gives up at once; and macOS has no such figure. Leaves out the machines that an export is served on (fit).
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+from .artifact import read_json, write_json
+from .errors import InputError, StaleError
+
 ROOT = Path("/")
+THREADS = "threads.json"  # of a run folder
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,11 @@ class Resources:
     """What a command may take.
 
     memory_bytes  for everything (`--memory`); None: what is available when it is asked
+    threads       that products are cut over (`--threads`); None: what a run began with, else torch's own choice
     """
 
     memory_bytes: int | None = None
+    threads: int | None = None
 
     def held_bytes(self, device: torch.device) -> int:
         """Memory for what a command may hold more or less of: hidden states of branches side by side, decoded weights.
@@ -30,6 +37,61 @@ class Resources:
         two experts, what is being saved, and Python with its libraries.
         """
         return (available_bytes(device) if self.memory_bytes is None else self.memory_bytes) // 2
+
+    @contextmanager
+    def used(self, *kept_in: Path) -> Iterator[None]:
+        """While it lasts, torch computes with as many threads as the results beside these files are made with.
+
+        Products of real width differ in their last bits between counts of threads, so a run has one: `THREADS` in its
+        folder keeps that of the first command that computes for it. Numba's kernels run on one thread each, and what
+        is cut over more of them are rows, which have nothing to do with each other. Raises `InputError` for a count
+        below 1, `StaleError` where a file has another than is asked for, or than another file.
+        """
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads is {self.threads}; wanted 1 or more")
+        before, count = torch.get_num_threads(), self.threads
+        for file in kept_in:
+            kept = kept_threads(file)
+            if kept is not None and count is not None and kept != count:
+                raise StaleError(
+                    f"{file.parent} was begun with {counted(kept)}, and this would be {count}: their products differ; "
+                    f"give --threads {kept}, or use another run folder"
+                )
+            count = kept if count is None else count
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(count or before)
+            for file in kept_in:
+                stack.enter_context(begun(file, count or before))
+            yield
+
+
+@contextmanager
+def begun(file: Path, threads: int) -> Iterator[None]:
+    """`threads` in a run folder before anything else is; a command that leaves nothing there leaves no folder either."""
+    folder = file.parent
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    outermost = made[-1].parent if made else folder
+    fresh = outermost.is_dir() and kept_threads(file) is None
+    if fresh:
+        write_json(file, "threads", {"threads": threads}, {})
+    try:
+        yield
+    finally:
+        if fresh and folder.is_dir() and list(folder.iterdir()) == [file]:
+            file.unlink()
+            for path in made:
+                if not any(path.iterdir()):
+                    path.rmdir()
+
+
+def kept_threads(file: Path) -> int | None:
+    """The count that a run was begun with; None for a new one."""
+    return int(read_json(file, "threads")["threads"]) if file.exists() else None
+
+
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def available_bytes(device: torch.device, root: Path = ROOT) -> int:

@@ -1,13 +1,16 @@
-"""Memory that is available, by figures of the system's own and by control groups written down here."""
+"""Memory that is available, by figures of the system's own and by control groups written down here; threads of a run."""
 
+import json
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from moesaic.resources import Resources, available_bytes
+from moesaic.errors import InputError, StaleError
+from moesaic.resources import THREADS, Resources, available_bytes
 
 CPU, GB, UNLIMITED_V1 = torch.device("cpu"), 10**9, 9223372036854771712
 
@@ -69,3 +72,49 @@ def test_a_limit_of_version_1_even_by_a_path_of_the_host(tmp_path: Path) -> None
 def test_what_may_be_held_is_half_of_what_is_given_or_there() -> None:
     assert Resources(memory_bytes=16 * GB).held_bytes(CPU) == 8 * GB
     assert Resources().held_bytes(CPU) == pytest.approx(psutil.virtual_memory().available / 2, rel=0.3)
+
+
+def used(resources: Resources, *folders: Path) -> AbstractContextManager[None]:
+    return resources.used(*(folder / THREADS for folder in folders))
+
+
+def test_a_run_keeps_the_count_of_threads_that_it_began_with(tmp_path: Path) -> None:
+    """A new run takes what is asked for, or torch's own; later commands what the run has, and no other."""
+    before, run = torch.get_num_threads(), tmp_path / "run"
+    with used(Resources(threads=3), run):
+        (run / "result").touch()
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+    with used(Resources(), run):
+        assert torch.get_num_threads() == 3
+    with used(Resources(threads=3), run, tmp_path / "cache"):
+        assert torch.get_num_threads() == 3
+    with (
+        pytest.raises(StaleError, match=r"run was begun with 3 threads, and this would be 1: .*; give --threads 3, or"),
+        used(Resources(threads=1), run),
+    ):
+        pass
+    with used(Resources(), tmp_path / "other"):
+        (tmp_path / "other" / "result").touch()
+        assert torch.get_num_threads() == before
+    if before != 3:
+        with pytest.raises(StaleError, match="give --threads"), used(Resources(), run, tmp_path / "other"):
+            pass
+    with pytest.raises(InputError, match="--threads is 0; wanted 1 or more"), used(Resources(threads=0), run):
+        pass
+    assert torch.get_num_threads() == before
+
+
+def test_the_count_stands_in_a_run_before_anything_else_and_a_refused_command_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "out" / "moesaic"
+    with pytest.raises(InputError, match="refused"), used(Resources(threads=2), run):
+        assert json.loads((run / "threads.json").read_text())["threads"] == 2
+        raise InputError("refused")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "out").write_text("a file")
+    with used(Resources(threads=2), run):  # what is in its way is the command's to tell
+        assert torch.get_num_threads() == 2
+    with pytest.raises(KeyboardInterrupt), used(Resources(threads=2), tmp_path / "run"):
+        (tmp_path / "run" / "states").touch()
+        raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"threads.json", "states"}

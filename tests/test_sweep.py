@@ -28,13 +28,12 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import StaleError
 from moesaic.evaluate import Reading, evaluate
 from moesaic.measure import Branch, measure, sense
-from moesaic.measure.branch import COPIES
 from moesaic.plan import Plan
 from moesaic.preview import Candidate, preview
 from moesaic.registry import collect
 from moesaic.render import render
 from moesaic.repair import repair
-from moesaic.stream import LayerRun, Standing, State, Sweep
+from moesaic.stream import STATE_COPIES, LayerRun, Standing, State, Sweep
 from moesaic.stream.sweep import EACH_LAYER, load, packed, save
 from moesaic.tokens import TokenSet, sha256_of
 
@@ -142,7 +141,7 @@ def some_branches(model: Checkpoint) -> list[Branch]:
 
 def branches(model: Checkpoint, folder: Path) -> Any:
     tokens = rows(2)
-    memory = 5 * COPIES * 4 * tokens.tokens * model.architecture.hidden  # four a pass, and the source
+    memory = 5 * STATE_COPIES * 4 * tokens.tokens * model.architecture.hidden  # four a pass, and the source
     found = measure(model, some_branches(model), tokens, folder, quiet=True, memory_bytes=memory)
     return [(m.kl_B.tolist(), m.nonfinite) for m in found]
 
@@ -151,7 +150,7 @@ def cuts(model: Checkpoint, folder: Path) -> Any:
     layers, tokens = model.architecture.moe_layers, rows(6)
     kept = [{layer: tuple(sorted((first + layer + i) % 8 for i in range(5))) for layer in layers} for first in range(5)]
     kept += [{layers[-1]: (0, 1, 2, 3, 4)}, kept[2]]
-    memory = 4 * COPIES * 4 * tokens.tokens * model.architecture.hidden  # three a pass, and the source
+    memory = 4 * STATE_COPIES * 4 * tokens.tokens * model.architecture.hidden  # three a pass, and the source
     found = [Candidate(f"cut {i}", 5, k) for i, k in enumerate(kept)]
     return [o.facts() for o in preview(model, found, tokens, folder, memory_bytes=memory, quiet=True)]
 

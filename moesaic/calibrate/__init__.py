@@ -6,9 +6,10 @@ of it for criteria and guards, weights.py looks at weights without any text.
 
 from .statistics import Statistics, check_domains, check_unread
 from .sums import SUMS, LayerSums
-from .sweep import calibrate, chunks, groups
+from .sweep import CHUNK_TOKENS, calibrate, chunks, groups
 from .weights import WEIGHTS, weigh
 
 __all__ = [
-    "SUMS", "WEIGHTS", "LayerSums", "Statistics", "calibrate", "check_domains", "check_unread", "chunks", "groups", "weigh",
+    "CHUNK_TOKENS", "SUMS", "WEIGHTS", "LayerSums", "Statistics", "calibrate", "check_domains", "check_unread", "chunks",
+    "groups", "weigh",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..errors import InputError, MoesaicError
-from . import arguments, commands, evaluating, options
+from . import arguments, commands, evaluating, options, resources
 
 A = TypeVar("A", bound=arguments.Arguments)
 
@@ -156,7 +156,8 @@ def parsed(argv: Sequence[str]) -> tuple[str, arguments.Arguments]:
 def main(argv: Sequence[str] | None = None) -> int:
     word, a = parsed(sys.argv[1:] if argv is None else argv)
     try:
-        facts = COMMANDS[word].run(a)
+        with resources.used(a):
+            facts = COMMANDS[word].run(a)
     except MoesaicError as error:
         print(f"moesaic {word}: {error}", file=sys.stderr)
         return error.exit_code

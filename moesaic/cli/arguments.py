@@ -19,7 +19,15 @@ class Arguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextArguments(Arguments):
+class ResourceArguments(Arguments):
+    """Of every command that computes."""
+
+    memory_bytes: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextArguments(ResourceArguments):
     data: Path | None
     heldout: Path | None
     tokens: int
@@ -36,7 +44,7 @@ class RankingArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelArguments(Arguments):
+class ParallelArguments(ResourceArguments):
     tensor_parallel: int | None
     expert_parallel: bool
 
@@ -49,7 +57,7 @@ class MachineArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo(Arguments):
+class Demo(ResourceArguments):
     run: Path
 
 
@@ -176,7 +184,7 @@ class Serve(MachineArguments):
     way: str | None
     host: str
     port: int
-    memory_bytes: int | None
+    expert_bytes: int | None
     cache_bytes: int | None
     key_file: Path | None
     new_tokens: int

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import arguments
+from .resources import held_bytes
 from .telling import plus_minus, show, sizes, tell_rounding, told, trying_out
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def recipe(a: arguments.Search) -> Recipe:
         ranking=ranking(a),
         offer=Offer(experts=a.experts, formats=a.formats or FORMATS_OFFERED, container=a.container, layout=served),
         limit=Limit(budget_bytes=budget_bytes, bits=a.bits),
-        pricing=Pricing(harm=a.harm, seconds=a.seconds),
+        pricing=Pricing(harm=a.harm, seconds=a.seconds, memory_bytes=held_bytes(a)),
         rounding=a.rounding or "rtn",
         devices=a.devices or "",
         context=a.context,
@@ -331,7 +332,7 @@ def run_local(a: arguments.Serve) -> dict[str, Any]:
 
     key = read_key(a.key_file) if a.key_file else None
     room = Room(
-        memory_bytes=a.memory_bytes, cache_bytes=a.cache_bytes, context=a.context, concurrency=a.concurrency,
+        memory_bytes=a.expert_bytes, cache_bytes=a.cache_bytes, context=a.context, concurrency=a.concurrency,
         new_tokens=a.new_tokens,
     )  # fmt: skip
     run(local(Checkpoint.open(a.export), key, room), host=a.host, port=a.port)

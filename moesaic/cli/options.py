@@ -70,6 +70,17 @@ def ranking_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def resource_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--memory", type=bytes_of, dest="memory_bytes", metavar="SIZE",
+        help="that this may take: 16GB, 12GiB (default: what is available); changes what is held at once, never a result",
+    )  # fmt: skip
+    p.add_argument(
+        "--threads", type=int, metavar="N",
+        help="that products are cut over: part of a result (default: what the run began with, else one a core)",
+    )  # fmt: skip
+
+
 def text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
@@ -88,6 +99,7 @@ def text_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default 2048, or the model's context)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
+    resource_options(parser)
 
 
 def parallel_options(p: argparse.ArgumentParser) -> None:
@@ -241,6 +253,7 @@ def compress_options(p: argparse.ArgumentParser) -> None:
 
 def demo_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", type=Path, nargs="?", default=Path("moesaic-demo"), help="run folder (default %(default)s)")
+    resource_options(p)
 
 
 def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
@@ -272,12 +285,13 @@ def serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
     local = p.add_argument_group("with --engine local")
     local.add_argument(
-        "--memory",
+        "--expert-memory",
         type=bytes_of,
-        dest="memory_bytes",
+        dest="expert_bytes",
         metavar="SIZE",
-        help="for weights (default half of this machine's)",
+        help="for weights (default half of what is available)",
     )
+    local.add_argument("--memory", type=bytes_of, dest="expert_bytes", help=argparse.SUPPRESS)  # its former name
     local.add_argument(
         "--cache", type=bytes_of, dest="cache_bytes", metavar="SIZE", help="for keys and values (default a 16th of it)"
     )
@@ -302,6 +316,7 @@ def export_options(p: argparse.ArgumentParser) -> None:
     )
     parallel_options(p)
     p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
+    resource_options(p)
 
 
 def report_options(p: argparse.ArgumentParser) -> None:

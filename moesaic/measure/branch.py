@@ -24,11 +24,9 @@ from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
 from ..plan import SOURCE, Plan
 from ..rounding import Rounding, round_siblings, rounding_named
-from ..stream import Change, LayerRun, State
+from ..stream import STATE_COPIES, Change, LayerRun, State
 from ..stream.sweep import packed
 from ..tokens import TokenSet
-
-COPIES = 5  # tensors [T, D] of a state in a MoE layer: before, after, normed, the experts' sum, and the shared expert's
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Effort:
 
 def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memory_bytes: int) -> Effort:
     """Predict what `measure` takes with F32 hidden states."""
-    a, state_bytes = checkpoint.architecture, COPIES * 4 * tokens * checkpoint.architecture.hidden
+    a, state_bytes = checkpoint.architecture, STATE_COPIES * 4 * tokens * checkpoint.architecture.hidden
     groups = packed([branch.first(a) for branch in branches], state_bytes, memory_bytes)
     stored_L = np.zeros(a.layers, np.int64)
     for linear in a.linears:

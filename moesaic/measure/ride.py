@@ -21,10 +21,10 @@ from ..plan import dropped
 from ..progress import progress
 from ..resources import Resources
 from ..rounding import arithmetic
-from ..stream import STATES, Change, LayerRun, Standing, State, Sweep
+from ..stream import STATE_COPIES, STATES, Change, LayerRun, Standing, State, Sweep
 from ..stream.sweep import packed
 from ..tokens import TokenSet
-from .branch import COPIES, Branch, changes, effort, head_layers
+from .branch import Branch, changes, effort, head_layers
 from .excess import excess
 
 KIND = "branches"
@@ -120,7 +120,7 @@ def passes(
     )
     rest = [name for name in left if not found or name not in found[0]]
     first = [left[name].first(run.architecture) for name in rest]
-    for group in packed(first, COPIES * 4 * tokens * run.architecture.hidden, memory_bytes):
+    for group in packed(first, STATE_COPIES * 4 * tokens * run.architecture.hidden, memory_bytes):
         found.append({rest[i]: left[rest[i]] for i in group})
     return found
 
