@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-engines lint clean
+.PHONY: demo test test-ci test-engines lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/moesaic demo moesaic-demo
@@ -11,8 +11,9 @@ demo: $(VENV)/demo.stamp
 test: lint
 	$(BIN)/python -m pytest -m "not long and not engines"
 
-test-all: lint
-	$(BIN)/python -m pytest -m "not engines"
+# What takes minutes: counts in the thousands, loads, whole commands. Run after `make test`.
+test-ci: lint
+	$(BIN)/python -m pytest -m "long and not engines"
 
 # Installs stock engines into environments of their own (some gigabytes), and opens in them what moesaic writes.
 test-engines: $(VENV)/test.stamp .venv-mlx/installed .venv-vllm/installed
