@@ -162,9 +162,9 @@ def test_a_call_that_cannot_be_read_is_content(family, text):
 def test_calls_before_the_cut_are_made():
     whole = invoke(element("city", "a"), element("days", "1")) + "\n"
     cut_off = f'{MARK}<invoke name="f">{MARK}<city>b'
-    text = f"{FAMILIES['minimax_m3_vl'].talk.calls.block[0]}\n{whole}{cut_off}"
+    text = f"{FAMILIES['minimax_m3_vl'].talk.calls.block[0]}\n{whole * 3}{cut_off}"
     found, message = read("minimax_m3_vl", TOOLS, list(text), "content")
-    assert found == [("f", {"city": "a", "days": 1})] and message["content"] == cut_off
+    assert found == [("f", {"city": "a", "days": 1})] * 3 and message["content"] == cut_off
 
 
 # Schemas and texts that are made to hurt -----------------------------------------------------------------------------

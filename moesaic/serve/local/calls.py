@@ -59,6 +59,17 @@ def read_block(text: str, markup: Markup, tools: Mapping[str, Shape]) -> Block:
     return Block((), text, False)
 
 
+Chain = tuple[Any, "Chain"] | None  # the last first: adding to it costs the same however long it is
+
+
+def listed(chain: Chain) -> tuple[Any, ...]:
+    found = []
+    while chain is not None:
+        last, chain = chain
+        found.append(last)
+    return tuple(reversed(found))
+
+
 @dataclass(frozen=True)
 class Frame:
     """A call or a value that is open, with the parts read so far."""
@@ -67,12 +78,14 @@ class Frame:
     shape: Shape
     at: int
     outer: "Frame | None" = None
-    parts: tuple[tuple[str, Value], ...] = ()
     depth: int = 0
+    parts: Chain = None
+    count: int = 0
+    names: frozenset[str] = frozenset()
 
-    @cached_property
-    def names(self) -> frozenset[str]:
-        return frozenset(name for name, _ in self.parts)
+    def having(self, name: str, value: Value) -> "Frame":
+        names = self.names if name in self.names else self.names | {name}
+        return replace(self, parts=((name, value), self.parts), count=self.count + 1, names=names)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -86,7 +99,7 @@ class State:
 
     at: int
     frame: Frame | None
-    calls: tuple[Call, ...] = ()
+    calls: Chain = None
 
 
 @dataclass
@@ -117,12 +130,12 @@ class Search:
 
     def ways(self, state: State) -> Iterator[State | Block]:
         if state.frame is None:
-            if (block := self.end(state)) is not None:
-                yield block
             for name, at in self.opened(state.at, self.markup.call[0], frozenset(self.tools)):
                 shape = self.tools.get(name)
                 if (shape is not None or not self.level.described) and (inside := self.gap(at, 1)) is not None:
                     yield replace(state, at=inside, frame=Frame(name, shape or ANY, state.at))
+            if (block := self.end(state)) is not None:
+                yield block
             return
         if (closed := self.closed(state, state.frame)) is not None:
             yield closed
@@ -138,11 +151,11 @@ class Search:
         if self.level.tail == "cut":
             rest = self.text[state.at :]
             cut = not rest.strip() or rest.startswith(head(self.markup.call[0]))
-            return Block(state.calls, rest, False) if cut else None
+            return Block(listed(state.calls), rest, False) if cut else None
         rest = self.text[state.at + len(word) :]
         if not self.text.startswith(word, state.at) or (self.level.tail == "none" and rest.strip()):
             return None
-        return Block(state.calls, rest, True)
+        return Block(listed(state.calls), rest, True)
 
     def opened(self, at: int, tag: str, known: frozenset[str]) -> Iterator[tuple[str, int]]:
         """Names that an opening tag at `at` may bear, with where it ends."""
@@ -159,34 +172,32 @@ class Search:
 
     def expected(self, frame: Frame, name: str) -> bool:
         """Whether an argument or member may bear that name here."""
-        listed = self.markup.nested and frame.outer is not None and "array" in frame.shape.kinds
+        items = self.markup.nested and frame.outer is not None and "array" in frame.shape.kinds
         if frame.depth >= DEPTH or (
-            name in frame.names and not (listed and name == "item") and (self.level.exact or not self.markup.nested)
+            name in frame.names and not (items and name == "item") and (self.level.exact or not self.markup.nested)
         ):
             return False
-        return not self.level.described or listed or frame.shape.describes(name)
+        return not self.level.described or items or frame.shape.describes(name)
 
     def value(self, state: State, frame: Frame, name: str, at: int) -> Iterator[State]:
         """What may lie in the value that is opened up to `at`: elements, or words up to any place that may close it."""
-        listed = name == "item" and "array" in frame.shape.kinds
-        shape = frame.shape.item(len(frame.parts)) if listed else frame.shape.member(name)
+        one_of_many = name == "item" and "array" in frame.shape.kinds
+        shape = frame.shape.item(frame.count) if one_of_many else frame.shape.member(name)
         if self.markup.nested and shape.kinds & {"array", "object"} and (inside := self.gap(at, 2)) is not None:
-            yield replace(state, at=inside, frame=Frame(name, shape, at, frame, (), frame.depth + 1))
+            yield replace(state, at=inside, frame=Frame(name, shape, at, frame, frame.depth + 1))
         closing = self.markup.value[1].format(name)
         free = "string" in shape.kinds and (not self.markup.nested or len(shape.kinds) < 7)
         end = self.text.find(closing, at)
         while end >= 0 and self.steps > 0:
-            words = self.text[at:end]
-            self.steps -= 1 if free else 1 + len(words) // 1000
-            if not free and self.markup.mark and self.markup.mark in words:
+            self.steps -= 1
+            if not free and self.markup.mark and self.text.find(self.markup.mark, at, end) >= 0:
                 return
             after = self.gap(end + len(closing), 2)
-            if (
-                after is not None
-                and self.goes_on(after, frame)
-                and (not self.level.described or fits(words, shape, self.markup))
-            ):
-                yield replace(state, at=after, frame=replace(frame, parts=(*frame.parts, (name, words))))
+            if after is not None and self.goes_on(after, frame):
+                self.steps -= (end - at) // 1000 + len(frame.names) // 20  # what the next lines cost
+                words = self.text[at:end]
+                if not self.level.described or fits(words, shape, self.markup):
+                    yield replace(state, at=after, frame=frame.having(name, words))
             end = self.text.find(closing, end + 1)
 
     def closing(self, frame: Frame) -> str:
@@ -200,14 +211,14 @@ class Search:
         word = self.closing(frame)
         if not self.text.startswith(word, state.at) or (self.level.exact and frame.shape.lacks(frame.names)):
             return None
+        self.steps -= frame.count // 50
         if frame.outer is None:
             after = self.gap(state.at + len(word), 3)
-            return after if after is None else State(after, None, (*state.calls, (frame.name, frame.parts)))
+            return after if after is None else State(after, None, ((frame.name, listed(frame.parts)), state.calls))
         after = self.gap(state.at + len(word), 2)
         if after is None or not frame.parts or not self.goes_on(after, frame.outer):
             return None
-        outer = replace(frame.outer, parts=(*frame.outer.parts, (frame.name, frame.parts)))
-        return replace(state, at=after, frame=outer)
+        return replace(state, at=after, frame=frame.outer.having(frame.name, listed(frame.parts)))
 
     def gap(self, at: int, which: int) -> int | None:
         """Where the next tag begins."""

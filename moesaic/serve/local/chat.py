@@ -106,7 +106,10 @@ async def chat(fields: Fields, request: Request, served: Served) -> AsyncIterato
     chunk, begun = {**head, "object": "chat.completion.chunk"}, set[int]()
     async for index, gained, news in steps(request, served, asks, wish, texts):
         text, reply = texts[index], replies[index]
-        delta = reply.add(gained, bool(text.finish))
+        if text.finish:  # reading calls may take a second
+            delta = await asyncio.to_thread(reply.add, gained, True)
+        else:
+            delta = reply.add(gained, False)
         if not wish.stream:
             continue
         if index not in begun:
