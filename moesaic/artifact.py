@@ -107,8 +107,12 @@ def unspelled(found: dict[str, Any]) -> Any:
 def write_json(path: Path, kind: str, body: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
     """Write `body` as one JSON artifact of `kind`, made from `inputs` (name -> identity)."""
     with atomic(path) as partial:
-        text = dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(json_text(kind, body, inputs), encoding="utf-8")
+
+
+def json_text(kind: str, body: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """What `write_json` writes."""
+    return dumps({**header(kind, inputs), **body}, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path, kind: str, inputs: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .artifact import sweep_partials, sync_folder, writing
 from .checkpoint import Stored, read_header, reading
+from .digests import NONE, Digests, Hashing, Journal, of_bytes, of_range
 from .errors import CheckpointError, InputError
 from .families import DTYPE_BYTES, TensorInfo
 from .progress import Meter
@@ -68,6 +70,12 @@ class Shard:
     def entries(self) -> list[TensorInfo]:
         """Every tensor once, in the order of the pieces."""
         return list({t.name: t for piece in self.pieces for t in piece.entries}.values())
+
+    @property
+    def digests(self) -> Digests:
+        """Digests of zeros for its tensors: what the journal will say, as long as it will be."""
+        rows = {t.name: p.rows if p.row is not None else 0 for p in self.pieces for t in p.tensors}
+        return {name: [NONE] * count if count else NONE for name, count in rows.items()}
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
         """The file's header, and where each tensor starts. Widest elements first, so that all are aligned."""
@@ -118,22 +126,25 @@ def plan_shards(pieces: Iterable[Piece], limit: int = SHARD_BYTES) -> list[Shard
     return shards
 
 
-def write_shards(out: Path, shards: Sequence[Shard], meter: Meter, threads: int = 2) -> int:
+def write_shards(
+    out: Path, shards: Sequence[Shard], meter: Meter, journal: Journal | None = None, threads: int = 2
+) -> int:
     """Write every shard that does not stand complete in `out`; returns the payload's bytes.
 
+    With a `journal`, the digests of every shard are in it; one that it does not know is written again.
     One thread a file: a file system lets one at a time write to it. Raises `InputError` when the disk
     cannot hold them, `CheckpointError` when a file under a shard's name is another shard. What was
     written stays, and the same call continues.
     """
     sweep_partials(out)
-    missing = [s for s in shards if not is_complete(out / s.file, s)]
+    missing = [s for s in shards if not (is_complete(out / s.file, s) and (journal is None or journal.knows(s.file)))]
     need, free = sum(s.payload_bytes for s in missing), shutil.disk_usage(out).free
     if need > free:
         raise InputError(f"{out} has {free:,} bytes free and the model needs {need:,} more; make room, then run again")
     meter.advance(sum(s.payload_bytes for s in shards) - need)
     stop = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(write_shard, out, shard, meter, stop) for shard in missing]
+        jobs = [pool.submit(write_shard, out, shard, meter, stop, journal) for shard in missing]
         try:
             wait(jobs, return_when=FIRST_EXCEPTION)
         finally:  # at the first error, or Ctrl-C, nobody begins another piece
@@ -157,39 +168,44 @@ def is_complete(path: Path, shard: Shard) -> bool:
     return True
 
 
-def write_shard(out: Path, shard: Shard, meter: Meter, stop: threading.Event) -> None:
-    """One shard under a hidden name, renamed when its length is right and its bytes are on the disk.
+def write_shard(out: Path, shard: Shard, meter: Meter, stop: threading.Event, journal: Journal | None = None) -> None:
+    """One shard under a hidden name, renamed when its length is right, its bytes are on the disk and its digests noted.
 
     So what stands under a shard's name is whole after a power cut too: a length alone would not tell.
     """
     head, starts = shard.layout()
-    partial = out / f".{shard.file}.partial"
+    unfinished = out / f".{shard.file}.partial"
     with writing(out / shard.file):
         try:
-            with open(partial, "w+b", buffering=0) as file:
+            with open(unfinished, "w+b", buffering=0) as file, Hashing() as hashing:
                 write_at(file.fileno(), head, 0)
                 for piece in shard.pieces:
                     if stop.is_set():
                         return
-                    fill(file.fileno(), piece, starts, meter)
+                    fill(file.fileno(), piece, starts, meter, hashing if journal else None)
+                found = hashing.found()
                 os.fsync(file.fileno())
-            if (size := partial.stat().st_size) != len(head) + shard.payload_bytes:
+            if (size := unfinished.stat().st_size) != len(head) + shard.payload_bytes:
                 raise CheckpointError(
-                    f"{partial} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}"
+                    f"{unfinished} came out as {size:,} bytes, wanted {len(head) + shard.payload_bytes:,}"
                 )
-            os.replace(partial, out / shard.file)
+            if journal is not None:
+                journal.record(shard.file, found)
+            os.replace(unfinished, out / shard.file)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
-def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
-    """Put one piece's tensors where the header says they are."""
+def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter, hashing: Hashing | None = None) -> None:
+    """Put one piece's tensors where the header says they are, and have them hashed."""
     if piece.check is not None:
         piece.check()
     if piece.copy is not None:
         folder, stored = piece.copy
         (info,) = piece.tensors
         at = starts[info.name] + (piece.row or 0) * info.bytes
+        if hashing is not None:
+            hashing.add(info.name, piece.row, partial(of_range, folder / stored.file, stored.offset, stored.info.bytes))
         copy_range(folder / stored.file, stored.offset, stored.info.bytes, fd, at)
     else:
         assert piece.make is not None
@@ -197,6 +213,8 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter) -> None:
             data = tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
             if data.nbytes != info.bytes:
                 raise CheckpointError(f"{info.name} came out as {data.nbytes:,} bytes, wanted {info.bytes:,}")
+            if hashing is not None:
+                hashing.add(info.name, piece.row, partial(of_bytes, data.data))
             write_at(fd, data.data, starts[info.name] + (piece.row or 0) * info.bytes)
     meter.advance(piece.bytes)
 

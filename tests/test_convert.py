@@ -105,7 +105,8 @@ def test_verify_sees_a_weight_that_changed(m2: Checkpoint, tmp_path: Path) -> No
     name = next(n for n in tensors if n.endswith("switch_mlp.up_proj.biases"))
     tensors[name][1, 0, 0] *= 1.01
     save_file(tensors, file)
-    (finding,) = verify(tmp_path / "two", Checkpoint.open(tmp_path / "one"), quiet=True).findings
+    finding, digest = verify(tmp_path / "two", Checkpoint.open(tmp_path / "one"), quiet=True).findings
+    assert (digest.check, digest.where) == ("digest", f"{name} [1]")
     assert (finding.check, finding.what[:17]) == ("values", "has 128 of 32,768")
 
 

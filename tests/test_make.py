@@ -70,11 +70,13 @@ def test_what_was_rounded_on_text_is_told_from_anything_else(model, data, tmp_pa
         byte = f.read(1)[0]
         f.seek(where.offset + 5)
         f.write(bytes([byte ^ 1]))
-    (finding,) = verify(out, model, quiet=True).findings
+    finding, digest = verify(out, model, quiet=True).findings
     assert finding.check == "overlay" and finding.where == name
+    assert digest.check == "digest" and digest.where == f"{name}.weight_packed"
     plan = Plan.load(out / "moesaic" / "plan.json")
     replace(plan, overlays={}).save(out / "moesaic" / "plan.json", {"source": model.identity})
-    verdict = verify(out, model, quiet=True)  # then nothing tells, and that is said
+    (out / "moesaic" / "digests.json").unlink()
+    verdict = verify(out, model, quiet=True)  # then, in an old export, nothing tells, and that is said
     assert verdict.holds and verdict.compared["near"] > 0 and not verdict.compared["overlay"]
 
 

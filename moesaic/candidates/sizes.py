@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import digests
 from ..allocate.menu import Ints
-from ..artifact import header
+from ..artifact import json_text
 from ..checkpoint import Checkpoint
 from ..containers import Container
-from ..export import carried, rounding_of, sorted_pieces
+from ..digests import NONE
+from ..export import carried, digest_names, rounding_of, sorted_pieces
 from ..export.claim import noted
 from ..families import TensorInfo
 from ..plan import SOURCE
@@ -35,7 +37,8 @@ def entry_bytes(tensor: TensorInfo) -> int:
     """What naming a tensor takes in a shard's header and in the index, at most."""
     place = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [SHARD_BYTES, SHARD_BYTES]}
     in_header = len(json.dumps({tensor.name: place}, separators=(",", ":"))) - 1
-    return in_header + len(f'    "{tensor.name}": "{SHARD}",\n')
+    in_digests = len(f'   "{tensor.name}": "{NONE}",\n')
+    return in_header + len(f'    "{tensor.name}": "{SHARD}",\n') + in_digests
 
 
 def option_bytes(source: Checkpoint, container: Container, unit: str, format: str, kept: Sequence[int]) -> Ints:
@@ -69,7 +72,8 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
     headers = 64 if total <= SMALL else (2 + 2 * total // SHARD_BYTES) * (64 + PAGE)
     config = len(json.dumps(source.config, indent=2).encode())
     still = sum(t.bytes for t in rest) + sum(entry_bytes(t) for t in a.tensors) + headers
-    still += sum((source.path / f).stat().st_size for f in carried(source.path)) + config
+    files = carried(source.path)
+    still += sum((source.path / f).stat().st_size + len(f'  "{f}": "{NONE}",\n') for f in files) + config
     still += NOTE_BYTES + UNIT_BYTES * len(a.units) + FOLDER_BYTES * folders(source)
     row = sum(t.bytes // a.experts for t in routers) + len(a.moe_layers) * len("   8191,\n")
     return still + row * np.array(kept, np.int64)
@@ -77,18 +81,14 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
 
 def folder_bytes(target: Target) -> int:
     """Bytes of the folder that `export` writes for a plan, as `stored_bytes` counts, before it is written."""
-    listed = as_listed(target)
+    listed, inputs = as_listed(target), {"source": target.source.identity}
     shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
     tensors = sum(len(s.layout()[0]) + s.payload_bytes for s in shards)
     texts = [
         json.dumps(index_of(shards), indent=2) + "\n",
         json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
-        json.dumps(
-            {**header("plan", noted(listed)), **listed.plan.body},
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n",
+        json_text("plan", listed.plan.body, noted(listed)),
+        json_text(digests.KIND, digest_names(target.source.path, shards), inputs),
     ]
     files = sum((target.source.path / f).stat().st_size for f in carried(target.source.path))
     return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(target.source)

@@ -3,16 +3,18 @@
 What keeps its format is copied byte for byte, whatever its name becomes; what changes is decoded,
 rounded and packed, a few matrices in memory at a time. config.json is written last, so a folder with
 one is whole; without one, the same call continues where the last stopped. The plan travels in the
-export as moesaic/plan.json. Leaves out choosing (plan) and believing (verify).
+export as moesaic/plan.json, and beside it the SHA-256 of every tensor and file (digests). Leaves out
+choosing (plan) and believing (verify).
 """
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from ..artifact import atomic, writing
 from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, reading, sample
 from ..containers import siblings
 from ..containers.base import DTYPES
+from ..digests import NONE as NO_DIGEST
+from ..digests import Journal, listing, of_bytes, of_file
 from ..errors import InputError, PlanError, StaleError
 from ..families import Linear, TensorInfo
 from ..files import open_file, walk
@@ -29,9 +33,9 @@ from ..plan import Plan
 from ..progress import progress
 from ..recode import recode
 from ..rounding import Rounding, round_siblings, rounding_named
-from ..shards import SHARD_BYTES, Piece, index_of, plan_shards, write_shards
+from ..shards import SHARD_BYTES, Piece, Shard, index_of, plan_shards, write_shards
 from ..target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
-from .claim import claim
+from .claim import NOTE, claim
 
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
 WRITTEN_ANEW = ("config.json", INDEX, "README.md")
@@ -60,14 +64,21 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     claim(out, target)
     prepare_kernels(target, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
-        written = write_shards(out, shards, meter)
+        journal = Journal(out, {"source": source.identity})
+        written = write_shards(out, shards, meter, journal)
         if not written == meter.done == target.payload_bytes:
             raise PlanError(
                 f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug"
             )
-    carry_along(source.path, out)
-    write_text(out / INDEX, json.dumps(index_of(shards), indent=2) + "\n")
-    write_text(out / "config.json", json.dumps(target.config, indent=2, ensure_ascii=False) + "\n")
+    files = carry_along(source.path, out)
+    texts = {
+        INDEX: json.dumps(index_of(shards), indent=2) + "\n",
+        "config.json": json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
+    }
+    files |= {name: of_bytes(text.encode()) for name, text in texts.items()} | {NOTE: of_file(out / NOTE)}
+    journal.finish([shard.file for shard in shards], files)
+    for name, text in texts.items():
+        write_text(out / name, text)
     return Checkpoint.open(out)
 
 
@@ -319,6 +330,12 @@ def kernel_input(
     return stream_OS.view(torch.bfloat16 if packing.format == "bf16" else torch.float8_e4m3fn), scales.blocks
 
 
+def digest_names(source: Path, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What digests.json will list, with digests of zeros: as long as it will be."""
+    files = [*(f.as_posix() for f in carried(source)), INDEX, "config.json", NOTE]
+    return listing({s.file: s.digests for s in shards}, dict.fromkeys(files, NO_DIGEST))
+
+
 def carried(source: Path) -> list[Path]:
     """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code.
 
@@ -329,14 +346,21 @@ def carried(source: Path) -> list[Path]:
     return [f for f in inside if f.suffix not in LEFT_BEHIND and str(f) not in WRITTEN_ANEW]
 
 
-def carry_along(source: Path, out: Path) -> None:
+def carry_along(source: Path, out: Path) -> dict[str, str]:
+    """Copy what is `carried`; returns the SHA-256 of each file."""
+    found = {}
     for file in carried(source):
         with writing(out / file):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
             with open_file(source / file, source) as theirs, open(out / file, "wb") as ours:
-                shutil.copyfileobj(theirs, ours, 1 << 20)
+                while part := theirs.read(1 << 20):
+                    digest.update(part)
+                    ours.write(part)
                 ours.flush()
                 os.fsync(ours.fileno())
+        found[file.as_posix()] = digest.hexdigest()
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

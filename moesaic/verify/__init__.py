@@ -1,37 +1,35 @@
 """Reopen an export and believe nothing: structure, counts, bytes, kept rows, values.
 
 Tensors are read by the safetensors library, not by the code that wrote them. Without the source,
-everything that a folder can say about itself is checked; with it, every tensor is compared with what
-the plan says it is: copied bytes, sliced rows, what an overlay held, or what rounding the source again gives. Leaves
-out quality (evaluate) and engines (tests/engines).
+everything that a folder can say about itself is checked, and every tensor and file is what was written, by its
+SHA-256; with it, every tensor is compared with what the plan says it is: copied bytes, sliced rows, what an overlay
+held, or what rounding the source again gives. Leaves out quality (evaluate) and engines (tests/engines).
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint import INDEX, Checkpoint, read_object
+from ..checkpoint import Checkpoint
 from ..containers import siblings
-from ..containers.base import inventory
 from ..damage import not_finite
 from ..errors import InputError, MoesaicError
-from ..export import carried, prepare_kernels, rounding_of
+from ..export import prepare_kernels
 from ..export.claim import NOTE, outdated
-from ..families import Linear, expert_counts
-from ..files import same_files
-from ..plan import Plan
+from ..families import Linear
 from ..progress import Meter, progress
 from ..reader import Reader
 from ..target import Target, keeps_bytes
 from ..verdict import Verdict
-from .linears import Sides, check_linears, check_overlaid, same_bytes
+from .folder import check_digests, check_folder, target_of
+from .linears import Sides, check_digest, check_linears, check_overlaid, raw, same_bytes
 
 THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it
@@ -58,11 +56,12 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
         verdict.add("structure", name, what)
     verdict.compared["structure"] = len(export.inventory)
     check_folder(export, verdict)
+    digests = check_digests(export, source is not None, verdict)
     target = target_of(export, source, bad, verdict) if source is not None else None
     if target is not None:
         prepare_kernels(target, quiet)
     reader = Reader(source) if source is not None and target is not None else None
-    sides = Sides(Reader(export), reader, target, bad, check_versions(export, target, verdict))
+    sides = Sides(Reader(export), reader, target, bad, check_versions(export, target, verdict), digests)
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -71,54 +70,6 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
             return verdict
     check_coverage(sides, verdict)
     return verdict
-
-
-def check_folder(export: Checkpoint, verdict: Verdict) -> None:
-    """What the folder's small files say: one expert count everywhere, a true index, nothing half-written."""
-    experts = export.architecture.experts
-    for where, count in expert_counts(export.config):
-        verdict.compared["counts"] += 1
-        if count != experts:
-            verdict.add("counts", f"config.json {where}", f"is {count}, and the layers hold {experts} experts")
-    for leftover in sorted(export.path.rglob(".*.partial")):
-        verdict.add("files", str(leftover.relative_to(export.path)), "is half-written; run the export again")
-    index, payload = export.path / INDEX, sum(s.info.bytes for s in export.stored.values())
-    if index.exists():
-        verdict.compared["index"] += 1
-        metadata = read_object(index).get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        if total != payload and (export.path / NOTE).exists():  # released files lie here; exports must not
-            verdict.add("index", INDEX, f"says total_size {total}, and the shards hold {payload} bytes")
-    elif len({s.file for s in export.stored.values()}) > 1:
-        verdict.add("index", INDEX, "is missing, and the model has several shards")
-
-
-def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdict: Verdict) -> Target | None:
-    """What the export should be, by the plan that travels in it. None where that plan cannot be believed."""
-    note = export.path / NOTE
-    if not note.exists():
-        raise InputError(f"{export.path} has no {NOTE}, so what it should be is unknown; verify it without a source")
-    try:
-        target = Target.of(source, Plan.load(note, {"source": source.identity}))
-        rounding_of(target.plan)
-    except MoesaicError as error:
-        verdict.add("plan", NOTE, f"is not this export's: {error}")
-        return None
-    wanted = {t.name for t in inventory(target.architecture, target.container, target.formats)}
-    for name in sorted((wanted ^ set(export.stored)) - set(bad)):
-        bad[name] = (
-            "is missing, and the plan makes it" if name in wanted else "is not in what the plan makes of the source"
-        )
-        verdict.add("structure", name, bad[name])
-    for key in differing(target.config, export.config):
-        verdict.add("counts", f"config.json {key}", "is not what the plan makes of the source's")
-    for file in carried(source.path):
-        verdict.compared["files"] += 1
-        if not (export.path / file).exists():
-            verdict.add("files", str(file), "was not carried along from the source")
-        elif not same_files(source.path / file, export.path / file):
-            verdict.add("files", str(file), "differs from the source's")
-    return target
 
 
 def check_versions(export: Checkpoint, target: Target | None, verdict: Verdict) -> frozenset[str]:
@@ -131,16 +82,6 @@ def check_versions(export: Checkpoint, target: Target | None, verdict: Verdict) 
         "version verifies its codes"
     )
     return formats
-
-
-def differing(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Dotted names of the keys that differ between two configs."""
-    for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, Mapping) and isinstance(y, Mapping):
-            yield from differing(x, y, f"{path}{key}.")
-        elif x != y or (key in a) != (key in b):
-            yield path + key
 
 
 def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
@@ -180,18 +121,24 @@ def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
     if wanted_digest is not None:
         source = None
         check_overlaid(name, sides.export.blocks(name), 1, wanted_digest, verdict)
+    written = hashlib.sha256()
     for mine, wanted in side_by_side(sides.export, source, name, rows):
         bad += not_finite(mine)
+        if sides.digests:
+            written.update(raw(mine))
         same &= wanted is None or same_bytes(mine, wanted)
         meter.advance(mine.nbytes)
     verdict.compared["finite"] += 1
     if bad:
-        verdict.add("finite", name, f"holds {bad:,} values that are no numbers")
+        origin = ", as the source's does: fetch that again" if source is not None and same else ""
+        verdict.add("finite", name, f"holds {bad:,} NaN or infinite values{origin}")
     if source is not None:
         verdict.compared["bytes" if rows is None else "rows"] += 1
         if not same:
             what = "differs from the source's" + ("" if rows is None else " kept rows")
             verdict.add("bytes" if rows is None else "rows", name, what)
+    if sides.digests:
+        check_digest(sides.digests.get(name), written.hexdigest(), name, verdict)
     return verdict
 
 

@@ -5,6 +5,7 @@ Leaves out finding which tensors there are and everything that is no matrix.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .. import overlay
 from ..checkpoint import PLAUSIBLE_RMS
 from ..containers import Packing
 from ..damage import not_finite
+from ..digests import NOTE as DIGESTS
+from ..digests import Digests
 from ..errors import MoesaicError
 from ..export import in_kernels, recoded, requantized, round_together, rounding_of
 from ..families import Linear
@@ -39,6 +42,7 @@ class Sides:
     target: Target | None
     bad: Mapping[str, str]  # tensors whose header entry already has a finding
     outdated: frozenset[str]  # formats that the export was rounded to by another version of today's arithmetic
+    digests: Digests  # of every tensor as it was written; empty where the export has none
 
 
 def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, meter: Meter) -> Verdict:
@@ -55,6 +59,9 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
                 verdict.compared["bytes"] += len(stored[linear.name])
                 for key in differing_parts(stored[linear.name], wanted):
                     verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
+                if is_not_finite(verdict, linear) and not differing_parts(stored[linear.name], wanted):
+                    file = sides.source.checkpoint.located(target.origin[linear.name])["codes"].file
+                    verdict.add("finite", linear.name, f"is so in the source too: fetch its {file} again")
         if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
             if group[0].name in target.plan.overlaid:
                 check_taken(sides.source, target, group[0], stored[group[0].name], verdict)
@@ -62,8 +69,35 @@ def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, m
                 check_recoded(sides.source, target, group, stored, verdict)
             else:
                 check_rounded(sides, target, group, stored, by_reference, verdict)
+    for linear in whole if sides.digests else ():
+        check_written(sides, linear, stored[linear.name], verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
     return verdict
+
+
+def check_written(sides: Sides, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
+    """A matrix's tensors, or its rows of stacked ones, by the digests taken when they were written."""
+    checkpoint = sides.export.checkpoint
+    place = checkpoint.container.place(checkpoint.architecture, linear)
+    for key, part in sides.export.packing(linear).parts(linear.shape).items():
+        name = place.tensor(part).name
+        wanted, where = sides.digests.get(name), name
+        if place.row is not None:
+            wanted = wanted[place.row] if isinstance(wanted, list) and len(wanted) == place.rows else None
+            where = f"{name} [{place.row}]"
+        check_digest(wanted, overlay.digest([stored[key]]), where, verdict)
+
+
+def check_digest(wanted: Any, found: str, name: str, verdict: Verdict) -> None:
+    verdict.compared["digest"] += 1
+    if wanted is None:
+        verdict.add("digest", name, f"has none in {DIGESTS}; export the model again")
+    elif found != wanted:
+        verdict.add("digest", name, "is not what was written: a bit or more has changed since")
+
+
+def is_not_finite(verdict: Verdict, linear: Linear) -> bool:
+    return any(found.check == "finite" and found.where == linear.name for found in verdict.findings)
 
 
 def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> bool:
@@ -98,7 +132,7 @@ def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor],
         return False
     rms, (low, high) = root_mean_square(w_OI), PLAUSIBLE_RMS
     if bad := not_finite(w_OI):
-        verdict.add("finite", linear.name, f"decodes to {bad:,} values that are no numbers")
+        verdict.add("finite", linear.name, f"decodes to {bad:,} NaN or infinite values")
     elif not low < rms < high and bool(w_OI.any()):
         verdict.add("magnitude", linear.name, f"decodes to a root mean square of {rms:.3g}; no weight matrix has that")
     return True
@@ -204,6 +238,12 @@ def differing_parts(mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Headers are compared elsewhere; to containers, the same bytes may be of another dtype and shape."""
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    found: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return found
 
 
 def root_mean_square(w: Tensor) -> float:
