@@ -51,10 +51,24 @@ def m3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return made(tmp_path_factory, "minimax_m3_vl", hidden_size=256, intermediate_size=128, shared_intermediate_size=128)
 
 
-@pytest.fixture(params=("m2", "m3"))
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Mixtral in BF16, random: no correction bias, no shared expert, no vision, run by its layers' own forward."""
+    return made(tmp_path_factory, "mixtral")
+
+
+@pytest.fixture(params=("m2", "m3", "mixtral"))
 def source(request: pytest.FixtureRequest) -> Checkpoint:
     """Each family in turn."""
-    return request.getfixturevalue(request.param)
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=("m2", "m3"))
+def minimax(request: pytest.FixtureRequest) -> Checkpoint:
+    """Those of them with a correction bias, quantized by their vendor."""
+    found: Checkpoint = request.getfixturevalue(request.param)
+    return found
 
 
 def made(tmp_path_factory: pytest.TempPathFactory, family: str, **overrides: int) -> Checkpoint:

@@ -1,6 +1,6 @@
 """The full transformers model of a checkpoint, filled with exactly the values on disk, by no code of moesaic's.
 
-Reads safetensors with their own library, decodes with plain torch, and knows both families' names by
+Reads safetensors with their own library, decodes with plain torch, and knows each family's names by
 itself. transformers' loader will not do: it dequantizes to BF16 and casts the routers' correction bias.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralModel
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Model
 from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLConfig
@@ -19,6 +20,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 MODELS: dict[str, tuple[type, type, str]] = {
     "minimax_m2": (MiniMaxM2Config, MiniMaxM2Model, ""),
     "minimax_m3_vl": (MiniMaxM3VLConfig, MiniMaxM3VLTextModel, "language_model."),
+    "mixtral": (MixtralConfig, MixtralModel, ""),
 }
 
 

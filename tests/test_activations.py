@@ -113,22 +113,22 @@ def rounding_linear(name: str, skip: set[int]):  # type: ignore[no-untyped-def]
 
 
 def test_equal_to_a_whole_model_whose_every_linear_rounds_its_inputs(
-    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minimax: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = text_rows(source)
+    tokens = text_rows(minimax)
     evaluate(
-        source,
-        source,
+        minimax,
+        minimax,
         [Reading.of(tokens)],
         tmp_path,
         Conditions(activations=("none", "engine"), device="cpu"),
         quiet=True,
     )
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
-    plain = Reference(source.path).logits(tokens.ids_BT)[:, :-1].double().log_softmax(-1)
-    skip = {source.architecture.experts, source.architecture.vocab}
-    monkeypatch.setattr(torch.nn.functional, "linear", rounding_linear(next(iter(declared(source))), skip))
-    rounding = Reference(source.path)
+    plain = Reference(minimax.path).logits(tokens.ids_BT)[:, :-1].double().log_softmax(-1)
+    skip = {minimax.architecture.experts, minimax.architecture.vocab}
+    monkeypatch.setattr(torch.nn.functional, "linear", rounding_linear(next(iter(declared(minimax))), skip))
+    rounding = Reference(minimax.path)
     rounding.model.config._experts_implementation = "eager"  # the one that multiplies by torch's `linear`
     engine = rounding.logits(tokens.ids_BT)[:, :-1].double().log_softmax(-1)
     wanted_BS = (plain.exp() * (plain - engine)).sum(-1)

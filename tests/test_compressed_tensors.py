@@ -16,7 +16,7 @@ from compressed_tensors.utils.match import match_named_modules
 from folders import deal, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration
+from transformers import AutoConfig, MiniMaxM2ForCausalLM, MiniMaxM3SparseForConditionalGeneration, MixtralForCausalLM
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from moesaic.checkpoint import Checkpoint
@@ -28,7 +28,9 @@ from moesaic.families import Architecture
 from moesaic.plan import Plan
 
 CONTAINER = CONTAINERS["compressed_tensors"]
-CLASSES = {"minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration}
+CLASSES = {
+    "minimax_m2": MiniMaxM2ForCausalLM, "minimax_m3_vl": MiniMaxM3SparseForConditionalGeneration, "mixtral": MixtralForCausalLM,
+}  # fmt: skip
 
 
 def described(source: Checkpoint, formats: dict[str, str]) -> dict[str, Any]:
@@ -71,14 +73,14 @@ def test_a_wrong_weight_shape_is_seen() -> None:
         packing.unpack(stored | {"shape": torch.tensor([8, 128])}, (8, 64))
 
 
-def test_source_bytes_stay(source: Checkpoint, tmp_path: Path) -> None:
-    write_folder(source, deal(source, "mxfp4"), "compressed_tensors", tmp_path / "out")
+def test_source_bytes_stay(minimax: Checkpoint, tmp_path: Path) -> None:
+    write_folder(minimax, deal(minimax, "mxfp4"), "compressed_tensors", tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
-    kept = [n for n in source.architecture.linears if n.expert is None]
+    kept = [n for n in minimax.architecture.linears if n.expert is None]
     assert kept
     for linear in kept:
         for suffix, theirs in (("weight", "weight"), ("weight_scale", "weight_scale_inv")):
-            ours, old = out.read(f"{linear.name}.{suffix}"), source.read(f"{linear.name}.{theirs}")
+            ours, old = out.read(f"{linear.name}.{suffix}"), minimax.read(f"{linear.name}.{theirs}")
             assert torch.equal(ours.view(torch.uint8), old.view(torch.uint8)) and ours.dtype == old.dtype
 
 
@@ -105,7 +107,9 @@ def engine_names(architecture: Architecture) -> dict[str, str]:
     for n in architecture.linears:
         if n.expert:
             continue
-        if architecture.family == "minimax_m2":
+        if architecture.family == "mixtral":
+            found[n.name] = n.name
+        elif architecture.family == "minimax_m2":
             found[n.name.replace("block_sparse_moe", "mlp")] = n.name
         else:
             default = {".w1": ".gate_proj", ".w2": ".down_proj", ".w3": ".up_proj"}
@@ -199,7 +203,7 @@ def test_transformers_matches_exactly_its_linears(source: Checkpoint, experts: s
     with torch.device("meta"):
         model = CLASSES[source.architecture.family](AutoConfig.from_pretrained(source.path))
     wanted: dict[str, str] = {}
-    prefix = "model.layers." if source.architecture.family == "minimax_m2" else "model.language_model.layers."
+    prefix = "model.language_model.layers." if source.architecture.family == "minimax_m3_vl" else "model.layers."
     for layer in range(source.architecture.layers):
         for theirs, ours in source.family.wiring.parameters(source.architecture, layer).items():
             if (linear := source.architecture.by_name.get(ours[0].removesuffix(".weight"))) is not None:
@@ -218,8 +222,8 @@ def test_transformers_takes_the_right_group_for_experts(source: Checkpoint, expe
     quantization = described(source, deal(source, experts, rest))
     parsed = QuantizationConfig.model_validate(quantization)
     assert get_experts_scheme(parsed).format == SCHEMES[experts].wire
-    if rest != "bf16":
-        dense = source.formats[source.architecture.linears[0].name] if rest == "source" else rest
+    dense = source.formats[source.architecture.linears[0].name] if rest == "source" else rest
+    if dense != "bf16":
         assert get_dense_scheme(parsed).format == SCHEMES[dense].wire
     says = [any("experts" in target for target in g["targets"]) for g in quantization["config_groups"].values()]
     assert says == sorted(says, reverse=True) and sum(says) == 1

@@ -133,15 +133,15 @@ def test_a_whole_model_opens_as_planned(source: Checkpoint, container: str, tmp_
         assert torch.equal(out.decode(name), w_OI)
 
 
-def test_sources_keep_their_config_and_refuse_another(source: Checkpoint) -> None:
-    container, formats = source.container, dict(source.formats)
-    assert container.config(source.architecture, formats, source.config) == source.config["quantization_config"]
-    some = source.architecture.linears[0].name
+def test_sources_keep_their_config_and_refuse_another(minimax: Checkpoint) -> None:
+    container, formats = minimax.container, dict(minimax.formats)
+    assert container.config(minimax.architecture, formats, minimax.config) == minimax.config["quantization_config"]
+    some = minimax.architecture.linears[0].name
     with pytest.raises(PlanError, match="compressed_tensors"):
-        container.config(source.architecture, formats | {some: "bf16"}, source.config)
-    with pytest.raises(PlanError, match="as their source is"):
+        container.config(minimax.architecture, formats | {some: "bf16"}, minimax.config)
+    with pytest.raises(PlanError, match="as their minimax is"):
         container.config(
-            source.architecture, formats, {k: v for k, v in source.config.items() if k != "quantization_config"}
+            minimax.architecture, formats, {k: v for k, v in minimax.config.items() if k != "quantization_config"}
         )
 
 

@@ -611,14 +611,14 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(("container", "format"), WRITTEN, ids=lambda value: getattr(value, "name", value))
-def test_kernels_write_the_bytes_of_the_reference(source: Checkpoint, container: Container, format: str) -> None:
+def test_kernels_write_the_bytes_of_the_reference(minimax: Checkpoint, container: Container, format: str) -> None:
     """Every format that they know, in every container, gate and up of an expert, and its down: tensors and their order."""
-    units = source.architecture.units.items()
+    units = minimax.architecture.units.items()
     formats = {u: format if members[0].role == "experts" else "bf16" for u, members in units}
     plan = Plan(
         container.name, formats=formats, activations={f"layers.1.experts.{p}": 3.0 for p in ("gate_up", "down")}
     )
-    target, rtn = Target.of(source, plan), ROUNDINGS["rtn"]
+    target, rtn = Target.of(minimax, plan), ROUNDINGS["rtn"]
     for group in siblings([n for n in target.architecture.linears if n.layer == 1 and n.expert == 3]):
         assert export_module.in_kernels(target, group)
         ours = list(export_module.through_kernels(target, group, False))

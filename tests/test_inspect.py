@@ -60,7 +60,7 @@ def test_a_folder_with_weights_gives_what_its_headers_say(source):
     assert facts["weights_present"] and facts["tensors"] == len(source.stored)
     assert facts["bytes"] == sum(s.info.bytes for s in source.stored.values())
     formats = {f for counts in facts["formats"].values() for f in counts}
-    assert formats == ({"fp8_block"} if facts["family"] == "minimax_m2" else {"mxfp8"})
+    assert formats == {{"minimax_m2": "fp8_block", "minimax_m3_vl": "mxfp8", "mixtral": "bf16"}[facts["family"]]}
     assert sum(n for counts in facts["formats"].values() for n in counts.values()) == len(source.architecture.linears)
 
 

@@ -29,15 +29,15 @@ def stored(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("only", SCOPES)
-def test_what_changes_and_what_does_not(source, tmp_path, only):
-    facts = quantize(source.path, tmp_path / "out", Quantizing("mxfp4", only), quiet=True)
-    result, before, after = Checkpoint.open(tmp_path / "out"), stored(source.path), stored(tmp_path / "out")
-    for linear in source.architecture.linears:
+def test_what_changes_and_what_does_not(minimax, tmp_path, only):
+    facts = quantize(minimax.path, tmp_path / "out", Quantizing("mxfp4", only), quiet=True)
+    result, before, after = Checkpoint.open(tmp_path / "out"), stored(minimax.path), stored(tmp_path / "out")
+    for linear in minimax.architecture.linears:
         inside = linear.role in SCOPES[only]
-        assert result.formats[linear.name] == ("mxfp4" if inside else source.formats[linear.name])
+        assert result.formats[linear.name] == ("mxfp4" if inside else minimax.formats[linear.name])
         assert inside or after[f"{linear.name}.weight"] == before[f"{linear.name}.weight"]
         assert inside or after[f"{linear.name}.weight_scale"] == before[f"{linear.name}.weight_scale_inv"]
-    for tensor in source.architecture.tensors:
+    for tensor in minimax.architecture.tensors:
         assert after[tensor.name] == before[tensor.name], "routers, norms, embeddings and vision stay"
     assert facts["bytes"] == sum(map(len, after.values())) and facts["source_bytes"] == sum(map(len, before.values()))
 

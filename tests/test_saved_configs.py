@@ -18,7 +18,7 @@ from moesaic.rope import plain_rope
 from moesaic.stream import LayerRun, State
 from moesaic.stream.layer import text_config
 
-ADDED = {"transformers_version", "dtype"}  # keys that transformers writes anew
+ADDED = {"transformers_version", "dtype", "torch_dtype"}  # keys that transformers writes anew
 
 
 def part_of(found: Any, wanted: Any) -> bool:

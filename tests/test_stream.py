@@ -32,7 +32,9 @@ from moesaic.stream.memory import ahead, spans
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TOLERANCE = 1e-4  # on logits, whose standard deviation is about 2
 SMALL = 64 << 10  # bytes of buffer that cut a tiny row of 200 tokens into several chunks of queries
-KINDS = [(family, source) for family in ("minimax_m2", "minimax_m3_vl") for source in ("native", "bf16")]
+KINDS = [(family, source) for family in ("minimax_m2", "minimax_m3_vl") for source in ("native", "bf16")] + [
+    ("mixtral", "bf16")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,8 @@ def margin(run: LayerRun, tokens_BT: Tensor) -> float:
     found, top_k = [], run.architecture.top_k
 
     def route(seen: Routing) -> None:
-        bias_E = run.checkpoint.read(run.architecture.routers[seen.layer].correction)
-        best = (seen.affinity_TE + bias_E).sort(descending=True).values
+        bias = run.architecture.routers[seen.layer].correction
+        best = (seen.affinity_TE + (run.checkpoint.read(bias) if bias else 0)).sort(descending=True).values
         found.append(float((best[:, top_k - 1] - best[:, top_k]).min()))
 
     final(run, [State(run.embed(tokens_BT), observer=Observer(route=route))])
@@ -115,8 +117,9 @@ def test_logits_are_those_of_transformers(make, family, source, length):
 
 @pytest.mark.parametrize(("family", "source"), KINDS)
 def test_no_token_is_near_a_tie(make, family, source):
-    """Affinities are good to about 1e-6 in F32."""
-    assert margin(LayerRun(make(family, source).checkpoint), text(3, 200)) > 2e-5
+    """Affinities are good to about 1e-6 in F32; those of a softmax to a fraction of that, as they are smaller."""
+    least = 5e-6 if family == "mixtral" else 2e-5
+    assert margin(LayerRun(make(family, source).checkpoint), text(3, 200)) > least
 
 
 def test_the_long_rows_are_beyond_the_sparse_budget(make):
@@ -268,15 +271,15 @@ def test_ahead_keeps_two_items_and_raises_in_turn():
 # Branches
 
 
-def test_dropped_experts_are_as_good_as_minus_infinity(source):
-    tokens_BT, dropped = text(2, 100), {layer: (1, 4, 5) for layer in source.architecture.moe_layers}
-    reference = Reference(source.path)
+def test_dropped_experts_are_as_good_as_minus_infinity(minimax):
+    tokens_BT, dropped = text(2, 100), {layer: (1, 4, 5) for layer in minimax.architecture.moe_layers}
+    reference = Reference(minimax.path)
     full = reference.logits(tokens_BT)
     for layer, bias_E in reference.biases().items():
         bias_E[list(dropped[layer])] = -torch.inf
     masked = reference.logits(tokens_BT)
     assert apart(full, masked) > 0.1
-    assert apart(logits(LayerRun(source), tokens_BT, dropped=dropped), masked) < TOLERANCE
+    assert apart(logits(LayerRun(minimax), tokens_BT, dropped=dropped), masked) < TOLERANCE
 
 
 def test_branches_together_are_branches_alone_to_the_bit(source):
@@ -407,13 +410,13 @@ def test_a_family_that_names_parameters_wrongly(source):
     """A parameter left out, and one that transformers does not have."""
     right = source.family.wiring.parameters
 
-    def without_norm(*a: object) -> dict[str, tuple[str, ...]]:
-        return {name: disk for name, disk in right(*a).items() if name != "self_attn.q_norm.weight"}
+    def left_out(*a: object) -> dict[str, tuple[str, ...]]:
+        return {name: disk for name, disk in right(*a).items() if name != "self_attn.o_proj.weight"}
 
     def misspelt(*a: object) -> dict[str, tuple[str, ...]]:
-        return {name.replace("q_norm", "norm_q"): disk for name, disk in right(*a).items()}
+        return {name.replace("o_proj", "proj_o"): disk for name, disk in right(*a).items()}
 
-    for wrong, named in ((without_norm, "self_attn.q_norm.weight"), (misspelt, "self_attn.norm_q.weight")):
+    for wrong, named in ((left_out, "self_attn.o_proj.weight"), (misspelt, "self_attn.proj_o.weight")):
         wiring = dataclasses.replace(source.family.wiring, parameters=wrong)
         family = dataclasses.replace(source.family, wiring=wiring)
         run = LayerRun(dataclasses.replace(source, family=family))

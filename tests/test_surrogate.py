@@ -18,7 +18,7 @@ from moesaic.measure import Price, Prices, anchored, offers, price, sense, surro
 from moesaic.measure.anchor import between, ends
 from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
-from moesaic.stream import LayerRun, State
+from moesaic.stream import LayerRun, Observer, Routing, State
 from moesaic.stream.backward import Listener, drawn, retreat, tail
 from moesaic.stream.router import route
 
@@ -162,11 +162,10 @@ def test_dropping_costs_the_square_of_what_rerouting_changes(source, tmp_path):
 def slow_drops(
     run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, order_E: np.ndarray
 ) -> dict[int, Tensor]:
-    a = run.architecture
-    block = run.block(layer, ("post_attention_layernorm",))
+    a, seen = run.architecture, list[Routing]()
+    run.advance(layer, [State(hidden_BTD, observer=Observer(route=seen.append))])
+    x_TD = seen[0].x_TD
     with torch.no_grad():
-        (middle_BTD,) = run.attention(layer, [State(hidden_BTD)])
-        x_TD = block.post_attention_layernorm(middle_BTD).flatten(0, 1)
         outputs = []
         for e in range(a.experts):
             w = run.decode_expert(run.read_expert(layer, e), None)

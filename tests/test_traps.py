@@ -95,11 +95,11 @@ def test_one_count_of_experts_in_every_layer(m2: Checkpoint) -> None:
     assert Target.of(m2, Plan("compressed_tensors", kept)).config["num_local_experts"] == 3
 
 
-def test_keys_that_vllm_asks_for_stay(source: Checkpoint, tmp_path: Path) -> None:
+def test_keys_that_vllm_asks_for_stay(minimax: Checkpoint, tmp_path: Path) -> None:
     """Without scoring_func, use_routing_bias and rotary_dim M2 routes and rotates otherwise; M3 loads as its wrapper alone."""
-    units = {u: "mxfp4" for u, members in source.architecture.units.items() if members[0].role == "experts"}
-    out = export(source, Plan("compressed_tensors", {}, units), tmp_path / "out", quiet=True)
+    units = {u: "mxfp4" for u, members in minimax.architecture.units.items() if members[0].role == "experts"}
+    out = export(minimax, Plan("compressed_tensors", {}, units), tmp_path / "out", quiet=True)
     text = out.config.get("text_config", out.config)
     assert text["scoring_func"] == "sigmoid" and text["use_routing_bias"] is True and "rotary_dim" in text
-    assert out.config["architectures"] == source.config["architectures"]
+    assert out.config["architectures"] == minimax.config["architectures"]
     assert out.config["model_type"] in ("minimax_m2", "minimax_m3_vl")

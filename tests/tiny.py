@@ -1,4 +1,4 @@
-"""Small random checkpoints of both families as they lie on disk: names, dtypes, scales, shards, index, tokenizer, oddities.
+"""Small random checkpoints of each family as they lie on disk: names, dtypes, scales, shards, index, tokenizer, oddities.
 
 The configs are the released ones (tests/configs), shrunk. Scales are computed here by plain torch, not
 by moesaic's formats, so that reading them back is a check. A tensor depends on the seed, its name and
@@ -44,17 +44,18 @@ def make(
     bias_offset: float = 0.0,
     **overrides: Any,
 ) -> Path:
-    """Write a checkpoint of `family` ("minimax_m2", "minimax_m3_vl") into the folder `path` and return it.
+    """Write a checkpoint of `family` ("minimax_m2", "minimax_m3_vl", "mixtral") into the folder `path` and return it.
 
-    source       "native" (FP8 blocks, MXFP8) or "bf16"
+    source       "native" (FP8 blocks, MXFP8, BF16) or "bf16"
     layers       MoE layers; M3 has a dense one besides, before them
     bias_offset  added to every correction bias: a large one makes any rounding of it show
     overrides    further keys of the text config, by their names on disk
     """
     native = source == "native"
     config = released(family, native)
-    shrink = shrink_m2 if family == "minimax_m2" else shrink_m3
-    shrink(config, layers, dict(num_local_experts=experts, num_experts_per_tok=top_k, vocab_size=vocab) | overrides)
+    SHRINK[family](
+        config, layers, dict(num_local_experts=experts, num_experts_per_tok=top_k, vocab_size=vocab) | overrides
+    )
     architecture = family_of(config).read(config)
     tensors = values(architecture, config, seed, bias_offset)
     path.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def make(
 
 
 def released(family: str, native: bool) -> dict[str, Any]:
-    name = "m2.7" if family == "minimax_m2" else "m3_mxfp8" if native else "m3"
+    name = {"minimax_m2": "m2.7", "minimax_m3_vl": "m3_mxfp8" if native else "m3"}.get(family, family)
     config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
     if not native:
         config.pop("quantization_config", None)
@@ -108,6 +109,17 @@ def shrink_m3(config: dict[str, Any], layers: int, changes: Mapping[str, Any]) -
         ignored = [name for name in config["quantization_config"]["ignored_layers"] if ".layers." not in name]
         gates = sorted(f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in range(1, 1 + layers))
         config["quantization_config"]["ignored_layers"] = ignored + gates
+
+
+def shrink_mixtral(config: dict[str, Any], layers: int, changes: Mapping[str, Any]) -> None:
+    config.update(
+        hidden_size=256, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=layers,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    config.update(changes)
+
+
+SHRINK = {"minimax_m2": shrink_m2, "minimax_m3_vl": shrink_m3, "mixtral": shrink_mixtral}
 
 
 def values(architecture: Architecture, config: Mapping[str, Any], seed: int, bias_offset: float) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ class Serving:
     head_width: int
     cached_layers: int  # layers that keep a key and a value of every kv head
     cuts: Mapping[str, str]
-    tool_parser: str  # vLLM's name for the model's tool calls
+    tool_parser: str  # vLLM's name for the model's tool calls; "" where it makes none, and so for thoughts
     reasoning_parser: str
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0
@@ -201,10 +201,10 @@ class Markup:
 
 @dataclass(frozen=True)
 class Talk:
-    """How an answer says what it thinks and which tools it calls."""
+    """How an answer says what it thinks and which tools it calls; by default a family has words for neither."""
 
-    think: tuple[str, str]  # the words around it
-    calls: Markup
+    think: tuple[str, str] = ("", "")  # the words around it
+    calls: Markup = Markup(("", ""), ("", ""), ("", ""), ("", "", "", ""))
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,22 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Leave to run a layer in two halves, x + attention(norm(x)), then x + MLP(norm(x)): less memory, and no call twice.
+
+    Of a MoE block the MLP's output is that of the experts, times the factor, then added that of the shared expert.
+    """
+
+    before_attention: str = "input_layernorm"  # the norms' modules
+    before_mlp: str = "post_attention_layernorm"
+
+
+@dataclass(frozen=True)
 class Wiring:
-    """transformers' classes for the rest, and what fills their parameters."""
+    """transformers' classes for the rest, what fills their parameters, and where our experts go in.
+
+    Modules are named from the decoder layer, `router` and `experts` from the MoE block, which is the MLP of its layers.
+    """
 
     modeling: str  # the transformers module that holds the classes below
     configuration: str  # the transformers module and class of the whole config: "pkg.mod:Class"
@@ -241,7 +255,15 @@ class Wiring:
     # (architecture, layer) -> parameter of the decoder layer -> tensors on disk that make it, stacked by rows;
     # of a MoE block only the shared expert's
     parameters: Callable[[Architecture, int], dict[str, tuple[str, ...]]]
-    shared: str = ""  # the shared expert's module within a decoder layer; "" where the family has none
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str = ""  # the shared expert's; "" where the family has none
+    block_scales: bool = (
+        False  # whether the MoE block multiplies what experts give by the family's factor (else its router)
+    )
+    split: Split | None = None  # None: the layer's own forward runs
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ the stream's own, attention is transformers' module on our rows of keys. Leaves 
 outcome: choosing tokens is sampling.py, and which sequences go on is batch.py.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..resources import Resources
 from ..stream import Change, LayerRun
-from ..stream.attention import ROW_COPIES, SCORE_COPIES
+from ..stream.attention import ROW_COPIES, SCORE_COPIES, head_width
 from ..stream.experts import ExpertWeights, Share, pass_expert
 from ..stream.layer import StoredExpert
 from ..stream.memory import ahead
@@ -63,7 +64,7 @@ class Decoder:
     def most_queries(self, length: int) -> int:
         """New tokens of a sequence whose attention over `length` keys fits the buffer; one at least."""
         config = self.run.config
-        query_bytes = 4 * config.num_attention_heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
+        query_bytes = 4 * config.num_attention_heads * (SCORE_COPIES * length + ROW_COPIES * head_width(config))
         return max(1, self.run.block_bytes // query_bytes)
 
     @torch.no_grad()
@@ -86,26 +87,56 @@ class Decoder:
 
     def advance(self, layer: int, parts: Sequence[Sequence[Feed]], hidden_TD: Tensor) -> None:
         """One layer, in place. The rows of a part have equally many tokens and are attended to in one call."""
-        block, start = self.block(layer), 0
-        for part in parts:
-            count = len(part[0].tokens)
-            x_BnD = hidden_TD[start : start + len(part) * count].view(len(part), count, -1)
-            first_B = torch.tensor([feed.cache.length for feed in part], device=hidden_TD.device)
-            positions_Bn = first_B[:, None] + torch.arange(count, device=hidden_TD.device)
-            attended_BnD, _ = block.self_attn(
-                hidden_states=block.input_layernorm(x_BnD),
-                position_embeddings=self.run.rotary(x_BnD, positions_Bn),
-                attention_mask=None,
-                position_ids=positions_Bn,
-                past_key_values=Rows([feed.cache for feed in part], layer),
-            )
-            x_BnD += attended_BnD
-            start += len(part) * count
-        x_TD = block.post_attention_layernorm(hidden_TD)
-        hidden_TD += self.moe(layer, block, x_TD) if layer in self.architecture.moe_layers else block.mlp(x_TD)
+        sizes = [len(part) * len(part[0].tokens) for part in parts]
+        views = [h_TD.view(len(part), -1, h_TD.shape[1]) for part, h_TD in zip(parts, hidden_TD.split(sizes))]
+        block, split = self.block(layer), self.run.family.wiring.split
+        if not split:
+            self.advance_whole(layer, block, parts, views)
+            return
+        norm, attention = block.get_submodule(split.before_attention), self.run.skeleton(block).attention
+        for part, x_BnD in zip(parts, views):
+            x_BnD += self.attended(attention, layer, part, norm(x_BnD))
+        x_TD = block.get_submodule(split.before_mlp)(hidden_TD)
+        out_TD, *more = self.mlp(layer, block, x_TD)
+        for shared_TD in more:
+            out_TD += shared_TD
+        hidden_TD += out_TD
 
-    def moe(self, layer: int, block: Any, x_TD: Tensor) -> Tensor:
-        """Routed experts, times the family's factor, and the shared one."""
+    def advance_whole(self, layer: int, block: Any, parts: Sequence[Sequence[Feed]], views: Sequence[Tensor]) -> None:
+        """By the layer's own forward; see `stream.skeleton`."""
+        run = self.run
+        skeleton = replace(run.skeleton(block), block_bytes=sys.maxsize)  # a part is one call
+        real = skeleton.attention.forward
+        attended = [
+            skeleton.attended(x_BnD, partial(self.attended, real, layer, part)) for part, x_BnD in zip(parts, views)
+        ]
+        entered = [skeleton.entering(x_BnD, a_BnD)[0] for x_BnD, a_BnD in zip(views, attended)]
+        given = [out_TD.split([len(x_TD) for x_TD in entered]) for out_TD in self.mlp(layer, block, torch.cat(entered))]
+        for x_BnD, a_BnD, *out in zip(views, attended, *given):
+            known = run.in_block(*out) if layer in self.architecture.moe_layers else {run.family.wiring.mlp: out[0]}
+            x_BnD.copy_(skeleton.leaving(x_BnD, a_BnD, known)[1])
+
+    def attended(self, attention: Callable[..., Any], layer: int, part: Sequence[Feed], x_BnD: Tensor) -> Tensor:
+        """Attention over the keys in the caches of `part` and those of its new tokens."""
+        first_B = torch.tensor([feed.cache.length for feed in part], device=x_BnD.device)
+        positions_Bn = first_B[:, None] + torch.arange(x_BnD.shape[1], device=x_BnD.device)
+        attended_BnD: Tensor = attention(
+            hidden_states=x_BnD,
+            position_embeddings=self.run.rotary(x_BnD, positions_Bn),
+            attention_mask=None,
+            position_ids=positions_Bn,
+            past_key_values=Rows([feed.cache for feed in part], layer),
+        )[0]
+        return attended_BnD
+
+    def mlp(self, layer: int, block: Any, x_TD: Tensor) -> list[Tensor]:
+        """What a dense layer's MLP gives, or what `moe` does."""
+        if layer in self.architecture.moe_layers:
+            return self.moe(layer, block, x_TD)
+        return [self.run.skeleton(block).mlp(x_TD)]
+
+    def moe(self, layer: int, block: Any, x_TD: Tensor) -> list[Tensor]:
+        """What the routed experts give, times the family's factor, and what the shared one does, if any."""
         run = self.run
         router = self.resident.pin(("router", layer), lambda: run.router(layer), lambda r: total(*r.tensors))
         routing = route(router, x_TD, self.dropped.get(layer, ()))
@@ -119,10 +150,8 @@ class Decoder:
             ((e, read(e)) for e in selected) if here else ahead(read, selected)
         ):  # no thread for nothing
             pass_expert(share, expert, self.decode_expert(found, change), activate, run.block_bytes)
-        out_TD = share.routed_TD.mul_(run.family.arithmetic.routed_scale(run.text))
-        if run.family.wiring.shared:
-            out_TD += block.get_submodule(run.family.wiring.shared)(x_TD)
-        return out_TD
+        routed_TD, shared = share.routed_TD.mul_(run.family.arithmetic.routed_scale(run.text)), run.family.wiring.shared
+        return [routed_TD, block.get_submodule(shared)(x_TD)] if shared else [routed_TD]
 
     # Weights, from memory or from disk.
 
@@ -142,8 +171,9 @@ class Decoder:
 
     def block(self, layer: int) -> Any:
         """transformers' decoder layer with all but its router and routed experts."""
-        mlp = self.run.family.wiring.shared if layer in self.architecture.moe_layers else "mlp"
-        names = ("input_layernorm", "self_attn", "post_attention_layernorm", *([mlp] * bool(mlp)))
+        wiring = self.run.family.wiring
+        mlp = wiring.shared if layer in self.architecture.moe_layers else wiring.mlp
+        names = (*self.run.besides(layer), wiring.attention, *([mlp] * bool(mlp)))
         units = self.run.units(layer, ("qkv", "o", "dense", "shared"))
         changed = {unit: self.changed[unit] for unit in units if unit in self.changed}
         return self.resident.pin(("block", layer), lambda: self.run.block(layer, names, changed), module_bytes)

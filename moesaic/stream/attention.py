@@ -3,6 +3,7 @@
 Leaves out padding: rows of one state are equally long, and rows of another length are another state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,33 +16,45 @@ SCORE_COPIES = 3  # F32 tensors of [heads, queries, keys] that block-sparse sele
 ROW_COPIES = 8  # F32 tensors of [heads, queries, head_dim]: q, k, v, their norms and rotations
 
 
-def attend(block: Any, hidden_BTD: Tensor, rotary: nn.Module, config: Any, block_bytes: int) -> Tensor:
-    """hidden + attention(norm(hidden)), [B, T, D], with `block`'s `input_layernorm` and `self_attn`.
+def attend(
+    attention: Callable[..., Any], x_BTD: Tensor, rotary: nn.Module, config: Any, block_bytes: int,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """attention(x) [B, T, D]; with `norm`, x + attention(norm(x)).
 
     A mask of [heads, queries, keys] may exist only for what `block_bytes` holds: whole rows if they
     fit, else one row in chunks of queries through transformers' cache, which is the same sum in
     another order. Beside the buffer a chunk needs the keys and values of its row, once as cached and
     once repeated for every query head: 8 · heads · T · head_dim bytes in F32.
     """
-    rows, length, _ = hidden_BTD.shape
+    rows, length, _ = x_BTD.shape
     heads = config.num_attention_heads
-    query_bytes = 4 * heads * (SCORE_COPIES * length + ROW_COPIES * config.head_dim)
-    out_BTD = torch.empty_like(hidden_BTD)
+    query_bytes = 4 * heads * (SCORE_COPIES * length + ROW_COPIES * head_width(config))
+    out_BTD = torch.empty_like(x_BTD)
     for row in spans(rows, query_bytes * length, block_bytes // 4):  # more at a time are slower on a CPU
         chunks = list(spans(length, query_bytes * (row.stop - row.start), block_bytes))
         cache = DynamicCache(config=config) if len(chunks) > 1 else None
         for chunk in chunks:
-            x_BQD = hidden_BTD[row, chunk]
+            x_BQD = x_BTD[row, chunk]
             positions_1Q = torch.arange(chunk.start, chunk.stop, device=x_BQD.device)[None]
-            attended_BQD, _ = block.self_attn(
-                hidden_states=block.input_layernorm(x_BQD),
+            attended_BQD, _ = attention(
+                hidden_states=x_BQD if norm is None else norm(x_BQD),
                 position_embeddings=rotary(x_BQD, positions_1Q),
                 attention_mask=causal(positions_1Q) if chunk.start else None,
                 position_ids=positions_1Q,
                 past_key_values=cache,
             )
-            torch.add(x_BQD, attended_BQD, out=out_BTD[row, chunk])
+            if norm is None:
+                out_BTD[row, chunk] = attended_BQD
+            else:
+                torch.add(x_BQD, attended_BQD, out=out_BTD[row, chunk])
     return out_BTD
+
+
+def head_width(config: Any) -> int:
+    """Of a query, where transformers' config says so; else heads share the model's width."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def causal(positions_1Q: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..families import Linear
-from .attention import ROW_COPIES, SCORE_COPIES
+from .attention import ROW_COPIES, SCORE_COPIES, head_width
 from .experts import INNER_COPIES, ExpertWeights
 from .layer import LayerRun
 from .memory import ahead, spans
 from .router import route
+from .skeleton import standing_in
 from .state import Routing, State, ignore
 
 Forward = Callable[[Tensor], Tensor]
@@ -67,41 +68,88 @@ class Listener:
 
 def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
     """Slopes before `layer` [B, T, D], of the hidden states before it and the slopes behind it."""
+    split = run.family.wiring.split
+    if not split:
+        return retreat_whole(run, layer, hidden_BTD, slope_BTD, listener)
     with torch.no_grad():
         (middle_BTD,) = run.attention(layer, [State(hidden_BTD)])
     h_TD, slope_TD = middle_BTD.flatten(0, 1), slope_BTD.flatten(0, 1)
-    norm = run.block(layer, ("post_attention_layernorm",)).requires_grad_(False).post_attention_layernorm
+    norm = run.block(layer, (split.before_mlp,)).requires_grad_(False).get_submodule(split.before_mlp)
     x_TD = run.in_spans(norm, h_TD, 4)
-    if layer in run.architecture.moe_layers:
-        before_TD = moe(run, layer, x_TD, slope_TD, listener)
-    else:
-        before_TD = mlp(run, layer, "mlp", x_TD, slope_TD, listener)
+    before_TD = feed_forward(run, layer, x_TD, slope_TD, listener)
     for span in spans(len(h_TD), 8 * 4 * h_TD.shape[1], run.block_bytes):
         before_TD[span] = pulled(norm, h_TD[span], before_TD[span])[0]
-    slope_TD = slope_TD + before_TD
-    return attention(run, layer, hidden_BTD, slope_TD.view_as(slope_BTD), listener)
+    slope_BTD = (slope_TD + before_TD).view_as(slope_BTD)
+    block = run.block(layer, (split.before_attention, run.family.wiring.attention)).requires_grad_(False)
+    norm = block.get_submodule(split.before_attention)
 
-
-def attention_of(run: LayerRun, block: Any) -> Forward:
     def forward(h_BTD: Tensor) -> Tensor:
-        positions_1T = torch.arange(h_BTD.shape[1], device=h_BTD.device)[None]
-        out_BTD: Tensor = block.self_attn(
-            hidden_states=block.input_layernorm(h_BTD), position_embeddings=run.rotary(h_BTD, positions_1T),
-            attention_mask=None, position_ids=positions_1T, past_key_values=None,
-        )[0]  # fmt: skip
-        return out_BTD
+        return attended(run, run.skeleton(block).attention, norm(h_BTD))
 
-    return forward
+    return slope_BTD + attention(run, layer, block, forward, hidden_BTD, slope_BTD, listener)
 
 
-def attention(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
+def retreat_whole(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
+    """By the layer's own forward: its MLP is a constant in one graph, whose slope is asked for, and then in another."""
+    with torch.no_grad():
+        (attended_BTD,) = run.attention(layer, [State(hidden_BTD)])
+        ((x_TD, mlp_TD, _),) = run.through(layer, [State(hidden_BTD)], [attended_BTD])
+    wiring, besides = run.family.wiring, run.besides(layer)
+    skeleton = run.skeleton(run.block(layer, besides).requires_grad_(False))
+    mlp_BTD, found = mlp_TD.view_as(hidden_BTD), torch.empty_like(hidden_BTD)
+    for row in skeleton.rows(hidden_BTD):
+
+        def of_mlp(m_BTD: Tensor, row: slice = row) -> Tensor:
+            return skeleton.leaving(hidden_BTD[row], attended_BTD[row], {wiring.mlp: m_BTD})[1]
+
+        found[row] = pulled(of_mlp, mlp_BTD[row], slope_BTD[row])[0]
+    before_TD = feed_forward(run, layer, x_TD, found.flatten(0, 1), listener)
+    block = run.block(layer, (*besides, wiring.attention)).requires_grad_(False)
+    live = run.skeleton(block)
+    real = live.attention.forward
+
+    def forward(both_B2TD: Tensor) -> Tensor:
+        """Of hidden states, with the MLP's output beside them: what leaves the layer, with what goes into the MLP."""
+        h_BTD, m_BTD = both_B2TD.unbind(1)
+        entered = []
+
+        def mlp(x_BTD: Tensor) -> Tensor:
+            entered.append(x_BTD)
+            return m_BTD.detach()
+
+        with standing_in(
+            {live.attention: lambda hidden_states, **given: (attended(run, real, hidden_states), None), live.mlp: mlp}
+        ):
+            out_BTD = block(h_BTD)
+        return torch.stack([out_BTD, *entered], 1)
+
+    both = torch.stack([hidden_BTD, mlp_BTD], 1), torch.stack([slope_BTD, before_TD.view_as(slope_BTD)], 1)
+    return attention(run, layer, block, forward, *both, listener)[:, 0]
+
+
+def attended(run: LayerRun, attention: Callable[..., Any], x_BTD: Tensor) -> Tensor:
+    positions_1T = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+    out_BTD: Tensor = attention(
+        hidden_states=x_BTD, position_embeddings=run.rotary(x_BTD, positions_1T),
+        attention_mask=None, position_ids=positions_1T, past_key_values=None,
+    )[0]  # fmt: skip
+    return out_BTD
+
+
+def attention(
+    run: LayerRun, layer: int, block: Any, forward: Forward, x: Tensor, slope: Tensor, listener: Listener
+) -> Tensor:  # fmt: skip
     """Whole rows: a row needs `SCORE_COPIES` tensors [heads, T, T] where its attention is sparse."""
-    block = run.block(layer, ("input_layernorm", "self_attn")).requires_grad_(False)
-    length, heads = hidden_BTD.shape[1], run.config.num_attention_heads
-    row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * run.config.head_dim)
-    parts = list(spans(len(hidden_BTD), row_bytes, run.block_bytes // 4))
-    forward = attention_of(run, block)
-    return slope_BTD + module_back(run, layer, block, "self_attn", forward, hidden_BTD, slope_BTD, parts, listener)
+    length, heads, name = x.shape[-2], run.config.num_attention_heads, run.family.wiring.attention
+    row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * head_width(run.config))
+    parts = list(spans(len(x), row_bytes, run.block_bytes // 4))
+    return module_back(run, layer, block, name, forward, x, slope, parts, listener)
+
+
+def feed_forward(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
+    if layer in run.architecture.moe_layers:
+        return moe(run, layer, x_TD, slope_TD, listener)
+    return mlp(run, layer, run.family.wiring.mlp, x_TD, slope_TD, listener)
 
 
 def mlp(run: LayerRun, layer: int, name: str, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
@@ -142,11 +190,11 @@ def module_back(
         linears = linears_of[module]
         for n, slope_nO in zip(linears, found_nO.split([n.shape[0] for n in linears], 1)):
             units.setdefault(n.unit, []).append((n, seen_nI, slope_nO))
-    everyone = torch.arange(x.shape[:-1].numel(), device=x.device)
     for unit, members in units.items():
         order = {n.name: i for i, n in enumerate(run.architecture.units[unit])}
         linears_, xs, slopes_ = zip(*sorted(members, key=lambda m: order[m[0].name]))
         w = tuple(run.weight(f"{n.name}.weight").float() for n in linears_)
+        everyone = torch.arange(len(xs[0]), device=x.device)
         listener.unit(UnitPass(unit, linears_, w, xs, slopes_, everyone))
     return before
 

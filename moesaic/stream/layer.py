@@ -24,6 +24,7 @@ from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, run_experts
 from .memory import spans, standard_block_bytes
 from .router import LayerRouter, route
+from .skeleton import Skeleton
 from .state import BlockPass, Change, Intake, LinearPass, State, ignore
 
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
@@ -121,11 +122,15 @@ class LayerRun:
         limit = max(self.block_bytes, 64 * 4 * copies * self.architecture.vocab)
         return spans(tokens, 4 * copies * self.architecture.vocab, limit)
 
-    # The two halves of a layer. Each builds and fills its own modules, which are gone when it returns.
+    # A layer in two steps, with a tensor [B, T, D] between them that is the family's own business. Each step builds and
+    # fills its own modules, which are gone when it returns, and takes the states as they were before the layer.
 
     def attention(self, layer: int, states: Sequence[State]) -> list[Tensor]:
+        """Of each state what `feed_forward` goes on from: hidden + attention where the layer is split, else attention."""
+        split, name = self.family.wiring.split, self.family.wiring.attention
+        norms = (split.before_attention,) if split else self.besides(layer)
         out = [s.hidden_BTD for s in states]
-        for block, members in self.blocks(layer, ("input_layernorm", "self_attn"), states, ("qkv", "o")):
+        for block, members in self.blocks(layer, (*norms, name), states, ("qkv", "o")):
             found: dict[tuple[Any, ...], Tensor] = {}  # by identity of what went in, and what becomes of it inside
             for i in members:
                 h_BTD, rounded = states[i].hidden_BTD, states[i].rounded
@@ -134,20 +139,67 @@ class LayerRun:
                     out[i] = found[same].clone()
                 else:
                     with self.watched(block, layer, states[i]):
-                        out[i] = attend(block, h_BTD, self.rotary, self.config, self.block_bytes)
+                        out[i] = self.attend(block, h_BTD)
                     found[same] = out[i]
         return out
 
-    def feed_forward(self, layer: int, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Tensor]:
-        norm = self.block(layer, ("post_attention_layernorm",)).post_attention_layernorm
-        flat = [hidden_BTD.flatten(0, 1) for hidden_BTD in hidden]
+    def attend(self, block: Any, hidden_BTD: Tensor) -> Tensor:
+        split, words = self.family.wiring.split, (self.rotary, self.config, self.block_bytes)
+        if split:
+            norm = block.get_submodule(split.before_attention)
+            return attend(block.get_submodule(self.family.wiring.attention), hidden_BTD, *words, norm)
+        skeleton = self.skeleton(block)
+        real = skeleton.attention.forward  # which will have a stand-in
+        return skeleton.attended(hidden_BTD, lambda x_BTD: attend(real, x_BTD, *words))
+
+    def feed_forward(self, layer: int, states: Sequence[State], middle: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states after the layer, of what `attention` gave, which may be overwritten."""
+        split = self.family.wiring.split
+        if not split:
+            return [out_BTD for _, _, out_BTD in self.through(layer, states, middle)]
+        norm = self.block(layer, (split.before_mlp,)).get_submodule(split.before_mlp)
+        flat = [middle_BTD.flatten(0, 1) for middle_BTD in middle]
         normed = [self.in_spans(norm, h_TD, 4) for h_TD in flat]
         if layer in self.architecture.moe_layers:
-            self.moe(layer, states, normed, flat)
+            for h_TD, given in zip(flat, self.moe(layer, states, normed, flat)):
+                for out_TD in given:
+                    h_TD += out_TD
         else:
-            for h_TD, out_TD in zip(flat, self.mlp(layer, "mlp", states, normed)):
+            for h_TD, out_TD in zip(flat, self.mlp(layer, self.family.wiring.mlp, states, normed)):
                 h_TD += out_TD
-        return list(hidden)
+        return list(middle)
+
+    def through(
+        self, layer: int, states: Sequence[State], attended: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """By the layer's own forward: what goes into its MLP and what comes out of it [T, D], and what leaves it [B, T, D]."""
+        wiring, skeleton = self.family.wiring, self.skeleton(self.block(layer, self.besides(layer)))
+        entered = [skeleton.entering(s.hidden_BTD, a_BTD) for s, a_BTD in zip(states, attended)]
+        normed = [x_TD for x_TD, _ in entered]
+        acts: list[dict[str, Tensor]]
+        if layer in self.architecture.moe_layers:
+            hidden = [left_BTD.flatten(0, 1) for _, left_BTD in entered]
+            acts = [self.in_block(*given) for given in self.moe(layer, states, normed, hidden)]
+        else:
+            acts = [{wiring.mlp: out_TD} for out_TD in self.mlp(layer, wiring.mlp, states, normed)]
+        out = [skeleton.leaving(s.hidden_BTD, a_BTD, act) for s, a_BTD, act in zip(states, attended, acts)]
+        return [(x_TD, mlp_TD, out_BTD) for x_TD, (mlp_TD, out_BTD) in zip(normed, out)]
+
+    def in_block(self, routed_TD: Tensor, shared_TD: Tensor | None = None) -> dict[str, Tensor]:
+        """What modules of a MoE block have to give so that it makes the same of it as `moe` says."""
+        wiring, factor = self.family.wiring, self.family.arithmetic.routed_scale(self.text)
+        known = {f"{wiring.mlp}.{wiring.experts}": routed_TD / factor if wiring.block_scales else routed_TD}
+        return known if shared_TD is None else known | {wiring.shared: shared_TD}
+
+    def skeleton(self, block: Any) -> Skeleton:
+        return Skeleton(block, self.family.wiring, self.block_bytes)
+
+    def besides(self, layer: int) -> list[str]:
+        """Modules that are neither attention, experts nor a MLP: norms, and what else a family has."""
+        wiring, moe = self.family.wiring, layer in self.architecture.moe_layers
+        others = tuple(f"{name}." for name in (wiring.attention, wiring.shared if moe else wiring.mlp) if name)
+        names = self.family.wiring.parameters(self.architecture, layer)
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in names if not name.startswith(others)))
 
     def mlp(self, layer: int, name: str, states: Sequence[State], normed: Sequence[Tensor]) -> list[Tensor]:
         """The dense or shared MLP of that name on each of `normed`."""
@@ -159,8 +211,13 @@ class LayerRun:
                     out[i] = self.in_spans(module, normed[i], self.widening(module))
         return out
 
-    def moe(self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
-        """Add a MoE block's output to each of `hidden`."""
+    def moe(
+        self, layer: int, states: Sequence[State], normed: Sequence[Tensor], hidden: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """Of each state what the routed experts give, times the family's factor, and what the shared one does, if any.
+
+        `hidden` is for observers: the residual stream that is about to gain all that.
+        """
         router, (unit,), shares = self.router(layer), self.units(layer, ("experts",)), []
         for state, x_TD in zip(states, normed):
             routing = route(router, x_TD, state.dropped.get(layer, ()))
@@ -174,17 +231,13 @@ class LayerRun:
             lambda gate, up: self.family.arithmetic.activate(self.text, gate, up),
             self.block_bytes,
         )
-        scale = self.family.arithmetic.routed_scale(self.text)
-        shared: Sequence[Tensor | None] = [None] * len(states)
-        if self.family.wiring.shared:
-            shared = self.mlp(layer, self.family.wiring.shared, states, normed)
-        for share, h_TD, shared_TD in zip(shares, hidden, shared):
-            routed_TD = share.routed_TD.mul_(scale)
+        scale, name = self.family.arithmetic.routed_scale(self.text), self.family.wiring.shared
+        shared = self.mlp(layer, name, states, normed) if name else []
+        given = [[share.routed_TD.mul_(scale), *shared[i : i + 1]] for i, share in enumerate(shares)]
+        for share, h_TD, (routed_TD, *more) in zip(shares, hidden, given):
             if share.observer is not None:
-                share.observer.block(BlockPass(layer, h_TD, share.x_TD, routed_TD, shared_TD))
-            h_TD += routed_TD
-            if shared_TD is not None:
-                h_TD += shared_TD
+                share.observer.block(BlockPass(layer, h_TD, share.x_TD, routed_TD, more[0] if more else None))
+        return given
 
     def in_spans(self, module: nn.Module, x_TD: Tensor, widening: int) -> Tensor:
         """`module` on each token, a span at a time; it needs `widening` times the memory of its input."""

@@ -83,4 +83,5 @@ class Served:
 
     def thinks(self, prompt: str) -> bool:
         """Whether a rendered prompt has begun the model's reasoning already."""
-        return prompt.rstrip().endswith(self.checkpoint.family.talk.think[0])
+        word = self.checkpoint.family.talk.think[0]
+        return bool(word) and prompt.rstrip().endswith(word)

@@ -153,7 +153,8 @@ class Answer:
     def words(self) -> dict[str, str]:
         """The words around reasoning that matter here, with the part that begins after each."""
         think, thought = self.talk.think
-        return {thought: "content"} if self.inside == "reasoning" else {think: "reasoning", thought: "content"}
+        found = {thought: "content"} if self.inside == "reasoning" else {think: "reasoning", thought: "content"}
+        return found if think else {}
 
 
 def part(inside: str, text: str) -> Iterator[Part]:

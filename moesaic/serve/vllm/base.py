@@ -94,10 +94,11 @@ def deployment(export: Checkpoint, facts: Mapping[str, Any], host: str = "127.0.
         "--max-num-batched-tokens": STEP_TOKENS["vllm"],
         "--gpu-memory-utilization": machine["utilization"],
         "--kv-cache-dtype": CACHE_FLAGS[facts["kv"]],
-        "--tool-call-parser": serving.tool_parser,
-        "--enable-auto-tool-choice": None,
-        "--reasoning-parser": serving.reasoning_parser,
     }
+    if serving.tool_parser:
+        flags |= {"--tool-call-parser": serving.tool_parser, "--enable-auto-tool-choice": None}
+    if serving.reasoning_parser:
+        flags["--reasoning-parser"] = serving.reasoning_parser
     if facts["layout"]["expert_parallel"]:
         flags["--enable-expert-parallel"] = None
     if serving.block_tokens:
