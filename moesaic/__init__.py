@@ -11,7 +11,7 @@ FLOORS = (
     ("files",),
     ("utf8",),
     ("registry", "artifact", "conversations", "progress", "verdict"),
-    ("formats", "plan", "resources", "overlay", "digests", "criteria", "rope", "documents", "tokenizer"),
+    ("formats", "plan", "resources", "overlay", "digests", "criteria", "rope", "stated", "documents", "tokenizer"),
     ("kernels", "families", "recode", "texts"),
     ("containers", "rounding"),
     ("damage",),

@@ -78,8 +78,8 @@ class Checkpoint:
             walk(path, "moesaic")
         family = family_of(config)
         config = dict(family.released(config))
-        architecture, container = family.read(config), container_of(config)
-        stored = read_shards(path)
+        architecture, stored = family.read(config), read_shards(path)
+        container = container_of(config).of_release(architecture, frozenset(stored))
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
         checkpoint = Checkpoint(path, config, family, architecture, container, formats, stored)
         if stored and whole and (bad := checkpoint.differences()):
@@ -161,20 +161,25 @@ class Checkpoint:
 
     def parts(self, linear: Linear) -> dict[str, Tensor]:
         """The stored tensors of one matrix, by meaning (see `Packing`)."""
+        packing, place = (
+            self.container.packing(self.formats[linear.name]),
+            self.container.place(self.architecture, linear),
+        )
         found = {}
         for key, part in self.located(linear).items():
             whole = self.where(part.info.name)
-            found[key] = self.load(part.info.name, part.offset - whole.offset, part.info.bytes).reshape(part.info.shape)
+            run = self.load(part.info.name, part.offset - whole.offset, part.info.bytes).reshape(part.info.shape)
+            found[key] = run if place.is_run else place.pick(run, packing.parts(linear.shape)[key])
         return found
 
     def located(self, linear: Linear) -> dict[str, Stored]:
-        """Where the tensors of one matrix lie, by meaning: of a stack of experts, its own row and no more."""
+        """Where the tensors of one matrix lie, by meaning: of a stack of experts, its own row at most."""
         packing = self.container.packing(self.formats[linear.name])
         place, found = self.container.place(self.architecture, linear), {}
         for key, part in packing.parts(linear.shape).items():
             whole = self.where(place.tensor(part).name)
-            row = TensorInfo(whole.info.name, part.dtype, part.shape)
-            found[key] = Stored(row, whole.file, whole.offset + place.start(part))
+            start, run = place.run(part)
+            found[key] = Stored(TensorInfo(whole.info.name, run.dtype, run.shape), whole.file, whole.offset + start)
         return found
 
     def decode(self, name: str, device: torch.device | str = "cpu") -> Tensor:

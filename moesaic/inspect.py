@@ -63,6 +63,7 @@ def inspect(model: Path, base: Path | None = None) -> dict[str, Any]:
 def shares(checkpoint: Checkpoint) -> dict[str, Share]:
     """Tensors, parameters and bytes by role, in the order of the model."""
     found: dict[str, Share] = defaultdict(Share)
+    counted: set[str] = set()
 
     def add(role: str, tensors: list[TensorInfo], parameters: int) -> None:
         found[role].tensors += len(tensors)
@@ -71,10 +72,11 @@ def shares(checkpoint: Checkpoint) -> dict[str, Share]:
 
     for linear in checkpoint.architecture.linears:
         packing = checkpoint.container.packing(checkpoint.formats[linear.name])
-        tensors = packing.tensors(linear.name, linear.shape)
-        add(linear.role, tensors, linear.elements)
-        if checkpoint.container.place(checkpoint.architecture, linear).row:  # counted with the first of its stack
-            found[linear.role].tensors -= len(tensors)
+        place = checkpoint.container.place(checkpoint.architecture, linear)
+        add(linear.role, packing.tensors(linear.name, linear.shape), linear.elements)
+        names = {place.tensor(part).name for part in packing.parts(linear.shape).values()}
+        found[linear.role].tensors -= len(names & counted)  # with the first matrix of its stack
+        counted |= names
     for tensor in checkpoint.architecture.tensors:
         add({"router_bias": "router"}.get(tensor.role, tensor.role), [tensor], tensor.elements)
     return dict(found)

@@ -65,7 +65,7 @@ class Reader:
         place = checkpoint.container.place(checkpoint.architecture, linear)
         for key, part in self.packing(linear).parts(linear.shape).items():
             name, row = place.tensor(part).name, place.row
-            found[key] = self.tensor(name) if row is None else self.rows(name, row, row + 1).reshape(part.shape)
+            found[key] = self.tensor(name) if row is None else place.pick(self.rows(name, row, row + 1)[0], part)
         return found
 
     def names(self, linear: Linear) -> list[str]:

@@ -206,6 +206,8 @@ def keeps_bytes(target: Target, linear: Linear) -> bool:
     format = target.formats[linear.name]
     if not keeps_values(target, linear) or source.formats[origin.name] != format:
         return False
+    if not source.container.place(source.architecture, origin).is_run:
+        return False
     return source.container.packing(format).layout == target.container.packing(format).layout
 
 

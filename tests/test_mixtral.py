@@ -12,7 +12,7 @@ from reference import Reference
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.generate import Sampling, end_tokens, generate
-from moesaic.serve.local import local
+from moesaic.serve.local import Room, local
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import Tokenizer
 from moesaic.verify import verify
@@ -20,7 +20,7 @@ from moesaic.verify import verify
 KEY = "a-key-of-tests"
 CARRIED = [
     ("compressed_tensors", "mxfp4"), ("compressed_tensors", "nvfp4"), ("compressed_tensors", "fp8_block"),
-    ("auto_round", "int4_g64"), ("gptq", "int4_g128"), ("mlx", "mxfp4"), ("mlx", "affine4_g64"),
+    ("auto_round", "int4_g64"), ("gptq", "int4_g128"), ("mlx", "mxfp4"),
 ]  # fmt: skip
 
 
@@ -67,8 +67,9 @@ def test_a_budget_is_met_and_told(mixtral, data, tmp_path, capsys):
     facts = go(capsys, *call, "--formats", "source,mxfp4,int2_g64", "--experts", 6, "--evaluation-tokens", 384)
     assert facts["bytes"] <= 0.5 * whole and facts["scores"]["kl_mean"]["value"] > 0
     assert verify(run / "model", mixtral, quiet=True).holds
-    assert "<svg" in (run / "report.html").read_text() and "Mixtral" in (run / "model" / "README.md").read_text()
-    assert go(capsys, "report", run)
+    go(capsys, "report", run, "--card", "--base-model", "mistralai/Mixtral-8x7B-v0.1")
+    assert "<svg" in (run / "report.html").read_text()
+    assert "mistralai/Mixtral-8x7B-v0.1" in (run / "model" / "README.md").read_text()
     said = go(capsys, "serve", run / "model", "--devices", "1x24GiB", "--print", "command")["text"]
     assert "vllm serve" in said and "parser" not in said and "auto-tool-choice" not in said
 
@@ -123,7 +124,7 @@ def test_rounding_on_text(mixtral, data, tmp_path, capsys):
 def test_a_local_server_speaks_for_it(mixtral):
     """With no words of its own for thoughts and calls, all that it says is content."""
     prompt = "]~!b[]~b]user\nhello[e~[\n]~b]ai\n<think>\n"
-    with serving(local(mixtral, KEY, 64 << 20, 4 << 20, context=600), KEY) as server:
+    with serving(local(mixtral, KEY, Room(64 << 20, 4 << 20, context=600)), KEY) as server:
         answer = server.client.chat.completions.create(
             model=mixtral.path.name, messages=[{"role": "user", "content": "hello"}], temperature=0, max_tokens=12
         )

@@ -45,9 +45,7 @@ def test_both_ways_forward(halves, block_bytes):
     """Branches too: experts dropped, matrices changed, inputs rounded; and what observers see of every layer."""
     layer = halves.architecture.moe_layers[-1]
     changed = {f"layers.{layer}.{role}": halved for role in ("experts", "o", "shared")}
-    rounded = {
-        f"layers.{layer}.{role}": lambda x_nI, _: 0.9 * x_nI for role in ("qkv", "experts", "shared")
-    }
+    rounded = {f"layers.{layer}.{role}": lambda x_nI, _: 0.9 * x_nI for role in ("qkv", "experts", "shared")}
     found = []
     for checkpoint in (halves, whole(halves)):
         run, seen, inputs = LayerRun(checkpoint, block_bytes=block_bytes), Seen(), dict[str, list[Tensor]]()

@@ -8,14 +8,14 @@ either. Every `pack` has its `unpack` beside it, both pure, on names local to on
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PlanError
-from ..families import FAMILIES, Architecture, Linear, TensorInfo
+from ..families import FAMILIES, Architecture, Linear, Stack, TensorInfo
 from ..formats import FORMATS, NumberFormat, Scales
 from ..kernels.decode import decode, decodes
 
@@ -96,27 +96,53 @@ class Packing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix lies: in tensors of its own, or as one row of tensors that stack a layer's experts.
+    """Where a matrix lies: in tensors of its own, or in one row of tensors that stack a layer's experts.
 
-    A row is one run of bytes, so that what moves or reads a matrix never needs the rest of the stack.
+    A row is one run of bytes, so that what moves or reads a matrix never needs the rest of the stack. In the stack of
+    a release it may share its row with other matrices, and be no run of bytes itself (`families.Stack`).
     """
 
     module: str
     row: int | None = None
     rows: int = 1
+    stack: Stack | None = None
 
     def tensor(self, part: Part) -> TensorInfo:
         """The header entry of the tensor that holds `part`."""
-        stack = () if self.row is None else (self.rows,)
-        return TensorInfo(f"{self.module}.{part.suffix}", part.dtype, stack + part.shape)
+        above = () if self.row is None else (self.rows,)
+        name = f"{self.module}.{part.suffix}" if self.stack is None else self.stack.tensor
+        return TensorInfo(name, part.dtype, above + self.row_of(part).shape)
 
-    def start(self, part: Part) -> int:
-        """Where in that tensor `part` begins, in bytes."""
-        return (self.row or 0) * part.bytes
+    def row_of(self, part: Part) -> Part:
+        """What lies in the row: `part`, and whatever shares it."""
+        return part if self.stack is None else replace(part, shape=self.stack.part(part.shape))
+
+    def run(self, part: Part) -> tuple[int, Part]:
+        """The least run of bytes that holds `part`: where it begins in that tensor, in bytes, and what it is."""
+        start = (self.row or 0) * self.row_of(part).bytes
+        if self.stack is None or not self.stack.is_run:
+            return start, self.row_of(part)
+        return start + self.stack.first * part.bytes // part.shape[0], part
+
+    def pick(self, row: Tensor, part: Part) -> Tensor:
+        """`part` of what lies in the row."""
+        if self.stack is None:
+            return row.reshape(part.shape)
+        rows = row.mT if self.stack.transposed else row
+        return rows[self.stack.first :: self.stack.step][: part.shape[0]].contiguous()
+
+    @property
+    def is_run(self) -> bool:
+        return self.stack is None or self.stack.is_run
 
 
 def alone(architecture: Architecture, linear: Linear) -> Place:
     return Place(linear.name)
+
+
+def stacked(architecture: Architecture, linear: Linear) -> Place:
+    """As a release of the family has it."""
+    return Place(linear.name, linear.expert, architecture.experts, linear.stack) if linear.stack else Place(linear.name)
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,7 @@ class Container:
     config   (architecture, format of every linear, config.json of the source) -> quantization_config,
              or None where this container writes none; raises PlanError for what its engines would not load
     place    (architecture, linear) -> where its tensors lie
+    stacks   whether releases of a family that stacks experts (`Linear.stack`) lie so in this container
     keys     where config.json has what `config` returns; the first is the one that engines read
     expert_parallel  whether its engines can give whole experts to each device
     """
@@ -141,6 +168,13 @@ class Container:
     place: Callable[[Architecture, Linear], Place] = alone
     keys: tuple[str, ...] = ("quantization_config",)
     expert_parallel: bool = True
+    stacks: bool = False
+
+    def of_release(self, architecture: Architecture, names: frozenset[str]) -> "Container":
+        """This container as a model of these tensors uses it: nothing on disk says whether experts are stacked but names."""
+        first = next((n.stack.tensor for n in architecture.linears if n.stack), None)
+        found = self.stacks and first is not None and (first in names or not names)
+        return replace(self, place=stacked) if found else self
 
     def packing(self, format: str) -> Packing:
         if format not in self.packings:

@@ -1,4 +1,7 @@
-"""No container at all: every matrix is one BF16 tensor named `weight`."""
+"""No container at all: every matrix is one BF16 tensor named `weight`, or lies as its family's releases stack experts.
+
+Exports have a tensor for each matrix: engines that read stacks read those as well.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,5 +38,5 @@ def config(architecture: Architecture, formats: Mapping[str, str], source: Mappi
 
 
 UNQUANTIZED = Container(
-    "unquantized", "", {"bf16": BF16}, formats, config, "https://github.com/huggingface/safetensors"
+    "unquantized", "", {"bf16": BF16}, formats, config, "https://github.com/huggingface/safetensors", stacks=True
 )

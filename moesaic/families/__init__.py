@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..registry import collect
+from ..stated import expert_counts, with_experts
 from .base import (
     DTYPE_BYTES,
     Architecture,
@@ -17,12 +18,11 @@ from .base import (
     Router,
     Serving,
     Split,
+    Stack,
     Talk,
     TensorInfo,
     Vision,
     Wiring,
-    expert_counts,
-    with_experts,
 )
 
 FAMILIES = collect(__name__, Family)
@@ -52,6 +52,7 @@ __all__ = [
     "Router",
     "Serving",
     "Split",
+    "Stack",
     "Talk",
     "TensorInfo",
     "Vision",

@@ -7,14 +7,12 @@ module owns (an expert's activation), and vision: those tensors are carried alon
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import FamilyError
-
-Config = Mapping[str, Any]
+from ..stated import Config
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -29,8 +27,6 @@ DTYPE_BYTES = {
     "U32": 4,
     "I64": 8,
 }
-MOST_LAYERS, MOST_EXPERTS = 1024, 8192  # a typo beyond them would fill the memory with names
-COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,33 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor [E, …] of a release that holds a matrix of each expert of a layer, often with others of them.
+
+    tensor      its whole name on disk: most have no ".weight"
+    rows        of an expert's own part, all matrices in it together: 2 · I where gate and up share it
+    first       the matrix's first row in that part, and
+    step        how many rows on its next one is: 2 where gate and up take turns
+    transposed  whether an expert's part lies as [I, rows]
+    """
+
+    tensor: str
+    rows: int
+    first: int = 0
+    step: int = 1
+    transposed: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether an expert's matrix is one run of bytes."""
+        return self.step == 1 and not self.transposed
+
+    def part(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an expert's part, of a matrix of that shape [O, I]."""
+        return (shape[1], self.rows) if self.transposed else (self.rows, shape[1])
+
+
+@dataclass(frozen=True)
 class Linear:
     """One matrix [O, I] that a format may be chosen for. `name` is the module's, without ".weight".
 
@@ -71,6 +94,9 @@ class Linear:
     cut         along what devices share it: "rows", "columns", "kv" (rows, and no finer than a key/value head), "whole"
     fused       a name for the matrices of its unit and expert that a server makes one of, because they multiply the
                 same vectors; "" where it stands alone
+    stack       where an unquantized release of the family keeps it, if not in a tensor of its own
+    bias        of an expert's matrix, a small tensor with a row for each expert: [E, O], or [E, rows of the stack], from
+                which its values are taken as its rows are from there
     """
 
     name: str
@@ -83,6 +109,8 @@ class Linear:
     fused: str = ""
     expert: int | None = None
     refusals: tuple[Refusal, ...] = ()
+    stack: Stack | None = None
+    bias: str = ""
 
     @property
     def input(self) -> str:
@@ -158,7 +186,8 @@ class Architecture:
     @cached_property
     def rows_of(self) -> dict[str, int]:
         """Small tensor that has one row for each expert of a layer -> that layer."""
-        return {name: layer for layer, router in self.routers.items() for name in router.tensors}
+        found = {name: layer for layer, router in self.routers.items() for name in router.tensors}
+        return found | {linear.bias: linear.layer for linear in self.linears if linear.bias}
 
 
 @dataclass(frozen=True)
@@ -314,64 +343,3 @@ def attended(
         *more,
         Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o", "columns"),
     ]
-
-
-def expect(config: Config, key: str, *wanted: Any) -> Any:
-    """config[key], which must be one of `wanted`; with none given it must merely be there."""
-    if key not in config:
-        raise FamilyError(
-            f"config.json has no {key!r}; the family's code needs it" + (f" to be {wanted[0]!r}" if wanted else "")
-        )
-    if wanted and config[key] not in wanted:
-        raise FamilyError(
-            f"config.json has {key} = {config[key]!r}; this family's code was written for {' or '.join(map(repr, wanted))}"
-        )
-    return config[key]
-
-
-def count(config: Config, key: str, most: int = 2**31) -> int:
-    """config[key], which must be a whole number from 1 to `most`."""
-    value = expect(config, key)
-    if type(value) is not int or not 1 <= value <= most:
-        raise FamilyError(f"config.json has {key} = {value!r}; wanted a whole number from 1 to {most:,}")
-    return value
-
-
-def section(config: Config, key: str) -> Config:
-    """config[key], which must be an object."""
-    value = expect(config, key)
-    if not isinstance(value, Mapping):
-        raise FamilyError(f"config.json has {key} = {value!r}; wanted an object")
-    return value
-
-
-def schedule(config: Config, key: str, layers: int) -> list[int]:
-    """config[key], which must say 0 or 1 of each layer."""
-    value = expect(config, key)
-    if not isinstance(value, list) or len(value) != layers or not all(flag in (0, 1) for flag in value):
-        raise FamilyError(f"config.json has {key} = {value!r:.80}; wanted a 0 or 1 for each of {layers} layers")
-    return value
-
-
-def expert_counts(config: Config, path: str = "") -> Iterator[tuple[str, int]]:
-    """Every place in a config that states the number of routed experts: ("text_config.num_local_experts", 128)."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from expert_counts(value, f"{path}{key}.")
-        elif key in COUNT_KEYS and isinstance(value, int):
-            yield path + key, value
-
-
-def with_experts(config: Config, source: int, kept: int) -> dict[str, Any]:
-    """`config` with the expert count changed wherever it stands. Raises `FamilyError` if it stands nowhere."""
-    found = dict(expert_counts(config))
-    if source not in found.values():
-        raise FamilyError(f"config.json states the number of experts nowhere as {source}: found {found}")
-
-    def edit(part: Config) -> dict[str, Any]:
-        return {
-            k: edit(v) if isinstance(v, Mapping) else kept if k in COUNT_KEYS and v == source else v
-            for k, v in part.items()
-        }
-
-    return edit(config)

@@ -8,12 +8,10 @@ from typing import Any
 from torch.nn.functional import silu
 
 from ..rope import plain_rope
+from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 from .base import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
     Architecture,
     Arithmetic,
-    Config,
     Engine,
     Family,
     Linear,
@@ -25,8 +23,6 @@ from .base import (
     TensorInfo,
     Wiring,
     attended,
-    count,
-    expect,
     gated,
 )
 

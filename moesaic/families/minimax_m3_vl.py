@@ -9,12 +9,10 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..rope import plain_rope
+from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect, schedule, section
 from .base import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
     Architecture,
     Arithmetic,
-    Config,
     Engine,
     Family,
     Linear,
@@ -28,11 +26,7 @@ from .base import (
     Vision,
     Wiring,
     attended,
-    count,
-    expect,
     gated,
-    schedule,
-    section,
 )
 
 PREFIX = "language_model.model.layers."

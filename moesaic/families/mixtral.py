@@ -6,12 +6,10 @@ Released in BF16, router included. The Instruct models have no words for thought
 from torch.nn.functional import silu
 
 from ..rope import plain_rope
+from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 from .base import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
     Architecture,
     Arithmetic,
-    Config,
     Engine,
     Family,
     Linear,
@@ -21,8 +19,6 @@ from .base import (
     TensorInfo,
     Wiring,
     attended,
-    count,
-    expect,
     gated,
 )
 

@@ -84,7 +84,8 @@ class Experts:
         first = self.round_groups(gate_ups, tokens, [torch.Tensor.float] * len(tokens), [self.pool])
         format = format_of(self.target, gate_ups[0])
         through = [
-            partial(self.hidden, torch.cat([format.decode(*member) for member in members])) for _, members, _ in first
+            partial(self.hidden, torch.cat([format.decode(*member) for member in members]), self.bias(group))
+            for group, members, _ in first
         ]
         width = downs[0][0].shape[1]
         pools = [self.inputs(width, self.at_large(width), to_hidden) for to_hidden in through]
@@ -116,7 +117,11 @@ class Experts:
             for groups in zip(*experts)
         )
         format = format_of(self.target, experts[0][0])
-        parts = self.rounding.round_block(Block(weights, self.forward, x_EnD, weight_En), format)
+        biases = [
+            torch.stack([b for b in map(self.bias, groups) if b is not None])[:, None] if groups[0][0].bias else None
+            for groups in zip(*experts)
+        ]
+        parts = self.rounding.round_block(Block(weights, partial(self.forward, biases), x_EnD, weight_En), format)
         results: list[Result] = []
         for groups, rounded in zip(zip(*experts), parts):
             members = split(rounded, [n.shape[0] for n in groups[0]], format)
@@ -127,17 +132,27 @@ class Experts:
 
     # An expert's arithmetic, with values that are not on disk.
 
-    def hidden(self, gate_up_OI: Tensor, x_nD: Tensor) -> Tensor:
+    def hidden(self, gate_up_OI: Tensor, bias_O: Tensor | None, x_nD: Tensor) -> Tensor:
         """What down multiplies; gate stands above up."""
-        return self.activated(x_nD.float() @ gate_up_OI.mT)
+        both_nO = x_nD.float() @ gate_up_OI.mT
+        return self.activated(both_nO if bias_O is None else both_nO + bias_O)
+
+    def bias(self, group: Group) -> Tensor | None:
+        """That of matrices stacked by rows, of the source's experts that they are."""
+        if not group[0].bias:
+            return None
+        return torch.cat([self.run.bias(self.target.origin[n.name]) for n in group])
 
     def activated(self, both_nO: Tensor) -> Tensor:
         gate_nI, up_nI = both_nO.chunk(2, -1)
         return self.run.family.arithmetic.activate(self.run.text, gate_nI, up_nI)
 
-    def forward(self, weights: Sequence[Tensor], x_EnD: Tensor) -> Tensor:
-        gate_up_EOI, down_EOI = weights
-        return self.activated(x_EnD @ gate_up_EOI.mT) @ down_EOI.mT
+    def forward(self, biases: Sequence[Tensor | None], weights: Sequence[Tensor], x_EnD: Tensor) -> Tensor:
+        """`biases` [E, 1, O] of gate with up, and of down."""
+        (gate_up_EOI, down_EOI), (above_E1O, below_E1O) = weights, biases
+        both_EnO = x_EnD @ gate_up_EOI.mT
+        y_EnD = self.activated(both_EnO if above_E1O is None else both_EnO + above_E1O) @ down_EOI.mT
+        return y_EnD if below_E1O is None else y_EnD + below_E1O
 
     # Tokens.
 

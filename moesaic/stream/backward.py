@@ -260,9 +260,9 @@ def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Lis
 
 def expert(run: LayerRun, weights: ExpertWeights, x_nD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What an expert makes of tokens, and on the way: gate's, up's and down's outputs, and what down multiplies."""
-    gate_nI, up_nI = F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up)
+    gate_nI, up_nI = weights.through("gate", x_nD), weights.through("up", x_nD)
     inner_nI = run.family.arithmetic.activate(run.text, gate_nI, up_nI)
-    f_nD = F.linear(inner_nI, weights.down)
+    f_nD = weights.through("down", inner_nI)
     return f_nD, (gate_nI, up_nI, f_nD, inner_nI)
 
 

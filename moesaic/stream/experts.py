@@ -4,8 +4,8 @@ transformers' experts are not used because they are one tensor a layer. Leaves o
 shared expert, which is an ordinary module.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -22,11 +22,16 @@ INNER_COPIES = 8  # F32 tensors of [tokens, inner width] that gate, up and activ
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The three matrices of one expert, as the server multiplies with them."""
+    """The three matrices of one expert, as the server multiplies with them, and biases where they have some."""
 
     gate: Tensor  # [I, D]
     up: Tensor  # [I, D]
     down: Tensor  # [D, I]
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # projection -> [O]
+
+    def through(self, projection: str, x_nI: Tensor) -> Tensor:
+        """What the matrix of that name makes of `x_nI`."""
+        return F.linear(x_nI, getattr(self, projection), self.biases.get(projection))
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,10 @@ def pass_expert(
         x_nD = share.x_TD[tokens_n]
         if share.rounded is not None:
             x_nD = share.rounded(x_nD, "gate")
-        inner_nI = activate(F.linear(x_nD, weights.gate), F.linear(x_nD, weights.up))
+        inner_nI = activate(weights.through("gate", x_nD), weights.through("up", x_nD))
         if share.rounded is not None:
             inner_nI = share.rounded(inner_nI, "down")
-        f_nD = F.linear(inner_nI, weights.down)
+        f_nD = weights.through("down", inner_nI)
         share.routed_TD.index_add_(0, tokens_n, f_nD.float() * gates_n[:, None])
         if share.observer is not None:
             layer = share.routing.layer

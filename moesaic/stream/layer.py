@@ -7,9 +7,8 @@ in router.py, experts are in experts.py. What a family has to say comes from `Fa
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,8 @@ from .attention import attend
 from .experts import INNER_COPIES, ExpertWeights, Share, run_experts
 from .memory import spans, standard_block_bytes
 from .router import LayerRouter, route
-from .skeleton import Skeleton
-from .state import BlockPass, Change, Intake, LinearPass, State, ignore
+from .skeleton import Skeleton, see_inputs, take_in
+from .state import BlockPass, Change, State, ignore, passed
 
 StoredExpert = dict[str, tuple[Linear, dict[str, Tensor]]]  # projection -> the matrix, and its tensors on disk
 
@@ -345,7 +344,15 @@ class LayerRun:
     def decode_expert(self, stored: StoredExpert, change: Change | None) -> ExpertWeights:
         values = [self.checkpoint.value(linear, parts, self.device) for linear, parts in stored.values()]
         changed = change([linear for linear, _ in stored.values()], values) if change else values
-        return ExpertWeights(**{p: w_OI.to(self.dtype) for p, w_OI in zip(stored, changed)})
+        biases = {p: self.bias(linear).to(self.dtype) for p, (linear, _) in stored.items() if linear.bias}
+        return ExpertWeights(**{p: w_OI.to(self.dtype) for p, w_OI in zip(stored, changed)}, biases=biases)
+
+    def bias(self, linear: Linear) -> Tensor:
+        """An expert's own [O], in F32."""
+        assert linear.expert is not None
+        row = self.checkpoint.rows(linear.bias, linear.expert, linear.expert + 1)[0].to(self.device).float()
+        stack = linear.stack if linear.stack and len(row) == linear.stack.rows else None
+        return row[stack.first :: stack.step][: linear.shape[0]] if stack else row
 
     def norm(self) -> nn.Module:
         weight_D = self.weight(self.architecture.norm)
@@ -383,21 +390,3 @@ def building(what: str) -> Iterator[None]:
             f"config.json holds a value of which transformers makes no {what} ({type(error).__name__}: {why}); "
             "fetch config.json again"
         ) from error
-
-
-def take_in(rounded: Intake, projection: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x_nI = inputs[0].flatten(0, -2)
-    return (rounded(x_nI, projection).view_as(inputs[0]), *inputs[1:])
-
-
-def see_inputs(
-    linears: tuple[Linear, ...], see: Callable[[LinearPass], None], module: nn.Module, inputs: tuple[Tensor, ...]
-) -> None:
-    see(LinearPass(linears, inputs[0].flatten(0, -2)))
-
-
-def passed(layer: int, state: State, hidden_BTD: Tensor) -> State:
-    """`state` with its new hidden states, and what of them is not finite on record."""
-    suspects_nD = hidden_BTD[~hidden_BTD.sum(-1).isfinite()]  # a sum hides no inf or NaN, and is one pass
-    bad = int((~suspects_nD.isfinite().all(-1)).sum())
-    return replace(state, hidden_BTD=hidden_BTD, nonfinite={**state.nonfinite, layer: bad} if bad else state.nonfinite)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import Wiring
+from ..families import Linear, Wiring
 from .memory import spans
+from .state import Intake, LinearPass
 
 COPIES = 8  # F32 tensors of [tokens, width] that norms and residuals make
 ROUTER_GIVES = 3  # logits, gates and ids, in all of transformers' MoE blocks
@@ -116,3 +117,17 @@ def in_turn(out: Tensor, more: int = 0) -> Act:
         return (found, *[None] * more) if more else found
 
     return act
+
+
+# Hooks of a module.
+
+
+def take_in(rounded: Intake, projection: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x_nI = inputs[0].flatten(0, -2)
+    return (rounded(x_nI, projection).view_as(inputs[0]), *inputs[1:])
+
+
+def see_inputs(
+    linears: tuple[Linear, ...], see: Callable[[LinearPass], None], module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    see(LinearPass(linears, inputs[0].flatten(0, -2)))

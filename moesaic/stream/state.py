@@ -4,7 +4,7 @@ T is B·T here: tokens of all rows of a state in row-major order, so that token 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -100,3 +100,10 @@ class State:
     nonfinite: Mapping[int, int] = field(default_factory=dict)
     changed: Mapping[str, Change] = field(default_factory=dict)
     rounded: Mapping[str, Intake] = field(default_factory=dict)
+
+
+def passed(layer: int, state: State, hidden_BTD: Tensor) -> State:
+    """`state` with its new hidden states, and what of them is not finite on record."""
+    suspects_nD = hidden_BTD[~hidden_BTD.sum(-1).isfinite()]  # a sum hides no inf or NaN, and is one pass
+    bad = int((~suspects_nD.isfinite().all(-1)).sum())
+    return replace(state, hidden_BTD=hidden_BTD, nonfinite={**state.nonfinite, layer: bad} if bad else state.nonfinite)
