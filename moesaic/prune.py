@@ -36,15 +36,26 @@ PREVIEW_TOKENS = 8_192  # enough to tell criteria apart; the verdict on what shi
 class Pruning:
     """What is asked for.
 
-    experts  that every layer keeps
-    repair   shared experts take over what dropped ones gave, where that helps (see `repair`)
-    check    reopen the result and compare it with the source
+    experts       that every layer keeps
+    repair        shared experts take over what dropped ones gave, where that helps (see `repair`)
+    check         reopen the result and compare it with the source
+    memory_bytes  for hidden states of cuts side by side, where criteria are compared; None: half of what is available
     """
 
     experts: int
     ranking: Ranking = REAP
     repair: bool = False
     check: bool = True
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is to be previewed: cuts to each of `counts`, by every criterion ("auto") or one; `memory_bytes` as above."""
+
+    counts: Sequence[int]
+    ranking: Ranking = EVERY
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Setting:
     ranking: Ranking
     corpus: Corpus
     quiet: bool
+    memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def prune(
     source.check_values()
     if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:
         raise InputError(f"{out} holds an export of {there} experts a layer; name another folder or remove it")
-    setting = Setting(source, work, ranking, corpus, quiet)
+    setting = Setting(source, work, ranking, corpus, quiet, pruning.memory_bytes)
     known = know(setting, [experts])
     criterion = ranking.criterion
     if criterion == AUTO:
@@ -154,16 +166,15 @@ def know(setting: Setting, counts: Sequence[int]) -> Known:
 
 
 def preview_cuts(
-    model: Path, out: Path, counts: Sequence[int], ranking: Ranking = EVERY, corpus: Corpus = PYTHON_TEXT,
-    quiet: bool = False,
-) -> list[Outlook]:  # fmt: skip
-    """Measure cuts to each of `counts`, by every criterion ("auto") or one, and write no model. Best first."""
-    source = Checkpoint.open(model)
+    model: Path, out: Path, cuts: Cuts, corpus: Corpus = PYTHON_TEXT, quiet: bool = False
+) -> list[Outlook]:
+    """Measure `cuts`, and write no model. Best first."""
+    source, counts, ranking = Checkpoint.open(model), cuts.counts, cuts.ranking
     for count in counts:
         check_count(source, count)
     check_names(ranking.policy, ranking.criteria)
     source.check_values()
-    setting = Setting(source, out / "moesaic", ranking, corpus, quiet)
+    setting = Setting(source, out / "moesaic", ranking, corpus, quiet, cuts.memory_bytes)
     return look_ahead(setting, know(setting, counts).statistics, counts)
 
 
@@ -191,7 +202,9 @@ def look_ahead(setting: Setting, statistics: Statistics, counts: Sequence[int]) 
     source, work, ranking, corpus = setting.source, setting.work, setting.ranking, setting.corpus
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     cuts = candidates(statistics, counts, ranking.criteria, policy=ranking.policy, domains=ranking.domains)
-    outlooks = preview(source, cuts, rows, work / "preview", seed=corpus.seed, quiet=setting.quiet)
+    outlooks = preview(
+        source, cuts, rows, work / "preview", seed=corpus.seed, memory_bytes=setting.memory_bytes, quiet=setting.quiet
+    )
     facts = {"model": str(source.path), "candidates": [o.facts() for o in outlooks], "seed": corpus.seed}
     facts["text"] = dict(rows.facts)
     write_json(work / "preview.json", "preview", facts, {"source": source.identity, "tokens": rows.identity})

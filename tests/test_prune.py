@@ -28,7 +28,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.criteria import CRITERIA
 from moesaic.errors import CheckError, InputError, StaleError
-from moesaic.prune import EVERY, Pruning, Ranking, preview_cuts, prune
+from moesaic.prune import EVERY, Cuts, Pruning, Ranking, preview_cuts, prune
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import TokenSet, sha256_of
 
@@ -192,7 +192,7 @@ def short_preview(monkeypatch):
 
 
 def test_a_preview_measures_every_criterion_and_draws_it(m2, corpus, tmp_path, short_preview):
-    outlooks = preview_cuts(m2.path, tmp_path / "out", [5, 3], EVERY, corpus, quiet=True)
+    outlooks = preview_cuts(m2.path, tmp_path / "out", Cuts([5, 3], EVERY), corpus, quiet=True)
     assert {(o.candidate.criterion, o.candidate.experts) for o in outlooks} == {
         (c, k) for c in CRITERIA for k in (5, 3)
     }

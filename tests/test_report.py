@@ -22,7 +22,7 @@ from moesaic.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, Reading, Score, Scores, evaluate
 from moesaic.plan import Plan
-from moesaic.prune import Pruning, Ranking, preview_cuts, prune
+from moesaic.prune import Cuts, Pruning, Ranking, preview_cuts, prune
 from moesaic.quantize import Quantizing, quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
 from moesaic.report.blocks import Section
@@ -295,7 +295,7 @@ def test_whatever_left_a_run_has_a_page(m2: Checkpoint, tmp_path: Path) -> None:
     few = Corpus(tokens=512, length=64)
     quantize(m2.path, tmp_path / "q", Quantizing("mxfp4"), quiet=True, command="moesaic quantize this")
     prune(m2.path, tmp_path / "p", Pruning(4), corpus=few, quiet=True)
-    preview_cuts(m2.path, tmp_path / "v", [4], Ranking(), few, quiet=True)
+    preview_cuts(m2.path, tmp_path / "v", Cuts([4], Ranking()), few, quiet=True)
     tokens = text_rows(m2)
     evaluate(
         m2, Checkpoint.open(tmp_path / "p"), [Reading.of(tokens)], tmp_path / "e", Conditions(device="cpu"), quiet=True

@@ -12,9 +12,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+import moesaic.prune as prune_module
 import moesaic.stream.experts as experts_module
 import moesaic.stream.layer as layer_module
-from moesaic.cli import main
+from moesaic.cli import main, parsed
+from moesaic.cli.commands import recipe
 from moesaic.resources import THREADS
 
 BLOCK = 24 << 10
@@ -79,6 +81,20 @@ def test_a_run_goes_on_with_its_own_count_of_threads(model, text, tmp_path, caps
     assert main([*words, "--threads", "1"]) == 2 and not out.exists()
     assert main(words) == 0
     assert json.loads((out / "moesaic" / THREADS).read_text())["threads"] == 2
+
+
+def test_half_of_memory_is_for_hidden_states_side_by_side(model, text, tmp_path, monkeypatch) -> None:
+    """In previews by their own call, in prices by what the search is told."""
+    told, real = [], prune_module.preview
+    monkeypatch.setattr(prune_module, "preview", lambda *a, **how: told.append(how["memory_bytes"]) or real(*a, **how))
+    words = ["prune", model, str(tmp_path / "out"), "--experts", "4", *text]
+    assert main([*words, "--preview", "--memory", "300MB"]) == 0
+    assert main([*words, "--criterion", "auto", "--memory", "400MB", "--no-verify"]) == 0
+    for options, wanted in ((["--memory", "1GB"], 500_000_000), ([], None)):
+        _, a = parsed(["measure", model, str(tmp_path / "run"), *text, *options])
+        told.append(recipe(a).pricing.memory_bytes)
+        assert told[-1] == wanted
+    assert told[:2] == [150_000_000, 200_000_000]
 
 
 @pytest.mark.parametrize("command", ["calibrate", "quantize", "prune", "compress", "measure", "evaluate"])

@@ -65,7 +65,9 @@ def run_prune(a: arguments.Prune) -> dict[str, Any]:
         return run_preview(a)
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
-    pruning = Pruning(experts=a.experts[0], ranking=ranking(a, a.run), repair=a.repair, check=a.check)
+    pruning = Pruning(
+        experts=a.experts[0], ranking=ranking(a, a.run), repair=a.repair, check=a.check, memory_bytes=held_bytes(a)
+    )
     with trying_out(reads_library(a)):
         return told_pruning(prune(a.model, a.out, pruning, corpus(a), command=a.line, quiet=a.quiet))
 
@@ -105,9 +107,10 @@ def told_pruning(facts: dict[str, Any]) -> dict[str, Any]:
 
 def run_preview(a: arguments.Prune) -> dict[str, Any]:
     from ..preview import table
-    from ..prune import preview_cuts, probe_cuts
+    from ..prune import Cuts, preview_cuts, probe_cuts
 
-    outlooks = preview_cuts(a.model, a.out, a.experts, ranking(a, a.run), corpus(a), quiet=a.quiet)
+    cuts = Cuts(counts=a.experts, ranking=ranking(a, a.run), memory_bytes=held_bytes(a))
+    outlooks = preview_cuts(a.model, a.out, cuts, corpus(a), quiet=a.quiet)
     probes = probe_cuts(a.model, a.out, outlooks, quiet=a.quiet) if a.loops else {}
     show(table(outlooks))
     for name, found in probes.items():
