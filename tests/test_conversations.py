@@ -6,6 +6,7 @@ know without a word. The property test holds the reader to a slow plain one, wri
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from moesaic.conversations import Conversation
 from moesaic.corpus import Corpus
 from moesaic.errors import InputError
+from moesaic.serve.local.model import Served
 from moesaic.texts import read_texts
 from moesaic.tokenizer import Tokenizer
 
@@ -217,6 +219,27 @@ def test_a_template_may_shape_what_it_writes(tmp_path):
     template = "{% for m in messages %}[{{ m.content.split('</think>')[-1] | trim | upper }}]{% endfor %}"
     row = {"messages": [USER, {"role": "assistant", "content": "<think>Hm.</think> Yes. "}]}
     assert read(tmp_path / "data", tokenizer(tmp_path / "model", template), row) == "[ROME?][YES.]"
+
+
+@pytest.mark.parametrize(
+    "messages, wanted",
+    [
+        ([{"role": "developer", "content": "Brief."}, USER], "[system]Brief.\n[user]Rome?\n[ai]"),
+        ([USER, {"role": "critic", "content": "Bad."}], "leaves out message 2, of the role 'critic'"),
+        ([USER, {"role": "tool", "content": [{"type": "text", "text": "rain"}]}], "[user]Rome?\n[tool]rain\n[ai]"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], CALLED + "[ai]"),
+        ([{"role": "user", "content": 5}], "message 1 has a `content` that is a number"),
+    ],
+)
+def test_the_server_renders_as_calibration_does(model, messages, wanted):
+    """The same text, up to where an answer begins; and refused alike."""
+    served = SimpleNamespace(tokenizer=model, name="model")
+    if wanted.startswith("["):
+        assert Served.render(served, messages, [], {}) == wanted
+        assert model.renderer.render(Conversation.of(messages)) == wanted.removesuffix("[ai]")
+        return
+    with pytest.raises(InputError, match=wanted):
+        Served.render(served, messages, [], {})
 
 
 def test_kinds_are_probed_once(model):
