@@ -41,14 +41,20 @@ class Probe:
 
 def probe(
     checkpoint: Checkpoint, tokens: TokenSet, kept: Mapping[int, Sequence[int]] | None = None,
-    prompts: int = PROMPTS, new_tokens: int = NEW_TOKENS,
+    prompts: int = PROMPTS, new_tokens: int = NEW_TOKENS, memory_bytes: int | None = None,
 ) -> Probe:  # fmt: skip
-    """Let the model, without the experts that are not in `kept` (layer -> ids), go on from rows of `tokens`."""
+    """Let the model, without the experts that are not in `kept` (layer -> ids), go on from rows of `tokens`.
+
+    memory_bytes  of weights between steps; None: half of what is available
+    """
     chosen = np.linspace(0, tokens.rows, min(prompts, tokens.rows), endpoint=False).astype(int)
     begun = [tokens.ids_BT[row, :PROMPT_TOKENS].tolist() for row in chosen]
     a = checkpoint.architecture
     room = a.context - max(map(len, begun))
     ends = end_tokens(checkpoint)
     sampling = Sampling(SAMPLING.temperature, SAMPLING.top_p, seed=SAMPLING.seed, stop=ends)
-    texts = generate(checkpoint, begun, min(new_tokens, room), sampling, dropped=dropped(kept or {}, a.experts))
+    texts = generate(
+        checkpoint, begun, min(new_tokens, room), sampling,
+        memory_bytes=memory_bytes, dropped=dropped(kept or {}, a.experts),
+    )  # fmt: skip
     return Probe.of([looped([id for id in text.ids if (id,) not in ends]) for text in texts])

@@ -178,7 +178,9 @@ def preview_cuts(
     return look_ahead(setting, know(setting, counts).statistics, counts)
 
 
-def probe_cuts(model: Path, out: Path, outlooks: Sequence[Outlook], quiet: bool = False) -> dict[str, Probe]:
+def probe_cuts(
+    model: Path, out: Path, outlooks: Sequence[Outlook], memory_bytes: int | None = None, quiet: bool = False
+) -> dict[str, Probe]:
     """How the texts repeat that the source and the best cut to each count write, after `preview_cuts`: by "source"
     and "16 reap"."""
     source, work = Checkpoint.open(model), out / "moesaic"
@@ -190,7 +192,7 @@ def probe_cuts(model: Path, out: Path, outlooks: Sequence[Outlook], quiet: bool 
     probes: dict[str, Probe] = {}
     with progress("write text", len(kept), "models", quiet) as meter:
         for name, ids in kept.items():
-            probes[name] = probe(source, rows, ids)
+            probes[name] = probe(source, rows, ids, memory_bytes=memory_bytes)
             meter.advance(1)
     facts = {"models": {name: found.facts() for name, found in probes.items()}}
     write_json(work / "loops.json", "loops", facts, {"source": source.identity, "tokens": rows.identity})

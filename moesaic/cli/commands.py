@@ -111,7 +111,7 @@ def run_preview(a: arguments.Prune) -> dict[str, Any]:
 
     cuts = Cuts(counts=a.experts, ranking=ranking(a, a.run), memory_bytes=held_bytes(a))
     outlooks = preview_cuts(a.model, a.out, cuts, corpus(a), quiet=a.quiet)
-    probes = probe_cuts(a.model, a.out, outlooks, quiet=a.quiet) if a.loops else {}
+    probes = probe_cuts(a.model, a.out, outlooks, cuts.memory_bytes, quiet=a.quiet) if a.loops else {}
     show(table(outlooks))
     for name, found in probes.items():
         share, endless = plus_minus(vars(found.share)), found.endless

@@ -13,6 +13,7 @@ from ..errors import InputError
 from . import arguments
 from .commands import corpus
 from .options import counts_of, names_of, text_options
+from .resources import held_bytes
 from .telling import plus_minus
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
         from ..spots import compare, local
         from ..tokens import Tokenizer
 
-        writers = {"source": local(source), "export": local(export)}
+        held = held_bytes(a)  # of one writer at a time
+        writers = {"source": local(source, held), "export": local(export, held)}
         more, facts = compare(writers, Tokenizer.open(source.path))
         inputs = {"source": source.identity, "export": export.identity}
         scores = (scores or Scores((), NOTHING)).add(more, {"spots": facts}, out / "scores.json", inputs)

@@ -20,14 +20,17 @@ WARM = 0.7  # temperature at which a model that loops when greedy may still get 
 SEED = 0
 
 
-def local(checkpoint: Checkpoint) -> Writer:
-    """The model of a checkpoint as a writer; a model without a chat template goes on from the bare question."""
+def local(checkpoint: Checkpoint, memory_bytes: int | None = None) -> Writer:
+    """The model of a checkpoint as a writer; a model without a chat template goes on from the bare question.
+
+    memory_bytes  of weights between steps; None: half of what is available
+    """
     tokenizer, stop = Tokenizer.open(checkpoint.path), end_tokens(checkpoint)
 
     def write(prompts: Sequence[Prompt], new_tokens: int, temperature: float) -> list[str]:
         ids = [asked(tokenizer, prompt) for prompt in prompts]
         sampling = Sampling(temperature=temperature, seed=SEED, stop=stop)
-        found = generate(checkpoint, ids, new_tokens, sampling)
+        found = generate(checkpoint, ids, new_tokens, sampling, memory_bytes=memory_bytes)
         return [tokenizer.inner.decode(completion.ids, skip_special_tokens=False) for completion in found]
 
     return write
