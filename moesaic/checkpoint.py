@@ -81,7 +81,15 @@ class Checkpoint:
         architecture, stored = family.read(config), read_shards(path)
         container = container_of(config).of_release(architecture, frozenset(stored))
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
-        checkpoint = Checkpoint(path, config, family, architecture, container, formats, stored)
+        checkpoint = Checkpoint(
+            path=path,
+            config=config,
+            family=family,
+            architecture=architecture,
+            container=container,
+            formats=formats,
+            stored=stored,
+        )
         if stored and whole and (bad := checkpoint.differences()):
             raise CheckpointError(
                 f"{path} disagrees with its config.json: {sample([f'{n} {what}' for n, what in bad.items()])}; "

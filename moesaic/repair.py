@@ -59,7 +59,7 @@ def repair(
     found = overlay.listing(folder, inputs)
     inputs |= {"heldout": heldout.identity, "seed": str(seed)}
     if not (folder / VERDICT).exists():
-        facts = measured(run, target, heldout, folder, inputs, seed, quiet)
+        facts = measured(run=run, target=target, rows=heldout, folder=folder, inputs=inputs, seed=seed, quiet=quiet)
         counts = {"matrices": len(found["items"]), "fitted_tokens": fitted.tokens}
         write_json(folder / VERDICT, "repair", counts | facts, inputs)
     facts = read_json(folder / VERDICT, "repair", inputs)

@@ -120,10 +120,18 @@ def select_experts(
     jaccard_L = np.array([jaccard(halves[0].kept[layer], halves[1].kept[layer]) for layer in statistics.layers])
     few = statistics.few(FEW_TOKENS) if CRITERIA[criterion].reads_text else ()
     return Selection(
-        criterion, policy, dict(zip(statistics.domains, statistics.shares(domains).tolist())), statistics.layers,
-        score_LE, cut(score_LE, statistics.layers, keep, frozenset(protected)), tuple(protected), tuple(few),
-        tuple(statistics.nonfinite()), jaccard_L, statistics.tokens,
-    )  # fmt: skip
+        criterion=criterion,
+        policy=policy,
+        domains=dict(zip(statistics.domains, statistics.shares(domains).tolist())),
+        layers=statistics.layers,
+        score_LE=score_LE,
+        cut=cut(score_LE, statistics.layers, keep, frozenset(protected)),
+        protected=tuple(protected),
+        few=tuple(few),
+        nonfinite=tuple(statistics.nonfinite()),
+        jaccard_L=jaccard_L,
+        tokens=statistics.tokens,
+    )
 
 
 def order_experts(

@@ -72,7 +72,16 @@ class Target:
             config.pop(key, None)
         if (quantization := container.config(new, formats, source.config)) is not None:
             config |= dict.fromkeys(container.keys, quantization)
-        target = Target(source, plan, container, config, new, formats, origin, frozenset(keeping))
+        target = Target(
+            source=source,
+            plan=plan,
+            container=container,
+            config=config,
+            architecture=new,
+            formats=formats,
+            origin=origin,
+            keeping=frozenset(keeping),
+        )
         check_overlaid(target)
         return target
 

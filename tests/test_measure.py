@@ -4,6 +4,7 @@ Tiny models are random: their figures mean nothing, but every identity that hold
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -396,12 +397,24 @@ def test_bits_and_experts_are_views_of_the_same(priced, tmp_path):
     assert Limit().bytes(menu) is None
 
 
-def test_text_to_price_on_fits_the_time_and_is_chosen_once(m2, tmp_path):
-    def setting(seconds: float) -> Setting:
-        return Setting(m2, tmp_path / str(seconds), pricing=Pricing(tokens=240, seconds=seconds))
+def test_text_to_price_on_fits_the_time_and_is_chosen_once(m2, tmp_path, monkeypatch):
+    """The machine grows slower while a run goes on: the same question has the same answer, another question another."""
+    speed = itertools.count(10, -1)
+    monkeypatch.setitem(
+        price_text.__globals__, "affordable_tokens", lambda _, work, seconds: int(next(speed) * seconds / work)
+    )
 
-    text = rows(12)
-    assert price_text(setting(1e-6), 10.0, text).rows == 1
-    assert price_text(setting(1e6), 10.0, text).rows == 10
-    again = dataclasses.replace(setting(1e-6), pricing=Pricing(tokens=240, seconds=1e6))
-    assert price_text(again, 10.0, text).rows == 1, "the guess is not made again"
+    def priced(text: TokenSet, seconds: float = 24.0, tokens: int = 240, work: float = 1.0) -> TokenSet:
+        return price_text(Setting(m2, tmp_path, pricing=Pricing(tokens=tokens, seconds=seconds)), work, text)
+
+    text, other = rows(12), rows(12, seed=1)
+    first = priced(text)
+    assert first.rows == 10 and priced(text).identity == first.identity, "the guess is not made again"
+    assert [priced(text, seconds=12.0).rows, priced(text, tokens=48).rows, priced(text, work=4.0).rows] == [4, 2, 1]
+    assert priced(other).rows == 6 and priced(other).shared_with(text) == 0
+    assert priced(text).identity == first.identity and next(speed) == 5, "four other questions were asked once each"
+
+
+def test_a_real_machine_takes_less_text_in_less_time(m2, tmp_path):
+    few, many = (Setting(m2, tmp_path, pricing=Pricing(tokens=240, seconds=s)) for s in (1e-6, 1e6))
+    assert [price_text(setting, 10.0, rows(12)).rows for setting in (few, many)] == [1, 10]

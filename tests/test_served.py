@@ -153,7 +153,8 @@ def test_a_token_that_the_server_puts_before_the_prompt_is_passed_over(m3: Check
 
 def test_our_own_server_tells_what_a_sweep_gives(m3: Checkpoint, tmp_path: Path) -> None:
     reading = Reading.of(text_rows(m3))
-    swept = evaluate(m3, m3, [reading], tmp_path, floor=False, device="cpu", quiet=True)
+    conditions = Conditions(floor=False, device="cpu")
+    swept = evaluate(m3, m3, [reading], tmp_path, conditions, quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     with local_server.serving(local(m3)) as running:
         divergences, before = read(Server.open(f"{running.url}/v1"), [reading], words(m3), quiet=True)

@@ -26,7 +26,7 @@ from moesaic.artifact import read_tensors
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import StaleError
-from moesaic.evaluate import Reading, evaluate
+from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.measure import Branch, measure, sense
 from moesaic.plan import Plan
 from moesaic.preview import Candidate, preview
@@ -179,7 +179,7 @@ def slopes(model: Checkpoint, folder: Path) -> Any:
 def scored(model: Checkpoint, folder: Path) -> Any:
     """The model against itself as an engine rounds its activations, and against itself with noise."""
     readings = [Reading.of(rows(3)), replace(Reading.of(rows(2, seed=1)), name="other")]
-    return evaluate(model, model, readings, folder, activations=("none", "engine"), device="cpu", quiet=True).scores
+    return evaluate(model, model, readings, folder, Conditions(("none", "engine"), device="cpu"), True).scores
 
 
 USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {

@@ -19,9 +19,14 @@ SUMS = ("tokens", "gate", "gate2", "norm", "norm2", "gated", "gated2", "gnorm2",
 def only(seen: ExpertPass, mask_n: Tensor) -> ExpertPass:
     """The same of fewer tokens."""
     return ExpertPass(
-        seen.layer, seen.expert, seen.tokens_n[mask_n], seen.gates_n[mask_n], seen.x_nD[mask_n],
-        seen.inner_nI[mask_n], seen.f_nD[mask_n],
-    )  # fmt: skip
+        layer=seen.layer,
+        expert=seen.expert,
+        tokens_n=seen.tokens_n[mask_n],
+        gates_n=seen.gates_n[mask_n],
+        x_nD=seen.x_nD[mask_n],
+        inner_nI=seen.inner_nI[mask_n],
+        f_nD=seen.f_nD[mask_n],
+    )
 
 
 @dataclass

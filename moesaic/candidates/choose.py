@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..allocate import Frontier
-from ..artifact import write_json
+from ..artifact import identity, write_json
 from ..calibrate import Statistics
 from ..errors import PlanError
 from ..measure import (
@@ -101,17 +101,31 @@ def price_options(setting: Setting, statistics: Statistics, calibration: TokenSe
     if pricing.harm == SURROGATE:
         return surrogate(source, offered, every, order_LE, text, setting.run, **how), text
     saliency_LE = scores(statistics, "dropout", "pooled")
-    return trace(source, offered, every, order_LE, saliency_LE, text, setting.run, **how), text
+    return trace(
+        checkpoint=source,
+        offered=offered,
+        counts=every,
+        order_LE=order_LE,
+        saliency_LE=saliency_LE,
+        tokens=text,
+        run=setting.run,
+        **how,
+    ), text
 
 
 def price_text(setting: Setting, work: float, calibration: TokenSet) -> TokenSet:
-    """Rows of the calibration text to price on. How many fit into the time is found once, and kept in priced.safetensors.
+    """Rows of the calibration text to price on.
+
+    How many fit into the time depends on the machine's mood, so it is found once for everything that decides it, and
+    those rows are kept in a priced-….safetensors: other time, text or work has a file of its own.
 
     work    layers that each token goes through
     """
-    pricing, file = setting.pricing, setting.run / "priced.safetensors"
+    pricing = setting.pricing
     if pricing.seconds is None:
         return some_rows(calibration, pricing.tokens)
+    asked = identity(setting.source.identity, calibration.identity, pricing.seconds, pricing.tokens, work)
+    file = setting.run / f"priced-{asked}.safetensors"
     if not file.exists():
         tokens = min(pricing.tokens, affordable_tokens(setting.source, work, pricing.seconds))
         some_rows(calibration, tokens).save(file)

@@ -187,6 +187,6 @@ def format_of(module: str, default: Mapping[str, Any], said: Mapping[str, Any] |
 
 
 MLX = Container(
-    "mlx", "mlx", PACKINGS, formats, config, "https://github.com/ml-explore/mlx-lm",
-    place, ("quantization", "quantization_config"), expert_parallel=False,
+    name="mlx", quant_method="mlx", packings=PACKINGS, formats=formats, config=config, reference="https://github.com/ml-explore/mlx-lm",
+    place=place, keys=("quantization", "quantization_config"), expert_parallel=False,
 )  # fmt: skip

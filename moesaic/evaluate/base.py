@@ -85,7 +85,18 @@ class Scoring:
         value, error, low, high = (finite(x) for x in (estimate.value, estimate.error, estimate.low, estimate.high))
         tokens, rows = int(where_BS.sum()), int(where_BS.any(-1).sum())
         return Score(
-            self.reading.name, name, part, value, error, low, high, unit, tokens, rows, self.activations, self.seed
+            reading=self.reading.name,
+            name=name,
+            part=part,
+            value=value,
+            error=error,
+            low=low,
+            high=high,
+            unit=unit,
+            tokens=tokens,
+            rows=rows,
+            activations=self.activations,
+            seed=self.seed,
         )
 
     def parts(self) -> Iterator[tuple[str, np.ndarray | None]]:

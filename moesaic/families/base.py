@@ -341,5 +341,13 @@ def attended(
         Linear(f"{at}k_proj", (kv, hidden), projection="k", cut="kv", **facts),
         Linear(f"{at}v_proj", (kv, hidden), projection="v", cut="kv", **facts),
         *more,
-        Linear(f"{at}o_proj", (hidden, q), "o", f"layers.{layer}.o", layer, "o", "columns"),
+        Linear(
+            name=f"{at}o_proj",
+            shape=(hidden, q),
+            role="o",
+            unit=f"layers.{layer}.o",
+            layer=layer,
+            projection="o",
+            cut="columns",
+        ),
     ]

@@ -51,7 +51,15 @@ class Footprint:
             raise InputError(f"a cache in {kv!r} is not known; name {' or '.join(KV_BYTES)}")
         token, activations = token_figure(shapes, layout, kv), activation_figure(shapes, machine, layout, concurrency)
         weights = shapes.weight_bytes(layout)
-        return Footprint(machine, layout, shapes, token, activations, reserve(activations, machine), weights)
+        return Footprint(
+            machine=machine,
+            layout=layout,
+            shapes=shapes,
+            token=token,
+            activations=activations,
+            reserve=reserve(activations, machine),
+            weight_bytes=weights,
+        )
 
     @property
     def repeated_bytes(self) -> int:

@@ -64,7 +64,17 @@ def servable(
 def refusal(members: Sequence[Linear], packing: Packing, kv_heads: int, layout: Layout) -> str:
     """Why a unit in this packing could not be cut so; empty when it could."""
     kinds = dict.fromkeys(
-        Kind(n.role, n.projection, packing, "", n.shape, n.cut, kv_heads, n.expert is not None) for n in members
+        Kind(
+            role=n.role,
+            what=n.projection,
+            packing=packing,
+            dtype="",
+            shape=n.shape,
+            cut=n.cut,
+            kv_heads=kv_heads,
+            each=n.expert is not None,
+        )
+        for n in members
     )
     return next((why for kind in kinds if (why := kind.refusal(layout))), "")
 

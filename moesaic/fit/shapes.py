@@ -142,7 +142,16 @@ class Shapes:
         serving, a = FAMILIES[model.architecture.family].engine.serving(model.config), model.architecture
         inner = next(n.shape[0] for n in a.linears if n.role == "experts" and n.projection == "gate")
         found = tuple(kinds(model, serving))
-        return Shapes(found, a.experts, serving, a.hidden, inner, a.vocab, a.context, a.top_k)
+        return Shapes(
+            kinds=found,
+            experts=a.experts,
+            serving=serving,
+            hidden=a.hidden,
+            inner=inner,
+            vocab=a.vocab,
+            context=a.context,
+            top_k=a.top_k,
+        )
 
     def pruned(self, experts: int) -> "Shapes":
         return replace(self, experts=experts)
@@ -204,15 +213,33 @@ def kinds(model: Model, serving: Serving) -> list[Kind]:
     counts: Counter[Kind] = Counter()
     names: dict[Kind, list[str]] = {}
     for (role, format, shape, each, projection, cut), n in linears.items():
-        kind = Kind(role, "", model.container.packing(format), "", shape, cut, kv_heads, each)
+        kind = Kind(
+            role=role,
+            what="",
+            packing=model.container.packing(format),
+            dtype="",
+            shape=shape,
+            cut=cut,
+            kv_heads=kv_heads,
+            each=each,
+        )
         counts[kind] += n
         names.setdefault(kind, []).append(projection)
     for tensor in a.tensors:
         each = tensor.name in a.rows_of  # its rows are the experts'
         own = (tensor.shape[1:] or (1,)) if each else tensor.shape
-        counts[Kind(tensor.role, "", None, tensor.dtype, own, cut_of(tensor, serving), kv_heads, each)] += (
-            tensor.shape[0] if each else 1
-        )
+        counts[
+            Kind(
+                role=tensor.role,
+                what="",
+                packing=None,
+                dtype=tensor.dtype,
+                shape=own,
+                cut=cut_of(tensor, serving),
+                kv_heads=kv_heads,
+                each=each,
+            )
+        ] += tensor.shape[0] if each else 1
     return [
         replace(kind, what=", ".join(names.get(kind, [])), count=n // (a.experts if kind.each else 1))
         for kind, n in counts.items()

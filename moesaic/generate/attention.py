@@ -38,7 +38,17 @@ def ragged(
         if q_HnW.shape[1] == 1:
             rows.append(one_query(module, q_HnW, keys[b], values[b], scaling, blocks_Gnk))
         else:
-            rows.append(queries(module, q_HnW, keys[b], values[b], scaling, blocks_Gnk, position_ids[b : b + 1]))
+            rows.append(
+                queries(
+                    module=module,
+                    q_HnW=q_HnW,
+                    k_GLW=keys[b],
+                    v_GLW=values[b],
+                    scaling=scaling,
+                    blocks_Gnk=blocks_Gnk,
+                    positions_1n=position_ids[b : b + 1],
+                )
+            )
     return torch.stack(rows).transpose(1, 2), None
 
 

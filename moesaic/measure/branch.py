@@ -99,13 +99,13 @@ def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memo
     starts = [branches[group[0]].first(a) for group in groups]
     ridden = sum(a.layers - b.first(a) for b in branches) + sum(a.layers - s for s in starts) + max(starts, default=0)
     return Effort(
-        tokens * ridden,
-        round(tokens * len(branches) * head_layers(a)),
-        tokens * a.layers * (len(branches) + 1),
-        int(sum(stored_L[s:].sum() for s in starts)),
-        int(stored_L.sum()) * (len(branches) + 1),
-        state_bytes * (max(map(len, groups), default=0) + 1),
-        len(groups),
+        token_layers=tokens * ridden,
+        head_layers=round(tokens * len(branches) * head_layers(a)),
+        one_by_one=tokens * a.layers * (len(branches) + 1),
+        read_bytes=int(sum(stored_L[s:].sum() for s in starts)),
+        one_by_one_bytes=int(stored_L.sum()) * (len(branches) + 1),
+        memory_bytes=state_bytes * (max(map(len, groups), default=0) + 1),
+        batches=len(groups),
     )
 
 

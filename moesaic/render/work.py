@@ -27,7 +27,15 @@ def round_layer(
     told: Callable[[int], None] = ignore,
 ) -> Standing:  # fmt: skip
     """A layer's groups rounded into the overlay, their facts added to the notes, and the states behind the rounded layer."""
-    work = Work(target, rounding, run, folder, inputs, list(at.notes["groups"]), told)
+    work = Work(
+        target=target,
+        rounding=rounding,
+        run=run,
+        folder=folder,
+        inputs=inputs,
+        facts=list(at.notes["groups"]),
+        told=told,
+    )
     state = work.advance(layer, at.states[TEXT])
     return replace(at, states={TEXT: state}, notes={"groups": work.facts})
 

@@ -52,7 +52,14 @@ class Tuned:
         scales = start(w_RI) if format.share is None else stacked([start(w_OI) for w_OI in w_EOI])
         offset_RI, range_RB = torch.zeros_like(w_RI), torch.ones(format.grid(w_RI.shape), device=w_RI.device)
         return Tuned(
-            w_RI, len(w_EOI), format, scales, gaps(w_RI, format, scales), offset_RI, range_RB, (offset_RI, range_RB)
+            w_RI=w_RI,
+            members=len(w_EOI),
+            format=format,
+            scales=scales,
+            gap_RI=gaps(w_RI, format, scales),
+            offset_RI=offset_RI,
+            range_RB=range_RB,
+            best=(offset_RI, range_RB),
         )
 
     def state(self) -> tuple[Tensor, Scales]:

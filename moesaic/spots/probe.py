@@ -93,7 +93,20 @@ def marks(who: str, answers: Sequence[Mapping[str, Any]]) -> list[Score]:
     tokens = sum(a["tokens"] for a in answers)
 
     def score(name: str, x: Estimate, rows: int) -> Score:
-        return Score("spots", f"{name}_{who}", "", x.value, x.error, x.low, x.high, "share", tokens, rows, "none", SEED)
+        return Score(
+            reading="spots",
+            name=f"{name}_{who}",
+            part="",
+            value=x.value,
+            error=x.error,
+            low=x.low,
+            high=x.high,
+            unit="share",
+            tokens=tokens,
+            rows=rows,
+            activations="none",
+            seed=SEED,
+        )
 
     return [
         score("spot_right", Estimate.of_share(sum(rights), len(rights)), len(rights)),

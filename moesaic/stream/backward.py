@@ -86,7 +86,9 @@ def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, li
     def forward(h_BTD: Tensor) -> Tensor:
         return attended(run, run.skeleton(block).attention, norm(h_BTD))
 
-    return slope_BTD + attention(run, layer, block, forward, hidden_BTD, slope_BTD, listener)
+    return slope_BTD + attention(
+        run=run, layer=layer, block=block, forward=forward, x=hidden_BTD, slope=slope_BTD, listener=listener
+    )
 
 
 def retreat_whole(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
@@ -143,7 +145,9 @@ def attention(
     length, heads, name = x.shape[-2], run.config.num_attention_heads, run.family.wiring.attention
     row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * head_width(run.config))
     parts = list(spans(len(x), row_bytes, run.block_bytes // 4))
-    return module_back(run, layer, block, name, forward, x, slope, parts, listener)
+    return module_back(
+        run=run, layer=layer, block=block, name=name, forward=forward, x=x, slope=slope, parts=parts, listener=listener
+    )
 
 
 def feed_forward(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
@@ -158,7 +162,17 @@ def mlp(run: LayerRun, layer: int, name: str, x_TD: Tensor, slope_TD: Tensor, li
     module = block.get_submodule(name)
     bytes_each = 2 * run.widening(module) * x_TD.shape[1] * x_TD.itemsize
     parts = list(spans(len(x_TD), bytes_each, run.block_bytes))
-    return module_back(run, layer, block, name, module, x_TD, slope_TD, parts, listener)
+    return module_back(
+        run=run,
+        layer=layer,
+        block=block,
+        name=name,
+        forward=module,
+        x=x_TD,
+        slope=slope_TD,
+        parts=parts,
+        listener=listener,
+    )
 
 
 def module_back(

@@ -58,7 +58,16 @@ class Share:
         chosen = routing.experts_Tk.flatten()
         ends = chosen.bincount(minlength=routing.affinity_TE.shape[1]).cumsum(0).tolist()
         routed_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        return Share(x_TD, routing, observer, routed_TD, chosen.argsort(stable=True), ends, change, rounded)
+        return Share(
+            x_TD=x_TD,
+            routing=routing,
+            observer=observer,
+            routed_TD=routed_TD,
+            order=chosen.argsort(stable=True),
+            ends=ends,
+            change=change,
+            rounded=rounded,
+        )
 
     def of_expert(self, expert: int) -> Tensor:
         """Positions in `routing.experts_Tk` of the tokens that chose `expert`, by token."""
@@ -114,4 +123,14 @@ def pass_expert(
         share.routed_TD.index_add_(0, tokens_n, f_nD.float() * gates_n[:, None])
         if share.observer is not None:
             layer = share.routing.layer
-            share.observer.expert(ExpertPass(layer, expert, tokens_n, gates_n, x_nD, inner_nI, f_nD))
+            share.observer.expert(
+                ExpertPass(
+                    layer=layer,
+                    expert=expert,
+                    tokens_n=tokens_n,
+                    gates_n=gates_n,
+                    x_nD=x_nD,
+                    inner_nI=inner_nI,
+                    f_nD=f_nD,
+                )
+            )

@@ -121,7 +121,15 @@ def ask(
         name = f"tasks to {len(bucket[-1][0]) + len(bucket[-1][1])}"
         readings.append(reading_of(name, bucket, tokenizer, vocab))
         rows.update({pair: (name, row) for row, pair in enumerate(bucket)})
-    return Asked(tuple(names), folder, limit, tokenizer, context, tuple(readings), rows)
+    return Asked(
+        names=tuple(names),
+        folder=folder,
+        limit=limit,
+        tokenizer=tokenizer,
+        context=context,
+        readings=tuple(readings),
+        rows=rows,
+    )
 
 
 def harness(names: Sequence[str], folder: Path | None, limit: int | None, model: TemplateLM) -> dict[str, Any]:

@@ -38,15 +38,17 @@ class Metrics:
         ):
             gauge(registry, name, what, read)
         return Metrics(
-            time.time(),
-            registry,
-            Counter("moesaic_requests", "Requests answered.", ("endpoint", "status"), registry=registry),
-            Counter("moesaic_prompt_tokens", "Tokens of prompts.", registry=registry),
-            Counter("moesaic_new_tokens", "Tokens generated.", registry=registry),
-            Histogram(
+            began=time.time(),
+            registry=registry,
+            requests=Counter("moesaic_requests", "Requests answered.", ("endpoint", "status"), registry=registry),
+            prompt_tokens=Counter("moesaic_prompt_tokens", "Tokens of prompts.", registry=registry),
+            new_tokens=Counter("moesaic_new_tokens", "Tokens generated.", registry=registry),
+            first_token=Histogram(
                 "moesaic_first_token_seconds", "To a text's first token.", registry=registry, buckets=FIRST_SECONDS
             ),
-            Histogram("moesaic_next_token_seconds", "Between tokens.", registry=registry, buckets=TOKEN_SECONDS),
+            next_token=Histogram(
+                "moesaic_next_token_seconds", "Between tokens.", registry=registry, buckets=TOKEN_SECONDS
+            ),
         )
 
     def page(self) -> bytes:

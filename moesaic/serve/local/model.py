@@ -52,7 +52,16 @@ class Served:
         defaults = read_object(path) if path.exists() else {}
         tokenizer = Tokenizer.open(checkpoint.path)
         name = checkpoint.path.resolve().name
-        return Served(checkpoint, tokenizer, name, defaults, end_tokens(checkpoint), limits, engine, Metrics.of(engine))
+        return Served(
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            name=name,
+            defaults=defaults,
+            ends=end_tokens(checkpoint),
+            limits=limits,
+            engine=engine,
+            metrics=Metrics.of(engine),
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids, with what the tokenizer itself adds to a text where `special` asks for it."""
