@@ -78,6 +78,7 @@ def observe(
     inputs = {"source": source.identity, "tokens": tokens.identity, "kept": identity(sorted(kept.items()))}
     inputs["activations"] = VERSION
     if (folder / DONE).exists():
+        (folder / STATES).unlink(missing_ok=True)
         return dict(read_json(folder / DONE, KIND, inputs)["largest"])
     sweep_partials(folder)
     run, a = LayerRun(source), source.architecture

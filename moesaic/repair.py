@@ -56,6 +56,7 @@ def repair(
     target, run = Target.of(source, plan), LayerRun(source)
     if not overlay.is_finished(folder):
         fit(run, target, fitted, folder, inputs, quiet)
+    (folder / STATES).unlink(missing_ok=True)
     found = overlay.listing(folder, inputs)
     inputs |= {"heldout": heldout.identity, "seed": str(seed)}
     if not (folder / VERDICT).exists():

@@ -22,7 +22,7 @@ from ..progress import progress
 from ..resources import Resources
 from ..rounding import arithmetic
 from ..stream import STATE_COPIES, STATES, Change, LayerRun, Standing, State, Sweep
-from ..stream.sweep import packed
+from ..stream.sweep import packed, save
 from ..tokens import TokenSet
 from .branch import Branch, changes, effort, head_layers
 from .excess import excess
@@ -81,6 +81,7 @@ def ridden(
     }
     left = {name: branch for name, branch in zip(names, branches) if name not in done}
     if not left:
+        (folder / STATES).unlink(missing_ok=True)
         return [done[name] for name in names]
     foreseen, saved = effort(checkpoint, list(left.values()), tokens.tokens, limit), folder / STATES
     if not quiet:
@@ -96,6 +97,8 @@ def ridden(
                 saved.unlink(missing_ok=True)
                 if at > riders.start:
                     at, source = 0, [State(run.embed(tokens.ids_BT))]
+                elif at:  # so that the source's way here is not gone again
+                    save(saved, begin(riders, at, source), inputs)
             under_way = Sweep(range(at, run.architecture.layers), saved, inputs, run.device)
             end = partial(finish, riders, figures, folder / f"{identity(list(group))}.json", inputs, meter.advance)
             told = partial(count, riders, meter.advance)

@@ -47,6 +47,7 @@ def render(
     target = Target.of(source, plan)
     inputs = bound(source, plan) | {"tokens": tokens.identity, "rendering": VERSION} | target.arithmetic
     if overlay.is_finished(folder):
+        (folder / STATES).unlink(missing_ok=True)
         return overlay.listing(folder, inputs)
     run = LayerRun(source, device)
     work = Work(target, rounding, run, folder, inputs)

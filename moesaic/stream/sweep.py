@@ -7,7 +7,8 @@ memory together go in several passes (`packed`). Leaves out what the layers do (
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import read_body, read_tensors, write_tensors
+from ..errors import InputError, StaleError
 from .state import State, ignore
 
 KIND = "states"
@@ -72,7 +74,8 @@ class Sweep:
         """ "done" and "notes" of what was saved; no layer and no notes where nothing was."""
         if self.file is None or not self.file.exists():
             return {"done": 0, "notes": {}}
-        return read_body(self.file, KIND, self.inputs)
+        with removable(self.file):
+            return read_body(self.file, KIND, self.inputs)
 
     def through(
         self, first: Callable[[], Standing], step: Step, end: Callable[[Standing], Result],
@@ -107,9 +110,20 @@ class Sweep:
     def begin(self, first: Callable[[], Standing]) -> Standing:
         if self.file is None:
             return first()
-        for leftover in self.file.parent.glob(f".{self.file.name}.*.partial"):
-            leftover.unlink(missing_ok=True)  # of a kill while it was written
+        for leftover in self.file.parent.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)  # of a kill while states or a layer's products were written
         return load(self.file, self.inputs, self.device) if self.file.exists() else first()
+
+
+@contextmanager
+def removable(file: Path) -> Iterator[None]:
+    """Whoever reads `file` is who would have to write it again."""
+    try:
+        yield
+    except StaleError:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; or remove it, and the same command begins anew") from error
 
 
 def save(file: Path, at: Standing, inputs: Mapping[str, str]) -> None:
@@ -129,7 +143,8 @@ def save(file: Path, at: Standing, inputs: Mapping[str, str]) -> None:
 
 def load(file: Path, inputs: Mapping[str, str], device: torch.device) -> Standing:
     """Read a standing, its states on `device`. Raises `StaleError` where it is of other inputs."""
-    tensors, body = read_tensors(file, KIND, inputs)
+    with removable(file):
+        tensors, body = read_tensors(file, KIND, inputs)
     placed = {name: tensor.to(device) for name, tensor in tensors.items() if name.startswith("state.")}
     states = {
         name: State(placed[of["tensor"]], numbered(of["dropped"]), nonfinite=numbered(of["nonfinite"]))
