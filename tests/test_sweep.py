@@ -25,11 +25,7 @@ from moesaic.activations import observe
 from moesaic.artifact import read_tensors
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
-<<<<<<< HEAD
-from moesaic.errors import StaleError
-=======
 from moesaic.errors import InputError, StaleError
->>>>>>> 0b9ef74 (States of a finished sweep and leftovers of a killed one do not stay; a damaged file of states says what to do; a pass of branches keeps the source's way to it)
 from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.measure import Branch, measure, sense
 from moesaic.plan import Plan
@@ -183,11 +179,7 @@ def slopes(model: Checkpoint, folder: Path) -> Any:
 def scored(model: Checkpoint, folder: Path) -> Any:
     """The model against itself as an engine rounds its activations, and against itself with noise."""
     readings = [Reading.of(rows(3)), replace(Reading.of(rows(2, seed=1)), name="other")]
-<<<<<<< HEAD
     return evaluate(model, model, readings, folder, Conditions(("none", "engine"), device="cpu"), True).scores
-=======
-    return evaluate(model, model, readings, folder, Conditions(activations=("none", "engine")), quiet=True).scores
->>>>>>> 0b9ef74 (States of a finished sweep and leftovers of a killed one do not stay; a damaged file of states says what to do; a pass of branches keeps the source's way to it)
 
 
 USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {
