@@ -315,7 +315,8 @@ def compare_index(path: Path, mapped: Mapping[str, str], files: set[str], found:
     for name, file in mapped.items():
         if name not in found or found[name].file != file:
             real = f"is in {found[name].file}" if name in found else "is in no shard"
-            raise CheckpointError(f"the index of {path} puts {name} in {file}, and it {real}; fetch both again")
+            where = f"{plain(name)} in {plain(file)}"
+            raise CheckpointError(f"the index of {path} puts {where}, and it {real}; fetch both again")
     if extra := sorted(set(found) - set(mapped)):
         raise CheckpointError(f"{path} holds {sample(extra)}, which its index does not name; remove the stale shard")
 
@@ -388,4 +389,9 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def sample(names: list[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(plain, names[:most])) + more
+
+
+def plain(name: str) -> str:
+    """A name that somebody else chose, as one line of a sentence."""
+    return name if name.isprintable() and len(name) <= 200 else f"{name!a:.200}"

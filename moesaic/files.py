@@ -70,6 +70,11 @@ def check_kind(path: Path, mode: int) -> None:
         raise FileError(f"{path} is {kind}, wanted a plain file; remove it, or fetch the file again")
 
 
+def check_size(path: Path, most: int) -> None:
+    if (size := os.stat(path).st_size) > most:
+        raise FileError(f"{path} has {size:,} bytes, and at most {most:,} are read; fetch the right file")
+
+
 def check_link(path: Path, root: Path) -> None:
     """Refuse a link in `root` that leads out of it, in a circle, or nowhere."""
     try:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .conversations import Renderer
 from .errors import InputError
+from .files import read_file
 from .utf8 import MARK, decoded
 
 READ = ("tokenizer.json", "*token*.json", "chat_template*", "additional_chat_templates/*")  # by transformers
@@ -33,7 +34,7 @@ class Tokenizer:
         """Read `tokenizer.json`. Raises `InputError` when it is missing or no tokenizer."""
         path = Path(folder) / "tokenizer.json"
         try:
-            raw = path.read_bytes()
+            raw = read_file(path)
             inner = tokenizers.Tokenizer.from_buffer(decoded(raw).encode())
         except FileNotFoundError:
             raise InputError(f"{folder} has no tokenizer.json; copy it there from where the model came from") from None
@@ -72,7 +73,7 @@ class Tokenizer:
 def unmarked(folder: Path) -> Iterator[Path]:
     """The folder, or copies of its tokenizer's files where one begins with a byte order mark: transformers keeps that."""
     names = {file.relative_to(folder) for pattern in READ for file in folder.glob(pattern) if file.is_file()}
-    contents = {name: (folder / name).read_bytes() for name in names}
+    contents = {name: read_file(folder / name) for name in names}
     if not any(raw.startswith(MARK) for raw in contents.values()):
         yield folder
         return

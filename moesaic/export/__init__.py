@@ -28,7 +28,7 @@ from ..digests import NONE as NO_DIGEST
 from ..digests import Journal, listing, of_bytes, of_file
 from ..errors import InputError, PlanError, StaleError
 from ..families import Linear, TensorInfo
-from ..files import open_file, walk
+from ..files import check_size, open_file, walk
 from ..plan import Plan
 from ..progress import progress
 from ..recode import recode
@@ -38,6 +38,7 @@ from ..target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
 from .claim import NOTE, claim
 
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
+LARGEST_CARRIED = 1 << 30  # bytes of a file beside the weights: tokenizers have some 30 MB
 WRITTEN_ANEW = ("config.json", INDEX, "README.md")
 
 
@@ -51,6 +52,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     """
     target, rounding = Target.of(source, plan), rounding_of(plan)
     source.check_values()
+    along = carried(source.path)
     if rounding.needs and any(is_made_of_source(target, n) for n in target.architecture.linears):
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
     if unknown := target.uncalibrated:
@@ -70,7 +72,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
             raise PlanError(
                 f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug"
             )
-    files = carry_along(source.path, out)
+    files = carry_along(source.path, along, out)
     texts = {
         INDEX: json.dumps(index_of(shards), indent=2) + "\n",
         "config.json": json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
@@ -339,17 +341,21 @@ def digest_names(source: Path, shards: Sequence[Shard]) -> dict[str, Any]:
 def carried(source: Path) -> list[Path]:
     """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code.
 
-    Raises `CheckpointError` for a FIFO or device there, and for a link that leaves the source.
+    Raises `CheckpointError` for a FIFO or device there, a link that leaves the source, and a file of a size that is not
+    such a file's.
     """
     with reading(source):
         inside = [file.relative_to(source) for file in walk(source, "moesaic")]
-    return [f for f in inside if f.suffix not in LEFT_BEHIND and str(f) not in WRITTEN_ANEW]
+        found = [f for f in inside if f.suffix not in LEFT_BEHIND and str(f) not in WRITTEN_ANEW]
+        for file in found:
+            check_size(source / file, LARGEST_CARRIED)
+    return found
 
 
-def carry_along(source: Path, out: Path) -> dict[str, str]:
+def carry_along(source: Path, files: Sequence[Path], out: Path) -> dict[str, str]:
     """Copy what is `carried`; returns the SHA-256 of each file."""
     found = {}
-    for file in carried(source):
+    for file in files:
         with writing(out / file):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256()
