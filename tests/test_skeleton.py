@@ -102,14 +102,14 @@ def test_both_ways_while_decoding(halves):
 
 
 def test_a_layer_of_another_skeleton_needs_nothing_of_ours(mixtral, monkeypatch):
-    """A norm behind the MLP and half of its residual, as some families have it, written in no line of moesaic's."""
+    """A norm behind the MLP, whose output is gated by a residual of half weight: written in no line of moesaic's."""
     run = LayerRun(mixtral)
     real = run.modeling.MixtralDecoderLayer
 
     class Other(real):
         def forward(self, hidden_states: Tensor, **given: object) -> Tensor:
             middle = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)[0]
-            return 0.5 * middle + self.post_attention_layernorm(self.mlp(middle))
+            return 0.5 * middle + middle.tanh() * self.post_attention_layernorm(self.mlp(middle))
 
     monkeypatch.setattr(run.modeling, "MixtralDecoderLayer", Other)
     hidden_BTD, slope_BTD = (torch.randn(2, 30, 256, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
