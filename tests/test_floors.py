@@ -90,3 +90,68 @@ def test_no_model_is_named_outside_its_family():
                 n.name for n in ast.walk(code) if isinstance(n, ast.FunctionDef | ast.ClassDef)
             }
             assert not [n for n in names if "minimax" in n.lower()], path
+
+
+# Long signatures --------------------------------------------------------------------------------------------------------
+
+MOST_PARAMETERS, MOST_POSITIONAL = 6, 6
+PRICING = "what is on offer (formats, counts, order) and how it is tried are not one part each yet"
+SWEEP = "a step of a sweep is a plain function of named inputs"
+TRANSFORMERS = "transformers calls it, or it takes what that call brings"
+LONG = {  # file: function -> why; a line goes when its function grows shorter
+    "measure/anchor.py: anchored": PRICING, "measure/prices.py: price": PRICING, "measure/surrogate.py: sense": PRICING,
+    "measure/surrogate.py: surrogate": PRICING, "measure/trace.py: trace": PRICING, "measure/ride.py: measure": PRICING,
+    "measure/ride.py: ridden": PRICING,
+    "measure/surrogate.py: heard": SWEEP, "measure/reverse.py: reverse": SWEEP, "divergence/lockstep.py: lockstep": SWEEP,
+    "render/work.py: round_layer": SWEEP, "repair.py: repair": SWEEP, "repair.py: measured": SWEEP,
+    "preview.py: preview": SWEEP, "stream/backward.py: attention": SWEEP, "stream/backward.py: module_back": SWEEP,
+    "generate/attention.py: ragged": TRANSFORMERS, "generate/attention.py: queries": TRANSFORMERS,
+    "generate/__init__.py: generate": "a public entry, by keyword from the third on",
+    "evaluate/needle.py: haystacks": "a public entry, by keyword from the third on",
+    "tokens.py: build": "a public entry, by keyword from the third on",
+    "report/curves.py: frontier": "the figures of one drawing", "report/grids.py: grid": "the figures of one drawing",
+}  # fmt: skip
+POSITIONAL = {  # file: callee -> why
+    "images.py: reshape": "a tensor's axes", "images.py: permute": "a tensor's axes", "images.py: expand": "a tensor's axes",
+    "measure/anchor.py: inputs_of": PRICING, "measure/prices.py: inputs_of": PRICING,
+    "measure/surrogate.py: inputs_of": PRICING, "measure/surrogate.py: partial": SWEEP,
+    "tasks/marks.py: Score": "tokens and rows come as a pair",
+}  # fmt: skip
+
+
+def long_signatures(tree: ast.AST) -> set[str]:
+    """Functions of more parameters than there should be, `self` and `cls` not counted."""
+    found = set()
+    for f in ast.walk(tree):
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+            if len(names) - (names[:1] in (["self"], ["cls"])) > MOST_PARAMETERS:
+                found.add(f.name)
+    return found
+
+
+def long_calls(tree: ast.AST) -> set[str]:
+    """What is called with more arguments by position than anybody can tell apart."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and len(n.args) > MOST_POSITIONAL)
+    return {ast.unparse(n.func).rsplit(".", 1)[-1] for n in calls}
+
+
+@pytest.mark.parametrize(("found", "known"), [(long_signatures, LONG), (long_calls, POSITIONAL)])
+def test_what_is_long_says_why(found, known):
+    there = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        if room(path) != "kernels"
+        for name in found(ast.parse(path.read_text()))
+    }
+    assert there - known.keys() == set(), "pass a part whole, or name the arguments"
+    assert known.keys() - there == set(), "shorter now: take it off the list"
+
+
+def test_a_long_signature_and_a_long_call_are_seen():
+    six, seven = "a, b, c, d, e, f", "a, b, c, d, e, f, g"
+    assert long_signatures(ast.parse(f"def six({six}): 0\ndef seven({seven}): 0")) == {"seven"}
+    assert long_signatures(ast.parse(f"class A:\n def six(self, {six}): 0\n def named(self, *, {seven}): 0")) == {
+        "named"
+    }
+    assert long_calls(ast.parse(f"six({six})\nx.seven({seven})\nnamed(a=1, b=2, c=3, d=4, e=5, f=6, g=7)")) == {"seven"}
