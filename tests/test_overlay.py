@@ -113,7 +113,8 @@ def test_a_flipped_bit_is_found_by_verify_and_by_export(m3, planted, tmp_path):
     for item in planted.overlaid:
         broken = Path(shutil.copytree(tmp_path / "out", tmp_path / "broken", dirs_exist_ok=True))
         flip(broken, Target.of(m3, planted).item(item)[0].name)
-        assert [(f.check, f.where) for f in verify(broken, m3, quiet=True).findings] == [("overlay", item)]
+        found = [(f.check, f.where) for f in verify(broken, m3, quiet=True).findings if f.check != "digest"]
+        assert found == [("overlay", item)]
         bad = Path(shutil.copytree(tmp_path / "healed", tmp_path / "again" / "healed", dirs_exist_ok=True))
         file = overlay.path_of(bad, item)
         data = bytearray(file.read_bytes())

@@ -187,7 +187,7 @@ def test_a_sweep_with_noise_is_not_continued_with_another_seed(m2, tmp_path, mon
     run, rows = LayerRun(m2), some_tokens(m2).ids_BT
     scored = torch.ones(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool)
     module = sys.modules[lockstep.__module__]
-    step, calls = module.step, []
+    step, calls = module.forward, []
 
     def dies(*arguments: object) -> object:
         calls.append(arguments)
@@ -199,7 +199,7 @@ def test_a_sweep_with_noise_is_not_continued_with_another_seed(m2, tmp_path, mon
         noisy = {"floor": Contender(run, noise=0.01, seed=seed)}
         return lockstep(run, noisy, [rows], [scored], save=tmp_path / "partial.safetensors", inputs={"source": "x"})
 
-    monkeypatch.setattr(module, "step", dies)
+    monkeypatch.setattr(module, "forward", dies)
     with pytest.raises(KeyboardInterrupt):
         swept(0)
     with pytest.raises(StaleError, match="was made from swept"):
