@@ -226,7 +226,7 @@ def test_arguments_are_the_parser_s(word):
     assert {f.name for f in dataclasses.fields(COMMANDS[word].arguments)} == there - {"help"} | {"line"}
 
 
-@pytest.mark.parametrize(("name", "action"), options(), ids=lambda x: x if isinstance(x, str) else x.dest)
+@pytest.mark.parametrize(("name", "action"), list(options()), ids=lambda x: x if isinstance(x, str) else x.dest)
 def test_an_option_changes_what_bears_its_name_and_nothing_else(name, action, monkeypatch, capsys):
     case, dest = CASES[name], action.dest
     words = case.words.split()
