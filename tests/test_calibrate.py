@@ -400,6 +400,7 @@ def test_tokens_that_are_no_numbers_are_counted_and_named(small, tmp_path, monke
     tokens, width = dataclasses.replace(tokens, ids_BT=rows), small.architecture.hidden
     nan_row = b"\xc0\x7f" * width
     broken = poisoned(small, tmp_path / "broken", small.architecture.embedding, 7 * len(nan_row), nan_row)
+    monkeypatch.setattr(Checkpoint, "check_values", lambda self: None)  # stands for values that overflow on the way
     s = calibrate(broken, tokens, tmp_path / "stats", quiet=True)
     bad, good, top_k = s.totals()["nonfinite"], s.totals()["tokens"], small.architecture.top_k
     assert bad.sum(1).tolist() == [24 * top_k] * 2 and good.sum(1).tolist() == [96 * top_k] * 2
@@ -420,5 +421,5 @@ def test_tokens_that_are_no_numbers_are_counted_and_named(small, tmp_path, monke
 def test_an_expert_whose_weights_are_no_numbers_is_named_at_once(small, tmp_path):
     name = f"{small.architecture.layer_prefix}1.block_sparse_moe.experts.2.w2"
     broken = poisoned(small, tmp_path / "broken", f"{name}.weight", 0, b"\x7f")
-    with pytest.raises(CheckpointError, match=f"{name} decodes to a root mean square of nan"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight holds 1 NaN among"):
         calibrate(broken, tokens_of(0), tmp_path / "stats", quiet=True)

@@ -27,6 +27,7 @@ from moesaic.artifact import read_json
 from moesaic.candidates import folder_bytes, stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import COMMANDS, main, parser
+from moesaic.corpus import TRYING_OUT
 from moesaic.errors import MoesaicError
 from moesaic.inspect import size
 from moesaic.loops import probe
@@ -139,8 +140,12 @@ def test_verify(tell, model, smaller, tmp_path):
     (broken / "tokenizer.json").write_text("{}")
     facts, said = tell("verify", broken, "--source", model, code=1)
     assert not facts["holds"] and "all hold" not in said
-    assert [f"FAIL  {f['check']}: {f['where']} {f['what']}" for f in facts["findings"]] == said.splitlines()[:2]
-    tell("verify", broken, code=0)  # by itself it is a whole model
+    assert [f"FAIL  {f['check']}: {f['where']} {f['what']}" for f in facts["findings"]] == [
+        line for line in said.splitlines() if line.startswith("FAIL")
+    ]
+    assert {f["what"] for f in facts["findings"] if f["check"] == "files"} >= {"was not carried along from the source"}
+    alone, _ = tell("verify", broken, code=1)  # without a source, by the digests that it carries
+    assert {f["where"] for f in alone["findings"]} == {"LICENSE", "tokenizer.json"}
 
 
 def test_calibrate(tell, model, text, tmp_path):
@@ -309,7 +314,7 @@ def test_a_wrong_call_is_one_sentence_and_exit_2(model, m2, tmp_path, capsys, ca
     capsys.readouterr()
     assert main([places.get(w, w) for w in words]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"moesaic {words[0]}: ") and sentence in err
+    assert out in ("", f"note     {TRYING_OUT}\n") and err.startswith(f"moesaic {words[0]}: ") and sentence in err
     assert err.count("\n") == 1 and "Traceback" not in err and not (tmp_path / "out" / "config.json").exists()
 
 

@@ -139,7 +139,7 @@ def test_sources_keep_their_config_and_refuse_another(minimax: Checkpoint) -> No
     some = minimax.architecture.linears[0].name
     with pytest.raises(PlanError, match="compressed_tensors"):
         container.config(minimax.architecture, formats | {some: "bf16"}, minimax.config)
-    with pytest.raises(PlanError, match="as their minimax is"):
+    with pytest.raises(PlanError, match="as their source is"):
         container.config(
             minimax.architecture, formats, {k: v for k, v in minimax.config.items() if k != "quantization_config"}
         )

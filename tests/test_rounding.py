@@ -94,7 +94,9 @@ def test_two_columns_by_hand() -> None:
     """H = [[4, 2], [2, 2]]: column 0 has the larger input and goes first; column 1 takes over 2 / 2 of its error."""
     format = FORMATS["int4_g32"]
     w = torch.tensor([[2.3, 1.4], [-0.4, 0.2]])
-    ordered = Ordered(torch.tensor([[1, 0]]), w.T[[1, 0]][None].contiguous(), torch.zeros(1, 2, 2), [0.0], [0.0])
+    ordered = Ordered(
+        torch.tensor([[1, 0]]), w.T[[1, 0]][None].contiguous(), torch.zeros(1, 2, 2), [0.0], [0.0], ("w",)
+    )
     pull = torch.tensor([[[1.0, 2 / 2], [0.0, 1.0]]])  # L of [[2, 2], [2, 4]] is [[√2, 0], [√2, √2]]; turned
     error = torch.zeros(1, 2, 2)
     codes, wanted = sweep(ordered, pull, format, [Scales(torch.ones(2, 1, dtype=torch.bfloat16))], error)
