@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-ci test-engines lint clean
 
@@ -9,11 +10,11 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/moesaic demo moesaic-demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not long and not engines"
+	$(PYTEST) -m "not long and not engines"
 
 # What takes minutes: counts in the thousands, loads, whole commands. Run after `make test`.
 test-ci: lint
-	$(BIN)/python -m pytest -m "long and not engines"
+	$(PYTEST) -m "long and not engines"
 
 # Installs stock engines into environments of their own (some gigabytes), and opens in them what moesaic writes.
 test-engines: $(VENV)/test.stamp .venv-mlx/installed .venv-vllm/installed
