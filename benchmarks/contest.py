@@ -28,7 +28,7 @@ from moesaic.candidates import Setting, Traced
 from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform
 from moesaic.candidates.sizes import folder_bytes
 from moesaic.errors import PlanError
-from moesaic.measure import TRACE, Measured, Prices, Rule
+from moesaic.measure import TRACE, Measured, Options, Prices, Rule
 from moesaic.measure.trace import drops
 from moesaic.plan import SOURCE, Plan
 from moesaic.select import order_experts, scores
@@ -73,9 +73,9 @@ class Rivals:
         self.setting, self.prices, self.menu, self.frontier = setting, prices, menu, Frontier.of(menu)
         a, kept = setting.source.architecture, list(menu.kept)
         order_LE, saliency_LE = order_experts(statistics, "dropout"), scores(statistics, "dropout", "pooled")
-        gone = drops(a.moe_layers, [n for n in kept if n < a.experts], order_LE, saliency_LE)
+        options = Options(units={}, counts=[n for n in kept if n < a.experts], order_LE=order_LE)
         as_made = tables[TRACE]
-        cuts = Prices.of(TRACE, {}, a.moe_layers, order_LE, as_made.tokens, gone)
+        cuts = Prices.of(TRACE, options, a.moe_layers, as_made.tokens, drops(a.moe_layers, options, saliency_LE))
         theirs = replace(cuts, rounded=as_made.rounded)
         self.curves = {
             **{

@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
+from moesaic.measure import Trial
 from moesaic.preview import candidates, plot, preview, table
 from moesaic.tokens import TokenSet, sha256_of
 
@@ -51,7 +52,7 @@ def quality(a: argparse.Namespace) -> None:
         found = calibrate(source, corpus.calibration(source, run / "tokens.safetensors"), run / "stats", True, True)
         rows = corpus.evaluation(source, run / "heldout.safetensors", a.judged)
         cuts = candidates(found, a.keep, seeds=SEEDS)
-        outlooks = preview(source, cuts, rows, run / "preview", seed=a.seed, quiet=True)
+        outlooks = preview(source, cuts, Trial(rows, quiet=True), run / "preview", a.seed)
     for o in outlooks:
         kl, ppl, name = o.kl_nats, o.perplexity, o.candidate.criterion
         print(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from contest import Rivals, contests, learned
 
-from moesaic.allocate import Menu
+from moesaic.allocate import Frontier, Menu
 from moesaic.artifact import identity
 from moesaic.calibrate import Statistics, calibrate
-from moesaic.candidates import FORMATS_OFFERED, Setting
+from moesaic.candidates import FORMATS_OFFERED, Setting, Traced
 from moesaic.candidates.choose import learn
 from moesaic.candidates.plans import menu_of, plan_of, sums, uniform, varied
 from moesaic.checkpoint import Checkpoint
@@ -34,13 +34,14 @@ from moesaic.measure import (
     SURROGATE,
     TRACE,
     Branch,
+    Options,
     Price,
     Prices,
     Rule,
     Sensed,
+    Trial,
     default_counts,
     effort,
-    measure,
     offers,
     price,
     sense,
@@ -154,13 +155,12 @@ def told(name: str, predicted_N: np.ndarray, kl_N: np.ndarray) -> dict[str, Any]
 
 
 def predictions(
-    source: Checkpoint, prices: Prices, tables: dict[str, Prices], menu: Menu, rule: Rule, run: Path, text: TokenSet,
-    fresh: TokenSet, count: int,
-) -> dict[str, Any]:  # fmt: skip
+    setting: Setting, traced: Traced, tables: dict[str, Prices], text: TokenSet, fresh: TokenSet, count: int
+) -> dict[str, Any]:
     """Plans that nothing was fitted on, on text that nothing was fitted on."""
-    plans = unseen(source, prices, menu, count)
-    branches = [Branch.of(plan_of(Setting(source, run), prices, f, k)) for f, k in plans]
-    measured = measure(source, branches, fresh, run / "unseen", title="unseen plans")
+    source, prices, rule = setting.source, traced.prices, traced.rule
+    plans = unseen(source, prices, traced.menu, count)
+    measured = setting.measure([plan_of(setting, prices, f, k) for f, k in plans], fresh, "unseen")
     kl_N = np.array([m.nats for m in measured])
     used = np.isfinite(kl_N)
     doubt = np.median([m.error / m.nats for m in measured])
@@ -172,7 +172,7 @@ def predictions(
     total_N = both[:, 0] + rule.weight * both[:, 1]
     facts = {"rule": told("rule", rule.predict(total_N)[used], kl_N[used])}
     facts["sum"] = told("sum of prices", both.sum(1)[used], kl_N[used])
-    fitted = learned(run)
+    fitted = learned(setting.run)
     kl_fit_N = np.log(fitted[1])
     for name, other in tables.items():
         theirs = Rule.fit(*np.array([sums(other, f, k) for f, k in fitted[0]]).T, fitted[1])
@@ -190,10 +190,13 @@ def predictions(
 
 def others(source: Checkpoint, prices: Prices, menu: Menu, run: Path, text: TokenSet) -> dict[str, Prices]:
     """The same options, in the same order of experts, priced from slopes: three ways."""
-    offered = {unit: tuple(of) for unit, of in prices.rounded.items()}
-    counts, order_LE = [n for n in reversed(menu.kept) if n < source.architecture.experts], prices.order_LE
-    began = time.process_time()
-    sensed = sense(source, offered, counts, order_LE, text, run / "slopes")
+    options = Options(
+        units={unit: tuple(of) for unit, of in prices.rounded.items()},
+        counts=[n for n in reversed(menu.kept) if n < source.architecture.experts],
+        order_LE=prices.order_LE,
+    )
+    began, trial = time.process_time(), Trial(text)
+    sensed = sense(source, options, trial, run / "slopes")
     print(f"surrogate: {time.process_time() - began:.0f} CPU-s (0 if it was there) for {len(sensed)} options")
     rows_B2 = np.stack([[s.by_sequence_B, s.by_token_B] for s in sensed.values()]).sum(0).T
     ratio, halves = rows_B2.sum(0), [rows_B2[half::2].sum(0) for half in (0, 1)]
@@ -203,18 +206,15 @@ def others(source: Checkpoint, prices: Prices, menu: Menu, run: Path, text: Toke
     )
     layers = source.architecture.moe_layers
     found = {
-        name: Prices.of(SURROGATE, offered, layers, order_LE, text.tokens, {key: of(s) for key, s in sensed.items()})
+        name: Prices.of(SURROGATE, options, layers, text.tokens, {key: of(s) for key, s in sensed.items()})
         for name, of in (("surrogate", by_token), ("surrogate by sequence", by_sequence))
     }
     few = {unit: {f: of[f] for f in ends(found["surrogate"].rounded[unit])} for unit, of in prices.rounded.items()}
     cuts = {layer: {min(of): of[min(of)]} for layer, of in prices.dropped.items()}
-    anchors = Prices(few, cuts, order_LE, prices.tokens)
-    found["anchored"] = Prices.of(
-        ANCHORED, offered, layers, order_LE, text.tokens, between(found["surrogate"], anchors)
-    )
+    anchors = Prices(few, cuts, prices.order_LE, prices.tokens)
+    found["anchored"] = Prices.of(ANCHORED, options, layers, text.tokens, between(found["surrogate"], anchors))
     saliency_LE = scores(Statistics.load(run / "stats", source), "dropout", "pooled")
-    theirs = trace(source, offered, counts, order_LE, saliency_LE, text, run / "theirs")
-    return {**found, TRACE: theirs}
+    return {**found, TRACE: trace(source, options, saliency_LE, trial, run / "theirs")}
 
 
 def by_token(sensed: Sensed) -> Price:
@@ -248,22 +248,26 @@ def main() -> None:
     first, second = (judge.take(list(range(half, judge.rows, 2))) for half in (0, 1))
     statistics = calibrate(source, calibration, a.run / "stats")
     architecture = source.architecture
-    offered = offers(source, CONTAINER, FORMATS_OFFERED)
     text = some_rows(calibration, a.price_tokens)
-    counts = default_counts(architecture.experts, architecture.top_k)
+    options = Options(
+        units=offers(source, CONTAINER, FORMATS_OFFERED),
+        counts=default_counts(architecture.experts, architecture.top_k),
+        order_LE=order_experts(statistics, "reap"),
+    )
     began = time.monotonic()
-    prices = price(source, offered, counts, order_experts(statistics, "reap"), text, a.run)
+    prices = price(source, options, Trial(text), a.run)
     print(f"prices: {time.monotonic() - began:.0f} s (0 if they were there)")
-    options = [Branch({u: f}) for u, of in prices.rounded.items() for f in of if f != SOURCE]
-    print(f"one sweep: {effort(source, options, text.tokens, 4 << 30)}")
-    kept = list(range(min(counts), architecture.experts + 1))
+    rounded = [Branch({u: f}) for u, f in options.rounded]
+    print(f"one sweep: {effort(source, rounded, text.tokens, 4 << 30)}")
+    kept = list(range(min(options.counts), architecture.experts + 1))
     setting = Setting(source, a.run)
     rule = learn(setting, prices, text)
     print(f"rule: {rule}")
     menu = menu_of(source, CONTAINER, prices, kept, rule.weight)
     slopes = some_rows(calibration, a.slope_tokens)
     tables = others(source, prices, menu, a.run, slopes)
-    facts = {"predictions": predictions(source, prices, tables, menu, rule, a.run, text, first, a.plans)}
+    traced = Traced(prices, rule, menu, Frontier.of(menu), None)
+    facts = {"predictions": predictions(setting, traced, tables, text, first, a.plans)}
     rivals = Rivals(setting, prices, tables, menu, statistics)
     facts["contests"] = contests(rivals, rule, first, second)
     (a.run / "benchmark.json").write_text(json.dumps(facts, indent=1))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli.options import bytes_of
-from moesaic.measure import Branch, effort, measure
+from moesaic.measure import Branch, Trial, effort, measure
 from moesaic.plan import Plan
 from moesaic.quantize import formats_of
 from moesaic.render import render
@@ -65,7 +65,7 @@ def once(model: Path, tokens: int, format: str, resources: Resources, run: Path)
     with resources.used(run / THREADS):
         calibrate(source, text, run / "stats", quiet=True)
         render(source, plan, text, run / "rendered", quiet=True)
-        prices = measure(source, branches, text, run / "prices", memory_bytes=held, quiet=True)
+        prices = measure(source, branches, Trial(text, memory_bytes=held, quiet=True), run / "prices")
     spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     kl = {name: found.kl_B.tolist() for name, found in zip(PRICED, prices)}
     sweeps = effort(source, branches, text.tokens, held).batches

@@ -23,7 +23,7 @@ from .calibrate import Statistics
 from .checkpoint import Checkpoint
 from .criteria import CRITERIA
 from .divergence import Bootstrap, Divergence, Estimate, against
-from .measure import Branch, Figures, ridden
+from .measure import Branch, Figures, Trial, ridden
 from .report import mosaic
 from .report.plots import ACCENT, INK, MUTED, WIDE, svg
 from .select import POOLED, select_experts
@@ -93,19 +93,18 @@ def candidates(
 
 
 def preview(
-    checkpoint: Checkpoint, found: Sequence[Candidate], tokens: TokenSet, folder: Path, *,
-    seed: int = 0, memory_bytes: int | None = None, quiet: bool = False,
-) -> list[Outlook]:  # fmt: skip
-    """Measure candidates on `tokens`, best first within each count, as branches of one sweep (see `ridden`).
+    checkpoint: Checkpoint, found: Sequence[Candidate], trial: Trial, folder: Path, seed: int = 0
+) -> list[Outlook]:
+    """Measure candidates, best first within each count, as branches of one sweep (see `ridden`).
 
     Cuts that are alike are measured once. Interrupted, the same call goes on; done before, it only reads what it left
-    in `folder`. Memory: hidden states of as many candidates as fit into `memory_bytes` (default: half of what is
-    available); the others take their turns.
+    in `folder`. Memory: hidden states of as many candidates as fit into what the trial may take; the others take their
+    turns. `seed` of the bootstrap.
     """
     figures = Figures(partial(figured, seed), {"figures": f"outlook {VERSION}", "seed": str(seed)})
     cuts = [Branch({}, candidate.kept) for candidate in found]
-    place = folder / identity(checkpoint.identity, tokens.identity, seed, VERSION)
-    rows = ridden(checkpoint, cuts, tokens, place, figures, memory_bytes=memory_bytes, quiet=quiet, title="preview")
+    place = folder / identity(checkpoint.identity, trial.tokens.identity, seed, VERSION)
+    rows = ridden(checkpoint, cuts, trial, place, figures, title="preview")
     outlooks = [Outlook.of(candidate, row) for candidate, row in zip(found, rows)]
     return sorted(outlooks, key=lambda o: (-o.candidate.experts, o.kl_nats.value))
 

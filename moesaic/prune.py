@@ -19,6 +19,7 @@ from .errors import InputError
 from .export import export
 from .export.claim import NOTE, check_free
 from .loops import Probe, probe
+from .measure import Trial
 from .plan import Plan
 from .preview import Candidate, Kept, Outlook, candidates, plot, preview
 from .progress import progress
@@ -204,9 +205,8 @@ def look_ahead(setting: Setting, statistics: Statistics, counts: Sequence[int]) 
     source, work, ranking, corpus = setting.source, setting.work, setting.ranking, setting.corpus
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     cuts = candidates(statistics, counts, ranking.criteria, policy=ranking.policy, domains=ranking.domains)
-    outlooks = preview(
-        source, cuts, rows, work / "preview", seed=corpus.seed, memory_bytes=setting.memory_bytes, quiet=setting.quiet
-    )
+    trial = Trial(tokens=rows, memory_bytes=setting.memory_bytes, quiet=setting.quiet)
+    outlooks = preview(source, cuts, trial, work / "preview", corpus.seed)
     facts = {"model": str(source.path), "candidates": [o.facts() for o in outlooks], "seed": corpus.seed}
     facts["text"] = dict(rows.facts)
     write_json(work / "preview.json", "preview", facts, {"source": source.identity, "tokens": rows.identity})

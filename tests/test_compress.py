@@ -20,6 +20,7 @@ from moesaic.divergence import Bootstrap, against
 from moesaic.errors import InputError
 from moesaic.evaluate import Reading, Scores, evaluate
 from moesaic.export import export
+from moesaic.measure import Trial
 from moesaic.plan import Plan
 from moesaic.preview import candidates, preview
 from moesaic.select import Ranking, select_experts
@@ -150,7 +151,7 @@ def test_preview_is_what_the_pruned_model_costs(model: Checkpoint, data: Path, t
     rows = corpus.evaluation(model, tmp_path / "e.safetensors")
     keep = model.architecture.experts // 2
     found = candidates(statistics, [keep], ("reap", "frequency"), seeds=1)
-    outlooks = preview(model, found, rows, tmp_path / "preview", quiet=True)
+    outlooks = preview(model, found, Trial(rows, quiet=True), tmp_path / "preview")
     assert [o.kl_nats.value for o in outlooks] == sorted(o.kl_nats.value for o in outlooks)
     assert {o.candidate.criterion for o in outlooks} == {"reap", "frequency", "random 0"}
     for o in outlooks:

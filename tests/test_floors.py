@@ -95,16 +95,12 @@ def test_no_model_is_named_outside_its_family():
 # Long signatures --------------------------------------------------------------------------------------------------------
 
 MOST_PARAMETERS, MOST_POSITIONAL = 6, 6
-PRICING = "what is on offer (formats, counts, order) and how it is tried are not one part each yet"
 SWEEP = "a step of a sweep is a plain function of named inputs"
 TRANSFORMERS = "transformers calls it, or it takes what that call brings"
 LONG = {  # file: function -> why; a line goes when its function grows shorter
-    "measure/anchor.py: anchored": PRICING, "measure/prices.py: price": PRICING, "measure/surrogate.py: sense": PRICING,
-    "measure/surrogate.py: surrogate": PRICING, "measure/trace.py: trace": PRICING, "measure/ride.py: measure": PRICING,
-    "measure/ride.py: ridden": PRICING,
-    "measure/surrogate.py: heard": SWEEP, "measure/reverse.py: reverse": SWEEP, "divergence/lockstep.py: lockstep": SWEEP,
+    "divergence/lockstep.py: lockstep": SWEEP,
     "render/work.py: round_layer": SWEEP, "repair.py: repair": SWEEP, "repair.py: measured": SWEEP,
-    "preview.py: preview": SWEEP, "stream/backward.py: attention": SWEEP, "stream/backward.py: module_back": SWEEP,
+    "stream/backward.py: attention": SWEEP, "stream/backward.py: module_back": SWEEP,
     "generate/attention.py: ragged": TRANSFORMERS, "generate/attention.py: queries": TRANSFORMERS,
     "generate/__init__.py: generate": "a public entry, by keyword from the third on",
     "evaluate/needle.py: haystacks": "a public entry, by keyword from the third on",
@@ -113,8 +109,6 @@ LONG = {  # file: function -> why; a line goes when its function grows shorter
 }  # fmt: skip
 POSITIONAL = {  # file: callee -> why
     "images.py: reshape": "a tensor's axes", "images.py: permute": "a tensor's axes", "images.py: expand": "a tensor's axes",
-    "measure/anchor.py: inputs_of": PRICING, "measure/prices.py: inputs_of": PRICING,
-    "measure/surrogate.py: inputs_of": PRICING, "measure/surrogate.py: partial": SWEEP,
     "tasks/marks.py: Score": "tokens and rows come as a pair",
 }  # fmt: skip
 

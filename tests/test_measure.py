@@ -27,9 +27,11 @@ from moesaic.export import export
 from moesaic.measure import (
     Branch,
     Measured,
+    Options,
     Price,
     Prices,
     Rule,
+    Trial,
     default_counts,
     effort,
     measure,
@@ -111,9 +113,9 @@ def test_a_whole_plan_is_its_export(source, tmp_path):
 
 def test_branches_together_are_branches_alone(source, tmp_path):
     branches, tokens = some_branches(source), rows(3)
-    together = measure(source, branches, tokens, tmp_path / "all", quiet=True)
+    together = measure(source, branches, Trial(tokens, quiet=True), tmp_path / "all")
     for i in (0, len(branches) // 2, len(branches) - 3):
-        alone = measure(source, [branches[i]], tokens, tmp_path / str(i), quiet=True)
+        alone = measure(source, [branches[i]], Trial(tokens, quiet=True), tmp_path / str(i))
         assert np.array_equal(together[i].kl_B, alone[0].kl_B)
 
 
@@ -157,7 +159,7 @@ def test_what_is_not_finite_is_no_figure(source):
 
 
 def test_a_branch_that_differs_in_nothing_costs_nothing(source, tmp_path):
-    *others, nothing, cut = measure(source, some_branches(source), rows(3), tmp_path, quiet=True)
+    *others, nothing, cut = measure(source, some_branches(source), Trial(rows(3), quiet=True), tmp_path)
     assert np.array_equal(nothing.kl_B, np.zeros(3))
     assert all(m.nats > 0 and np.isfinite(m.error) for m in (*others, cut))
 
@@ -190,10 +192,10 @@ def test_the_effort_is_what_was_predicted_and_memory_only_cuts_it(source, tmp_pa
     branches, tokens = some_branches(source), rows(3)
     small = 5 * 5 * 4 * tokens.tokens * source.architecture.hidden
     one, many = (effort(source, branches, tokens.tokens, memory) for memory in (1 << 30, small))
-    whole = measure(source, branches, tokens, tmp_path / "one", quiet=True, memory_bytes=1 << 30)
+    whole = measure(source, branches, Trial(tokens, memory_bytes=1 << 30, quiet=True), tmp_path / "one")
     assert (counted.token_layers, one.batches) == (one.token_layers, 1)
     counted.token_layers = 0
-    cut = measure(source, branches, tokens, tmp_path / "many", quiet=True, memory_bytes=small)
+    cut = measure(source, branches, Trial(tokens, memory_bytes=small, quiet=True), tmp_path / "many")
     assert counted.token_layers == many.token_layers and many.batches > 2 and many.memory_bytes <= small
     assert one.token_layers < many.token_layers < many.one_by_one and one.read_bytes < many.read_bytes
     assert all(np.array_equal(a.kl_B, b.kl_B) for a, b in zip(whole, cut))
@@ -202,12 +204,12 @@ def test_the_effort_is_what_was_predicted_and_memory_only_cuts_it(source, tmp_pa
 def test_an_interrupted_sweep_goes_on(source, tmp_path, counted):
     branches, tokens = some_branches(source), rows(2)
     memory = 8 * 5 * 4 * tokens.tokens * source.architecture.hidden
-    truth = measure(source, branches, tokens, tmp_path / "whole", quiet=True, memory_bytes=memory)
+    truth = measure(source, branches, Trial(tokens, memory_bytes=memory, quiet=True), tmp_path / "whole")
     full, counted.token_layers = counted.token_layers, 0
     counted.stop_after = full // 3
     for _ in range(8):
         try:
-            found = measure(source, branches, tokens, tmp_path / "cut", quiet=True, memory_bytes=memory)
+            found = measure(source, branches, Trial(tokens, memory_bytes=memory, quiet=True), tmp_path / "cut")
             break
         except KeyboardInterrupt:
             counted.token_layers = 0
@@ -216,13 +218,13 @@ def test_an_interrupted_sweep_goes_on(source, tmp_path, counted):
     assert all(np.array_equal(a.kl_B, b.kl_B) for a, b in zip(truth, found))
     assert not list((tmp_path / "cut").glob("*.safetensors"))
     counted.token_layers = counted.stop_after = 0
-    measure(source, branches, tokens, tmp_path / "cut", quiet=True, memory_bytes=memory)
+    measure(source, branches, Trial(tokens, memory_bytes=memory, quiet=True), tmp_path / "cut")
     assert counted.token_layers == 0
 
 
 def test_a_rounding_that_needs_data_is_refused(source, tmp_path):
     with pytest.raises(PlanError, match="no rounding 'none'"):
-        measure(source, [Branch()], rows(2), tmp_path, rounding="none", quiet=True)
+        measure(source, [Branch()], Trial(rows(2), rounding="none", quiet=True), tmp_path)
 
 
 # Prices -----------------------------------------------------------------------------------------------------------------
@@ -237,8 +239,8 @@ def priced(m3, tmp_path_factory) -> tuple[Checkpoint, Statistics, Prices, Path]:
 
 def price_of(source: Checkpoint, statistics: Statistics, tokens: TokenSet, run: Path) -> Prices:
     counts = default_counts(source.architecture.experts, source.architecture.top_k)
-    order_LE = order_experts(statistics, "reap")
-    return price(source, offers(source, CONTAINER, FORMATS), counts, order_LE, tokens, run, quiet=True)
+    options = Options(offers(source, CONTAINER, FORMATS), counts, order_experts(statistics, "reap"))
+    return price(source, options, Trial(tokens, quiet=True), run)
 
 
 def test_prices_are_nats_with_errors(priced):

@@ -86,7 +86,12 @@ def test_a_run_goes_on_with_its_own_count_of_threads(model, text, tmp_path, caps
 def test_half_of_memory_is_for_hidden_states_side_by_side(model, text, tmp_path, monkeypatch) -> None:
     """In previews by their own call, in prices by what the search is told."""
     told, real = [], prune_module.preview
-    monkeypatch.setattr(prune_module, "preview", lambda *a, **how: told.append(how["memory_bytes"]) or real(*a, **how))
+
+    def heard(source, cuts, trial, *rest):
+        told.append(trial.memory_bytes)
+        return real(source, cuts, trial, *rest)
+
+    monkeypatch.setattr(prune_module, "preview", heard)
     words = ["prune", model, str(tmp_path / "out"), "--experts", "4", *text]
     assert main([*words, "--preview", "--memory", "300MB"]) == 0
     assert main([*words, "--criterion", "auto", "--memory", "400MB", "--no-verify"]) == 0

@@ -1,5 +1,6 @@
 """stream/backward and measure/surrogate against autograd through transformers' whole model, which holds all of it at once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import moesaic.measure.reverse as reverse_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import PlanError, StaleError
 from moesaic.families import Linear
-from moesaic.measure import Price, Prices, anchored, offers, price, sense, surrogate, trace
+from moesaic.measure import Options, Price, Prices, Trial, anchored, offers, price, sense, surrogate, trace
 from moesaic.measure.anchor import between, ends
 from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
@@ -120,7 +121,7 @@ def order_of(source: Checkpoint) -> np.ndarray:
 def test_a_format_costs_the_square_of_its_slope(source, tmp_path):
     """½ ⟨∂loss/∂W, ΔW⟩² of each sequence, by the whole model's gradients and the labels that were drawn."""
     tokens, offered = rows(3, 40), offers(source, CONTAINER, FORMATS)
-    found = sense(source, offered, (), order_of(source), tokens, tmp_path, quiet=True)
+    found = sense(source, Options(offered, (), order_of(source)), Trial(tokens, quiet=True), tmp_path)
     run, reference = LayerRun(source), Reference(source.path)
     labels_BS = drawn(run, boundaries(run, tokens.ids_BT)[-1], 0)
     by_row = [gradients(reference, ids_1T, l_1S) for ids_1T, l_1S in zip(tokens.ids_BT.split(1), labels_BS.split(1))]
@@ -143,7 +144,7 @@ def test_dropping_costs_the_square_of_what_rerouting_changes(source, tmp_path):
     """At every count: the routed sum with the experts masked, all experts run on all tokens, times the slope behind it."""
     tokens, a = rows(2, 30), source.architecture
     counts, order_LE = tuple(range(a.top_k, a.experts)), order_of(source)
-    found = sense(source, {}, counts, order_LE, tokens, tmp_path, quiet=True)
+    found = sense(source, Options({}, counts, order_LE), Trial(tokens, quiet=True), tmp_path)
     assert set(found) == {(layer, kept) for layer in a.moe_layers for kept in counts}
     run = LayerRun(source)
     hidden = boundaries(run, tokens.ids_BT)
@@ -186,10 +187,11 @@ def slow_drops(
 
 
 def test_an_interrupted_sweep_goes_on(source, tmp_path, monkeypatch):
-    tokens, offered, order_LE = rows(2), offers(source, CONTAINER, FORMATS), order_of(source)
+    options = Options(offers(source, CONTAINER, FORMATS), (6, 4), order_of(source))
+    trial = Trial(rows(2), quiet=True)
 
     def prices(run: Path) -> Prices:
-        return surrogate(source, offered, (6, 4), order_LE, tokens, run, quiet=True)
+        return surrogate(source, options, trial, run)
 
     truth, calls, whole = prices(tmp_path / "whole"), 0, reverse_module.retreat
 
@@ -212,9 +214,9 @@ def test_an_interrupted_sweep_goes_on(source, tmp_path, monkeypatch):
     prices(tmp_path / "cut")
     assert calls == source.architecture.layers + 1
     with pytest.raises(StaleError):
-        surrogate(source, offered, (6,), order_LE, tokens, tmp_path / "cut", quiet=True)
+        surrogate(source, replace(options, counts=(6,)), trial, tmp_path / "cut")
     with pytest.raises(PlanError, match="needs"):
-        sense(source, offered, (), order_LE, tokens, tmp_path / "g", rounding="gptq", quiet=True)
+        sense(source, options, replace(trial, rounding="gptq"), tmp_path / "g")
 
 
 def test_small_changes_cost_what_they_are_measured_to_cost(source, tmp_path):
@@ -223,7 +225,8 @@ def test_small_changes_cost_what_they_are_measured_to_cost(source, tmp_path):
     run, unit = LayerRun(source), next(u for u in source.architecture.units if u.endswith(".o"))
     hidden = boundaries(run, once.ids_BT)[-1]
     tokens = once.take([0, 1] * many)
-    found = sense(source, {unit: ("mxfp4",)}, (), order_of(source), tokens, tmp_path, quiet=True)
+    options = Options({unit: ("mxfp4",)}, (), order_of(source))
+    found = sense(source, options, Trial(tokens, quiet=True), tmp_path)
     each = found[unit, "mxfp4"].by_sequence_B.reshape(many, 2).mean(1)
     shrunk = 1 / 16
     way = changes([Branch({unit: "mxfp4"})], "rtn")["mxfp4"]
@@ -245,8 +248,8 @@ def test_traces_are_those_of_the_whole_model(source, tmp_path):
     unit = next(u for u in reversed(a.units) if u.endswith(".o"))
     (linear,) = a.units[unit]
     saliency_LE = np.random.default_rng(1).random((len(a.moe_layers), a.experts))
-    words = source, {unit: ("source", "mxfp4")}, (6, 4), order_of(source), saliency_LE, tokens, tmp_path
-    prices = trace(*words, quiet=True)
+    options, trial = Options({unit: ("source", "mxfp4")}, (6, 4), order_of(source)), Trial(tokens, quiet=True)
+    prices = trace(source, options, saliency_LE, trial, tmp_path)
     reference, seen = Reference(source.path), []
 
     def hook(module, inputs, out):
@@ -264,7 +267,7 @@ def test_traces_are_those_of_the_whole_model(source, tmp_path):
     assert prices.rounded[unit]["source"].nats == 0 and prices.harm == "trace"
     for layer, order_E, saliency_E in zip(a.moe_layers, prices.order_LE, saliency_LE):
         assert prices.dropped[layer][4].nats == pytest.approx(0.45 * saliency_E[order_E[4:]].sum())
-    assert trace(*words, quiet=True).rounded == prices.rounded
+    assert trace(source, options, saliency_LE, trial, tmp_path).rounded == prices.rounded
 
 
 def test_between_anchors_prices_follow_the_slopes():
@@ -284,10 +287,10 @@ def test_between_anchors_prices_follow_the_slopes():
 
 def test_anchors_are_measured(m2, tmp_path):
     """Two formats of three, and one cut of two: those prices are `price`'s own."""
-    tokens, order_LE = rows(2), order_of(m2)
     offered = {u: ("source", "mxfp4", "int3_g64", "int2_g64") for u in m2.architecture.units}
-    prices = anchored(m2, offered, (6, 4), order_LE, tokens, tmp_path, quiet=True)
-    truth = price(m2, offered, (6, 4), order_LE, tokens, tmp_path / "all", quiet=True)
+    options, trial = Options(offered, (6, 4), order_of(m2)), Trial(rows(2), quiet=True)
+    prices = anchored(m2, options, trial, tmp_path)
+    truth = price(m2, options, trial, tmp_path / "all")
     assert prices.harm == "anchored" and Prices.load(tmp_path / "anchors" / "costs.json").harm == "measured"
     sensed = Prices.load(tmp_path / "anchors" / "slopes" / "costs.json")
     for unit, of in prices.rounded.items():
@@ -298,4 +301,4 @@ def test_anchors_are_measured(m2, tmp_path):
         assert min(of[first].nats, of[last].nats) <= of[middle].nats <= max(of[first].nats, of[last].nats)
     for layer, cuts in prices.dropped.items():
         assert cuts[4].nats == pytest.approx(truth.dropped[layer][4].nats) and cuts[6].nats > 0
-    assert anchored(m2, offered, (6, 4), order_LE, tokens, tmp_path, quiet=True).rounded == prices.rounded
+    assert anchored(m2, options, trial, tmp_path).rounded == prices.rounded

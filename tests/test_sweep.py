@@ -27,7 +27,7 @@ from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import Conditions, Reading, evaluate
-from moesaic.measure import Branch, measure, sense
+from moesaic.measure import Branch, Options, Trial, measure, sense
 from moesaic.plan import Plan
 from moesaic.preview import Candidate, preview
 from moesaic.registry import collect
@@ -142,7 +142,7 @@ def some_branches(model: Checkpoint) -> list[Branch]:
 def branches(model: Checkpoint, folder: Path) -> Any:
     tokens = rows(2)
     memory = 5 * STATE_COPIES * 4 * tokens.tokens * model.architecture.hidden  # four a pass, and the source
-    found = measure(model, some_branches(model), tokens, folder, quiet=True, memory_bytes=memory)
+    found = measure(model, some_branches(model), Trial(tokens, memory_bytes=memory, quiet=True), folder)
     return [(m.kl_B.tolist(), m.nonfinite) for m in found]
 
 
@@ -152,7 +152,7 @@ def cuts(model: Checkpoint, folder: Path) -> Any:
     kept += [{layers[-1]: (0, 1, 2, 3, 4)}, kept[2]]
     memory = 4 * STATE_COPIES * 4 * tokens.tokens * model.architecture.hidden  # three a pass, and the source
     found = [Candidate(f"cut {i}", 5, k) for i, k in enumerate(kept)]
-    return [o.facts() for o in preview(model, found, tokens, folder, memory_bytes=memory, quiet=True)]
+    return [o.facts() for o in preview(model, found, Trial(tokens, memory_bytes=memory, quiet=True), folder)]
 
 
 def rendered(model: Checkpoint, folder: Path) -> Any:
@@ -172,7 +172,7 @@ def slopes(model: Checkpoint, folder: Path) -> Any:
     a = model.architecture
     offered = {unit: ("mxfp4",) for unit in list(a.units)[::5]}
     order_LE = np.arange(a.experts)[None].repeat(len(a.moe_layers), 0)
-    found = sense(model, offered, (6, 4), order_LE, rows(2), folder, quiet=True)
+    found = sense(model, Options(offered, (6, 4), order_LE), Trial(rows(2), quiet=True), folder)
     return {str(key): (s.by_sequence_B.tolist(), s.by_token_B.tolist()) for key, s in found.items()}
 
 

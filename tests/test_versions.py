@@ -24,7 +24,7 @@ from moesaic.errors import StaleError
 from moesaic.export import export
 from moesaic.export.claim import NOTE
 from moesaic.formats import FORMATS
-from moesaic.measure import price, trace
+from moesaic.measure import Options, Trial, price, trace
 from moesaic.measure import prices as prices_module
 from moesaic.plan import Plan
 from moesaic.render import render
@@ -145,7 +145,8 @@ def test_statistics_and_prices_of_another_version_are_not_reused(m2, tmp_path, m
     unit = next(iter(a.units))
 
     def priced() -> object:
-        return price(m2, {unit: ("source", "int8_g32")}, [], order_LE, tokens, tmp_path, quiet=True)
+        options = Options(units={unit: ("source", "int8_g32")}, counts=[], order_LE=order_LE)
+        return price(m2, options, Trial(tokens, quiet=True), tmp_path)
 
     priced()
     for registry, name in ((ROUNDINGS, "rtn"), (FORMATS, "int8_g32")):
@@ -167,7 +168,8 @@ def test_a_trace_of_another_saliency_is_not_reused(m2, tmp_path):
     saliency_LE = np.ones(order_LE.shape)
 
     def traced(saliency_LE: np.ndarray) -> object:
-        return trace(m2, {}, [a.experts - 1], order_LE, saliency_LE, tokens, tmp_path, quiet=True)
+        options = Options(units={}, counts=[a.experts - 1], order_LE=order_LE)
+        return trace(m2, options, saliency_LE, Trial(tokens, quiet=True), tmp_path)
 
     traced(saliency_LE)
     with pytest.raises(StaleError, match="was made from options"):

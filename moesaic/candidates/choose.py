@@ -7,7 +7,7 @@ calibration, and making the plan true (compress, export).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from ..measure import (
     ANCHORED,
     MEASURED,
     SURROGATE,
+    TRACE,
     Measured,
+    Options,
     Price,
     Prices,
     Rule,
@@ -30,7 +32,6 @@ from ..measure import (
     effort,
     price,
     reverse_work,
-    singles,
     some_rows,
     surrogate,
     trace,
@@ -81,36 +82,32 @@ def check_limit(setting: Setting) -> None:
 
 def price_options(setting: Setting, statistics: Statistics, calibration: TokenSet) -> tuple[Prices, TokenSet]:
     """Every option's price, and the rows of `calibration` that they were found on. Leaves costs.json."""
-    source, pricing, a = setting.source, setting.pricing, setting.source.architecture
-    offered, ranking = setting.offer.units(source), setting.ranking
-    order_LE = order_experts(statistics, ranking.criterion, ranking.policy, ranking.domains)
-    every = [n for n in reversed(setting.kept) if n < a.experts]
-    how: dict[str, Any] = {"rounding": setting.trial, "quiet": setting.quiet}
-    work, memory = reverse_work(source, offered), pricing.memory_bytes
-    if pricing.harm == MEASURED:
-        counts = every if setting.offer.experts else list(default_counts(a.experts, a.top_k))
-        options = [b for of in singles(source, offered, counts, order_LE) for b in of.values()]
-        text = price_text(setting, effort(source, options, 1, 1 << 60).work, calibration)
-        return price(source, offered, counts, order_LE, text, setting.run, memory_bytes=memory, **how), text
-    if pricing.harm == ANCHORED:
-        few = {unit: list(dict.fromkeys((*of[:1], *of[-1:]))) for unit, of in offered.items()}
-        options = [b for of in singles(source, few, every[-1:], order_LE) for b in of.values()]
-        text = price_text(setting, work + effort(source, options, 1, 1 << 60).work, calibration)
-        return anchored(source, offered, every, order_LE, text, setting.run, memory_bytes=memory, **how), text
+    source, harm, run = setting.source, setting.pricing.harm, setting.run
+    options, work = on_offer(setting, statistics)
     text = price_text(setting, work, calibration)
-    if pricing.harm == SURROGATE:
-        return surrogate(source, offered, every, order_LE, text, setting.run, **how), text
-    saliency_LE = scores(statistics, "dropout", "pooled")
-    return trace(
-        checkpoint=source,
-        offered=offered,
-        counts=every,
-        order_LE=order_LE,
-        saliency_LE=saliency_LE,
-        tokens=text,
-        run=setting.run,
-        **how,
-    ), text
+    trial = setting.trial(text)
+    if harm == TRACE:
+        return trace(source, options, scores(statistics, "dropout", "pooled"), trial, run), text
+    return {MEASURED: price, ANCHORED: anchored, SURROGATE: surrogate}[harm](source, options, trial, run), text
+
+
+def on_offer(setting: Setting, statistics: Statistics) -> tuple[Options, float]:
+    """The options to price, and how many layers each token goes through for that."""
+    source, ranking, harm, a = setting.source, setting.ranking, setting.pricing.harm, setting.source.architecture
+    options = Options(
+        units=setting.offer.units(source),
+        counts=[n for n in reversed(setting.kept) if n < a.experts],
+        order_LE=order_experts(statistics, ranking.criterion, ranking.policy, ranking.domains),
+    )
+    if harm in (SURROGATE, TRACE):
+        return options, reverse_work(source, options)
+    if harm == MEASURED and setting.offer.experts is None:
+        options = replace(options, counts=default_counts(a.experts, a.top_k))
+    tried, work = options, 0.0
+    if harm == ANCHORED:  # which formats will be the ends is not known yet: any two
+        ends = {unit: list(dict.fromkeys((*of[:1], *of[-1:]))) for unit, of in options.units.items()}
+        tried, work = replace(options, units=ends, counts=options.counts[-1:]), reverse_work(source, options)
+    return options, work + effort(source, list(tried.branches(a.moe_layers).values()), 1, 1 << 60).work
 
 
 def price_text(setting: Setting, work: float, calibration: TokenSet) -> TokenSet:
@@ -179,7 +176,7 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
     if traced.budget_bytes is None:
         raise PlanError("no budget is given; say fit in bytes, or bits per weight")
     found = candidates(setting, traced, traced.budget_bytes)
-    measured = setting.measure([c.plan for c in found], choice, "candidates")
+    measured, rounding = setting.measure([c.plan for c in found], choice, "candidates"), setting.trial(choice).rounding
     best = min(range(len(found)), key=lambda i: (measured[i].nats, found[i].bytes))
     if math.isinf(measured[best].nats):
         raise PlanError(f"all {len(found)} candidates give values that are no numbers; offer other formats")
@@ -187,8 +184,8 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
     body = {
         "budget_bytes": traced.budget_bytes,
         "rule_error": traced.rule.error,
-        "rounding": setting.trial,
+        "rounding": rounding,
         "ships": best,
     }
     note_candidates(setting.run / "candidates.json", found, measured, choice, body, inputs)
-    return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes, setting.trial)
+    return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes, rounding)

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..containers import CONTAINERS, Container
 from ..errors import PlanError
 from ..fit import Layout, servable
-from ..measure import ANCHORED, MEASURED, SURROGATE, TRACE, Branch, Measured, default_counts, measure, offers
+from ..measure import ANCHORED, MEASURED, SURROGATE, TRACE, Branch, Measured, Trial, default_counts, measure, offers
 from ..plan import Plan
 from ..rounding import ROUNDINGS
 from ..select import REAP, Ranking
@@ -113,20 +113,21 @@ class Setting:
         return self.offer.kept(self.source)
 
     @property
-    def trial(self) -> str:
-        """The rounding that options and plans are tried with: the plan's own, unless that looks at data."""
-        return STAND_IN if self.reads_text else self.rounding
-
-    @property
     def reads_text(self) -> bool:
         """Whether the plan's rounding does, so that its matrices come from an overlay."""
         return self.rounding in ROUNDINGS and bool(ROUNDINGS[self.rounding].needs)
 
+    def trial(self, text: TokenSet) -> Trial:
+        """How options and plans are tried: with the plan's own rounding, unless that looks at data."""
+        return Trial(
+            tokens=text,
+            rounding=STAND_IN if self.reads_text else self.rounding,
+            memory_bytes=self.pricing.memory_bytes,
+            quiet=self.quiet,
+        )
+
     def measure(self, plans: Sequence[Plan], text: TokenSet, title: str) -> list[Measured]:
-        return measure(
-            self.source, [Branch.of(plan) for plan in plans], text, self.run / title, rounding=self.trial,
-            memory_bytes=self.pricing.memory_bytes, quiet=self.quiet, title=title,
-        )  # fmt: skip
+        return measure(self.source, [Branch.of(plan) for plan in plans], self.trial(text), self.run / title, title)
 
 
 def container_named(name: str) -> Container:

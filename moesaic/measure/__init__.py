@@ -7,9 +7,9 @@ anchor.py measures a few and puts the rest between them; trace.py has another to
 """
 
 from .anchor import anchored
-from .branch import Branch, Effort, affordable_tokens, effort, some_rows
+from .branch import Branch, Effort, Trial, affordable_tokens, effort, some_rows
 from .composition import Rule
-from .prices import ANCHORED, MEASURED, SURROGATE, TRACE, Price, Prices, default_counts, offers, price, singles
+from .prices import ANCHORED, MEASURED, SURROGATE, TRACE, Options, Price, Prices, default_counts, offers, price
 from .reverse import reverse_work
 from .ride import Figures, Measured, measure, ridden
 from .surrogate import Sensed, sense, surrogate
@@ -24,10 +24,12 @@ __all__ = [
     "Effort",
     "Figures",
     "Measured",
+    "Options",
     "Price",
     "Prices",
     "Rule",
     "Sensed",
+    "Trial",
     "affordable_tokens",
     "anchored",
     "default_counts",
@@ -38,7 +40,6 @@ __all__ = [
     "reverse_work",
     "ridden",
     "sense",
-    "singles",
     "some_rows",
     "surrogate",
     "trace",

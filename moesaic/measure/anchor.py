@@ -6,35 +6,31 @@ ln(surrogate). A cut of another depth is in proportion. Two branches a unit and 
 there are. Leaves out both ways of pricing themselves (prices, surrogate).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..plan import SOURCE
-from ..tokens import TokenSet
-from .prices import ANCHORED, Key, Price, Prices, inputs_of, price
+from .branch import Trial
+from .prices import ANCHORED, Key, Options, Price, Prices, inputs_of, price
 from .surrogate import surrogate
 
 LEAST = 1e-15  # nats: of an option that nothing depends on
 
 
-def anchored(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
-    tokens: TokenSet, run: Path, *, rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False,
-) -> Prices:  # fmt: skip
+def anchored(checkpoint: Checkpoint, options: Options, trial: Trial, run: Path) -> Prices:
     """`price`, with most of it from slopes. Leaves run/costs.json, and what it was made of in run/anchors."""
-    inputs = inputs_of(checkpoint, tokens, rounding, ANCHORED, offered, list(counts), order_LE.tolist())
+    inputs = inputs_of(checkpoint, options, trial, ANCHORED)
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
-    words = order_LE, tokens
-    sensed = surrogate(checkpoint, offered, counts, *words, run / "anchors" / "slopes", rounding=rounding, quiet=quiet)
-    measured = price(
-        checkpoint, {unit: ends(of) for unit, of in sensed.rounded.items()}, sorted(counts)[:1], *words, run / "anchors",
-        rounding=rounding, memory_bytes=memory_bytes, quiet=quiet,
-    )  # fmt: skip
-    prices = Prices.of(ANCHORED, offered, sorted(sensed.dropped), order_LE, tokens.tokens, between(sensed, measured))
+    sensed = surrogate(checkpoint, options, trial, run / "anchors" / "slopes")
+    few = {unit: ends(of) for unit, of in sensed.rounded.items()}
+    anchors = replace(options, units=few, counts=sorted(options.counts)[:1])
+    found = between(sensed, price(checkpoint, anchors, trial, run / "anchors"))
+    prices = Prices.of(ANCHORED, options, checkpoint.architecture.moe_layers, trial.tokens.tokens, found)
     prices.save(run / "costs.json", inputs)
     return prices
 

@@ -7,7 +7,7 @@ to ask for (prices).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +52,22 @@ class Branch:
     @property
     def facts(self) -> dict[str, Any]:
         return {"formats": dict(self.formats), "kept": {str(n): list(ids) for n, ids in self.kept.items()}}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How branches are tried.
+
+    tokens        rows that they are run on
+    rounding      that their formats are made with: one that does not look at data
+    memory_bytes  for hidden states, as `effort` counts them; None: half of what is available. More of it means fewer
+                  passes. What `LayerRun` needs for weights comes on top.
+    """
+
+    tokens: TokenSet
+    rounding: str = "rtn"
+    memory_bytes: int | None = None
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,7 @@ def rounded(
     return [value[linear.name] for linear in linears]
 
 
-def changes(branches: Sequence[Branch], rounding: str) -> dict[str, Change]:
+def changes(branches: Iterable[Branch], rounding: str) -> dict[str, Change]:
     """One `Change` for each format, so that branches share what it makes. Raises `PlanError` for what needs data."""
     way = rounding_named(rounding)
     if way.needs:

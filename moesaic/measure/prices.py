@@ -8,7 +8,6 @@ plan's KL: `composition` says what they come to. Leaves out choosing (allocate),
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,7 @@ from ..errors import PlanError
 from ..formats import FORMATS
 from ..plan import SOURCE
 from ..rounding import arithmetic
-from ..tokens import TokenSet
-from .branch import Branch
+from .branch import Branch, Trial
 from .ride import VERSION, measure
 
 KIND = "costs"
@@ -33,6 +31,33 @@ VERSIONS = {
 }  # one goes up with any change to what that way finds
 Key = tuple[str, str] | tuple[int, int]  # (unit, format), or (MoE layer, kept count)
 KEPT_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of experts, at which dropping is measured; between them it is interpolated
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is on offer, to be priced one by one.
+
+    units      unit -> formats; "source" costs nothing
+    counts     of experts kept, for each MoE layer alone
+    order_LE   ids of each MoE layer's experts, the one to keep first in front
+    """
+
+    units: Mapping[str, Sequence[str]]
+    counts: Sequence[int]
+    order_LE: np.ndarray
+
+    @property
+    def rounded(self) -> list[tuple[str, str]]:
+        """Every (unit, format) but "source"."""
+        return [(unit, format) for unit, of in self.units.items() for format in of if format != SOURCE]
+
+    def branches(self, layers: Sequence[int]) -> dict[Key, Branch]:
+        """Each as a branch; `layers` are the MoE layers, rows of `order_LE`."""
+        found: dict[Key, Branch] = {(unit, format): Branch({unit: format}) for unit, format in self.rounded}
+        for layer, order_E in zip(layers, self.order_LE):
+            for kept in self.counts:
+                found[layer, kept] = Branch({}, {layer: tuple(sorted(order_E[:kept].tolist()))})
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,19 +85,16 @@ class Prices:
     harm: str = MEASURED
 
     @staticmethod
-    def of(
-        harm: str, offered: Mapping[str, Sequence[str]], layers: Sequence[int], order_LE: np.ndarray, tokens: int,
-        found: Mapping[Key, Price],
-    ) -> "Prices":  # fmt: skip
+    def of(harm: str, options: Options, layers: Sequence[int], tokens: int, found: Mapping[Key, Price]) -> "Prices":
         """From the price of each (unit, format) but "source", and each (MoE layer, kept count)."""
-        rounded = {unit: {f: found[unit, f] for f in of if f != SOURCE} for unit, of in offered.items()}
-        for unit, of in offered.items():
+        rounded = {unit: {f: found[unit, f] for f in of if f != SOURCE} for unit, of in options.units.items()}
+        for unit, of in options.units.items():
             rounded[unit] |= {SOURCE: Price(0.0, 0.0)} if SOURCE in of else {}
         dropped: dict[int, dict[int, Price]] = {layer: {} for layer in layers}
         for (where, what), price in found.items():
             if isinstance(where, int) and isinstance(what, int):
                 dropped[where][what] = price
-        return Prices(rounded, dropped, order_LE, tokens, harm)
+        return Prices(rounded, dropped, options.order_LE, tokens, harm)
 
     def kept(self, count: int) -> dict[int, tuple[int, ...]]:
         """MoE layer -> the ids that stay, ascending; nothing for all of them."""
@@ -158,55 +180,34 @@ def default_counts(experts: int, top_k: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(n for share in KEPT_SHARES if top_k <= (n := round(share * experts)) < experts))
 
 
-def singles(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray
-) -> tuple[dict[tuple[str, str], Branch], dict[tuple[int, int], Branch]]:
-    """Every option as a branch: by unit and format, and by MoE layer and kept count."""
-    rounded = {(unit, f): Branch({unit: f}) for unit, formats in offered.items() for f in formats if f != SOURCE}
-    layers = checkpoint.architecture.moe_layers
-    first = {(n, k): tuple(sorted(order_E[:k].tolist())) for n, order_E in zip(layers, order_LE) for k in counts}
-    return rounded, {(layer, k): Branch({}, {layer: ids}) for (layer, k), ids in first.items()}
-
-
-def inputs_of(
-    checkpoint: Checkpoint, tokens: TokenSet, rounding: str, harm: str, offered: Mapping[str, Sequence[str]], *rest: Any
-) -> dict[str, str]:
+def inputs_of(checkpoint: Checkpoint, options: Options, trial: Trial, harm: str, *rest: object) -> dict[str, str]:
     """What prices depend on: model, text, rounding, how they are found, what is on offer, and whatever is in `rest`.
 
     `harm` and the rounding go with their versions, and so do formats.
     """
-    versions = arithmetic(rounding, {f for of in offered.values() for f in of if f != SOURCE})
+    versions = arithmetic(trial.rounding, {format for _, format in options.rounded})
+    offered = {unit: list(of) for unit, of in options.units.items()}
+    cuts = list(options.counts), options.order_LE.tolist()
     return {
         "source": checkpoint.identity,
-        "tokens": tokens.identity,
+        "tokens": trial.tokens.identity,
         "rounding": versions["rounding"],
         "harm": f"{harm} {VERSIONS[harm]}",
-        "options": identity({unit: list(of) for unit, of in offered.items()}, versions["formats"], *rest),
+        "options": identity(offered, versions["formats"], *cuts, *rest),
     }
 
 
-def price(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
-    tokens: TokenSet, run: Path, *, rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False,
-) -> Prices:  # fmt: skip
+def price(checkpoint: Checkpoint, options: Options, trial: Trial, run: Path) -> Prices:
     """Measure every option alone, in one sweep where memory allows, and leave run/costs.json.
 
-    offered    unit -> formats
-    counts     of experts kept, for each MoE layer alone
-    order_LE   ids of each MoE layer's experts, the one to keep first in front
     Done before with the same inputs, it only reads. Continues where it was stopped.
     """
-    options, cuts = singles(checkpoint, offered, counts, order_LE)
-    branches = [*options.values(), *cuts.values()]
-    inputs = inputs_of(checkpoint, tokens, rounding, MEASURED, offered, list(counts), order_LE.tolist())
+    inputs, layers = inputs_of(checkpoint, options, trial, MEASURED), checkpoint.architecture.moe_layers
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
-    found = measure(
-        checkpoint, branches, tokens, run / "costs", rounding=rounding, memory_bytes=memory_bytes, quiet=quiet,
-        title="price",
-    )  # fmt: skip
-    keys: list[Key] = [*options, *cuts]
-    nats = {key: Price(m.nats, m.error) for key, m in zip(keys, found)}
-    prices = Prices.of(MEASURED, offered, checkpoint.architecture.moe_layers, order_LE, tokens.tokens, nats)
+    branches = options.branches(layers)
+    found = measure(checkpoint, list(branches.values()), trial, run / "costs", title="price")
+    nats = {key: Price(m.nats, m.error) for key, m in zip(branches, found)}
+    prices = Prices.of(MEASURED, options, layers, trial.tokens.tokens, nats)
     prices.save(run / "costs.json", inputs)
     return prices

@@ -5,7 +5,7 @@ reached. Leaves out what is added up: see surrogate and trace.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..artifact import read_tensors, sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
-from ..plan import SOURCE
 from ..progress import progress
 from ..stream import STATES, LayerRun, Standing, State, Sweep
 from ..stream.backward import Listener, drawn, retreat, tail
 from ..stream.state import ignore
 from ..stream.sweep import EACH_LAYER, load, save
-from ..tokens import TokenSet
+from .branch import Trial
+from .prices import Options
 
 KIND = "slopes"
 TEXT, SLOPE = "text", "slope"  # the states of either direction
@@ -30,35 +30,33 @@ PASSES = 7  # a layer's work besides formats: forward, again, slopes before and 
 Hearing = Callable[[int], tuple[Listener, Callable[[], Mapping[str, Tensor]]]]
 
 
-def reverse_work(checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]]) -> float:
+def reverse_work(checkpoint: Checkpoint, options: Options) -> float:
     """Layers that a token goes through, forward and backward and once for each format, if all were forward passes."""
-    formats = {format for of in offered.values() for format in of if format != SOURCE}
-    return checkpoint.architecture.layers * (PASSES + len(formats))
+    return checkpoint.architecture.layers * (PASSES + len({format for _, format in options.rounded}))
 
 
 def reverse(
-    run: LayerRun, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], hearing: Hearing, *,
-    from_text: bool = False, seed: int = 0, quiet: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
+    run: LayerRun, trial: Trial, folder: Path, inputs: Mapping[str, str], hearing: Hearing, seed: int | None
+) -> dict[str, Tensor]:
     """What `hearing` found in all layers, from the last to the first.
 
-    from_text  labels are the text's own next tokens; else drawn from the model, by `seed`
+    seed   of labels drawn from the model; None: they are the text's own next tokens
 
     Takes 4 · T · D bytes of disk for each layer, gone at the end, and reads the weights twice.
     """
-    layers, slopes = run.architecture.layers, folder / STATES
+    layers, slopes, tokens = run.architecture.layers, folder / STATES, trial.tokens
     sweep_partials(folder)
     if not all(product(folder, layer).exists() for layer in range(layers)):
-        if not quiet:
+        if not trial.quiet:
             disk = 4 * layers * tokens.tokens * run.architecture.hidden
             print(f"slopes: {tokens.tokens:,} tokens, {disk / 1e9:,.2f} GB of hidden states on disk", file=sys.stderr)
         if not slopes.exists():
-            last_BTD = forward(run, tokens, folder, inputs, quiet)
-            labels_BS = tokens.ids_BT[:, 1:] if from_text else drawn(run, last_BTD, seed)
+            last_BTD = forward(run, trial, folder, inputs)
+            labels_BS = tokens.ids_BT[:, 1:] if seed is None else drawn(run, last_BTD, seed)
             save(slopes, Standing({SLOPE: State(tail(run, last_BTD, labels_BS))}), inputs)
             del last_BTD
         under_way = Sweep(range(layers)[::-1], slopes, inputs, run.device, EACH_LAYER)
-        with progress("backward", (layers - under_way.done) * tokens.tokens, "token-layers", quiet) as meter:
+        with progress("backward", (layers - under_way.done) * tokens.tokens, "token-layers", trial.quiet) as meter:
             step = partial(backward, run, hearing, folder, inputs)
             begin = partial(load, slopes, inputs, run.device)
             under_way.through(begin, step, ignore, lambda _: meter.advance(tokens.tokens))
@@ -68,9 +66,9 @@ def reverse(
     return {name: tensor for found in files for name, tensor in found.items()}
 
 
-def forward(run: LayerRun, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], quiet: bool) -> Tensor:
+def forward(run: LayerRun, trial: Trial, folder: Path, inputs: Mapping[str, str]) -> Tensor:
     """Hidden states after the last layer; those before each layer are left in `folder`."""
-    layers = run.architecture.layers
+    layers, tokens = run.architecture.layers, trial.tokens
     start = max((layer for layer in range(layers) if before(folder, layer).exists()), default=0)
 
     def begin() -> Standing:
@@ -78,7 +76,7 @@ def forward(run: LayerRun, tokens: TokenSet, folder: Path, inputs: Mapping[str, 
             return load(before(folder, start), inputs, run.device)
         return Standing({TEXT: State(run.embed(tokens.ids_BT))})
 
-    with progress("forward", (layers - start) * tokens.tokens, "token-layers", quiet) as meter:
+    with progress("forward", (layers - start) * tokens.tokens, "token-layers", trial.quiet) as meter:
         return Sweep(range(layers), None, inputs, run.device).through(
             begin, partial(onward, run, folder, inputs), lambda at: at.states[TEXT].hidden_BTD,
             lambda _: meter.advance(tokens.tokens),

@@ -24,7 +24,7 @@ from ..rounding import arithmetic
 from ..stream import STATE_COPIES, STATES, Change, LayerRun, Standing, State, Sweep
 from ..stream.sweep import packed, save
 from ..tokens import TokenSet
-from .branch import Branch, changes, effort, head_layers
+from .branch import Branch, Trial, changes, effort, head_layers
 from .excess import excess
 
 KIND = "branches"
@@ -60,18 +60,13 @@ class Riders:
 
 
 def ridden(
-    checkpoint: Checkpoint, branches: Sequence[Branch], tokens: TokenSet, folder: Path, figures: Figures, *,
-    rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False, title: str = "measure",
-) -> list[dict[str, Any]]:  # fmt: skip
-    """What `figures` finds of each branch on `tokens`, by running it.
-
-    memory_bytes  for hidden states, as `effort` counts them; default: half of what is available. More of it means fewer
-                  passes. What `LayerRun` needs for weights comes on top.
-    """
-    run, way = LayerRun(checkpoint), changes(branches, rounding)
+    checkpoint: Checkpoint, branches: Sequence[Branch], trial: Trial, folder: Path, figures: Figures, title: str
+) -> list[dict[str, Any]]:
+    """What `figures` finds of each branch by running it; `title` is what progress is called."""
+    run, way, tokens = LayerRun(checkpoint), changes(branches, trial.rounding), trial.tokens
     inputs = {"source": checkpoint.identity, "tokens": tokens.identity, **figures.asked}
-    inputs["rounding"] = arithmetic(rounding, ())["rounding"]  # formats are in the branches' names
-    limit = memory_bytes or Resources().held_bytes(run.device)
+    inputs["rounding"] = arithmetic(trial.rounding, ())["rounding"]  # formats are in the branches' names
+    limit = trial.memory_bytes or Resources().held_bytes(run.device)
     names = [branch.identity for branch in branches]
     sweep_partials(folder)
     done = {
@@ -84,10 +79,10 @@ def ridden(
         (folder / STATES).unlink(missing_ok=True)
         return [done[name] for name in names]
     foreseen, saved = effort(checkpoint, list(left.values()), tokens.tokens, limit), folder / STATES
-    if not quiet:
+    if not trial.quiet:
         print(f"{title}: {foreseen}", file=sys.stderr, flush=True)
     begun = Sweep((), saved, inputs, run.device).saved["notes"]
-    with progress(title, foreseen.work, "token-layers", quiet) as meter:
+    with progress(title, foreseen.work, "token-layers", trial.quiet) as meter:
         at, source = 0, [State(run.embed(tokens.ids_BT))]
         for group in passes(run, left, begun.get("names", []), tokens.tokens, limit):
             riders = Riders(run, group, way, tokens)
@@ -191,12 +186,10 @@ class Measured:
 
 
 def measure(
-    checkpoint: Checkpoint, branches: Sequence[Branch], tokens: TokenSet, folder: Path, *,
-    rounding: str = "rtn", memory_bytes: int | None = None, quiet: bool = False, title: str = "measure",
-) -> list[Measured]:  # fmt: skip
-    """KL(source ‖ branch) of each branch on `tokens`, in nats, by running it; options as of `ridden`."""
-    options: dict[str, Any] = {"rounding": rounding, "memory_bytes": memory_bytes, "quiet": quiet, "title": title}
-    found = ridden(checkpoint, branches, tokens, folder, Figures(harm, {"harm": f"measured {VERSION}"}), **options)
+    checkpoint: Checkpoint, branches: Sequence[Branch], trial: Trial, folder: Path, title: str = "measure"
+) -> list[Measured]:
+    """KL(source ‖ branch) of each branch, in nats, by running it."""
+    found = ridden(checkpoint, branches, trial, folder, Figures(harm, {"harm": f"measured {VERSION}"}), title)
     return [Measured(np.array(row["kl_nats"]), row["nonfinite"]) for row in found]
 
 

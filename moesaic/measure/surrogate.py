@@ -29,8 +29,8 @@ from ..stream import Change, LayerRun, Routing
 from ..stream.backward import GatePass, Listener, UnitPass
 from ..stream.router import route
 from ..tokens import TokenSet
-from .branch import Branch, changes
-from .prices import SURROGATE, Key, Price, Prices, inputs_of
+from .branch import Trial, changes
+from .prices import SURROGATE, Key, Options, Price, Prices, inputs_of
 from .reverse import reverse
 
 
@@ -55,9 +55,8 @@ def spread(row_B: np.ndarray) -> float:
 class Sums:
     """Σ over matrices of g·Δy for one layer's options, token by token: [T] each."""
 
-    offered: Mapping[str, Sequence[str]]
+    options: Options
     way: Mapping[str, Change]
-    counts: Sequence[int]  # descending
     order_E: Sequence[int]  # the expert to keep first in front; empty where there are none
     run: LayerRun
     tokens: int
@@ -65,7 +64,7 @@ class Sums:
     steps: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)  # kept, tokens, experts, gates
 
     def unit(self, seen: UnitPass) -> None:
-        for format in self.offered.get(seen.unit, ()):
+        for format in self.options.units.get(seen.unit, ()):
             if format == SOURCE:
                 continue
             after = self.way[format](seen.linears, seen.w)
@@ -77,7 +76,7 @@ class Sums:
         """Where each token goes as experts are dropped one by one, and with that all experts whose outputs are needed."""
         router, now_Tk = self.run.router(seen.layer), seen.experts_Tk.clone()
         needed_TE = torch.zeros_like(seen.affinity_TE, dtype=torch.bool)
-        for kept in range(len(self.order_E) - 1, min(self.counts, default=len(self.order_E)) - 1, -1):
+        for kept in range(len(self.order_E) - 1, min(self.options.counts, default=len(self.order_E)) - 1, -1):
             gone = list(self.order_E[kept:])
             moved_n = (now_Tk == gone[0]).any(1).nonzero().flatten()
             there = route(router, seen.x_TD[moved_n], gone)
@@ -91,7 +90,7 @@ class Sums:
         now_T = first_T.clone()
         for kept, moved_n, experts_nk, gates_nk in self.steps:
             now_T[moved_n] = (gates_nk * seen.slope_TE[moved_n].gather(1, experts_nk)).sum(1)
-            if kept in self.counts:
+            if kept in self.options.counts:
                 self.sums[seen.routing.layer, kept] = now_T - first_T
 
     def rows(self, length: int) -> dict[str, Tensor]:
@@ -104,48 +103,37 @@ class Sums:
         return found
 
 
-def sense(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
-    tokens: TokenSet, folder: Path, *, rounding: str = "rtn", seed: int = 0, quiet: bool = False,
-) -> dict[Key, Sensed]:  # fmt: skip
-    """What every option costs by its slopes. Arguments as for `price`; `seed` of the labels drawn.
+def sense(checkpoint: Checkpoint, options: Options, trial: Trial, folder: Path, seed: int = 0) -> dict[Key, Sensed]:
+    """What every option costs by its slopes; `seed` of the labels drawn.
 
     Any kept count down to half of the experts takes the outputs of 1 + ln 2 times the experts that a token selects;
     down to k of E it is 1 + ln(E/k) times.
     """
-    run, a, length = LayerRun(checkpoint), checkpoint.architecture, tokens.ids_BT.shape[1]
-    way = changes([Branch({unit: f}) for unit, of in offered.items() for f in of if f != SOURCE], rounding)
-    inputs = inputs_of(checkpoint, tokens, rounding, SURROGATE, offered, list(counts), order_LE.tolist(), seed)
-    hearing = partial(heard, run, offered, way, counts, order_LE, (tokens.rows, length))
-    found = reverse(run, tokens, folder, inputs, hearing, seed=seed, quiet=quiet)
-    keys: dict[str, Key] = {f"{unit}/{f}": (unit, f) for unit, of in offered.items() for f in of if f != SOURCE}
-    keys |= {f"{layer}/{kept}": (layer, kept) for layer in a.moe_layers for kept in counts}
-    if missing := set(keys) ^ set(found):
+    run, branches = LayerRun(checkpoint), options.branches(checkpoint.architecture.moe_layers)
+    hearing = partial(heard, run, options, changes(branches.values(), trial.rounding), trial.tokens)
+    found = reverse(run, trial, folder, inputs_of(checkpoint, options, trial, SURROGATE, seed), hearing, seed)
+    names = {key: f"{key[0]}/{key[1]}" for key in branches}
+    if missing := set(names.values()) ^ set(found):
         raise InputError(f"{len(missing)} options were not priced ({sorted(missing)[0]}); report this as a bug")
-    return {key: Sensed(*found[name].numpy()) for name, key in keys.items()}
+    return {key: Sensed(*found[name].numpy()) for key, name in names.items()}
 
 
 def heard(
-    run: LayerRun, offered: Mapping[str, Sequence[str]], way: Mapping[str, Change], counts: Sequence[int],
-    order_LE: np.ndarray, shape: tuple[int, int], layer: int,
-) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:  # fmt: skip
+    run: LayerRun, options: Options, way: Mapping[str, Change], tokens: TokenSet, layer: int
+) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
     """What `reverse` asks of a layer."""
     moe_layers = run.architecture.moe_layers
-    order_E = order_LE[moe_layers.index(layer)].tolist() if layer in moe_layers else []
-    sums = Sums(offered, way, counts, order_E, run, shape[0] * shape[1])
-    return Listener(sums.unit, sums.wanted, sums.gates), partial(sums.rows, shape[1])
+    order_E = options.order_LE[moe_layers.index(layer)].tolist() if layer in moe_layers else []
+    sums = Sums(options, way, order_E, run, tokens.tokens)
+    return Listener(sums.unit, sums.wanted, sums.gates), partial(sums.rows, tokens.ids_BT.shape[1])
 
 
-def surrogate(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
-    tokens: TokenSet, run: Path, *, rounding: str = "rtn", quiet: bool = False,
-) -> Prices:  # fmt: skip
+def surrogate(checkpoint: Checkpoint, options: Options, trial: Trial, run: Path) -> Prices:
     """`price` without running the options: by token, which costs a bias and saves most of the noise. Leaves run/costs.json."""
-    inputs = inputs_of(checkpoint, tokens, rounding, SURROGATE, offered, list(counts), order_LE.tolist())
+    inputs = inputs_of(checkpoint, options, trial, SURROGATE)
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
-    found = sense(checkpoint, offered, counts, order_LE, tokens, run / "slopes", rounding=rounding, quiet=quiet)
-    nats = {key: sensed.price for key, sensed in found.items()}
-    prices = Prices.of(SURROGATE, offered, checkpoint.architecture.moe_layers, order_LE, tokens.tokens, nats)
+    nats = {key: sensed.price for key, sensed in sense(checkpoint, options, trial, run / "slopes").items()}
+    prices = Prices.of(SURROGATE, options, checkpoint.architecture.moe_layers, trial.tokens.tokens, nats)
     prices.save(run / "costs.json", inputs)
     return prices

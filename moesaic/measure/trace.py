@@ -23,9 +23,8 @@ from ..errors import InputError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun
 from ..stream.backward import Listener, UnitPass
-from ..tokens import TokenSet
-from .branch import Branch, changes
-from .prices import TRACE, Key, Price, Prices, inputs_of
+from .branch import Trial, changes
+from .prices import TRACE, Key, Options, Price, Prices, inputs_of
 from .reverse import reverse
 
 ALPHA = 0.15  # as shipped
@@ -36,7 +35,7 @@ PROJECTIONS = 3
 class Traces:
     """Of each matrix of a layer: Σ over tokens of |g|² |x|², and what each format does to its weights."""
 
-    offered: Mapping[str, Sequence[str]]
+    options: Options
     way: Mapping[str, Change]
     sums: dict[str, float] = field(default_factory=dict)
     mse: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -47,7 +46,7 @@ class Traces:
             sizes_n = x_nI.square().sum(1).double() * slope_nO.square().sum(1).double()
             self.sums[n.name] = self.sums.get(n.name, 0.0) + float(sizes_n.sum())
             self.unit_of[n.name] = seen.unit
-        formats = [f for f in self.offered.get(seen.unit, ()) if f != SOURCE]
+        formats = [f for f in self.options.units.get(seen.unit, ()) if f != SOURCE]
         if (
             formats and (seen.linears[0].name, formats[0]) not in self.mse
         ):  # an expert's tokens may come in several passes
@@ -64,45 +63,36 @@ class Traces:
         return {key: torch.tensor(value, dtype=torch.float64) for key, value in prices.items()}
 
 
-def trace(
-    checkpoint: Checkpoint, offered: Mapping[str, Sequence[str]], counts: Sequence[int], order_LE: np.ndarray,
-    saliency_LE: np.ndarray, tokens: TokenSet, run: Path, *, rounding: str = "rtn", alpha: float = ALPHA,
-    quiet: bool = False,
-) -> Prices:  # fmt: skip
-    """Their prices of all options, without errors. Arguments as for `price`; S is criterion "dropout". Leaves run/costs.json."""
-    a, engine = checkpoint.architecture, LayerRun(checkpoint)
-    way = changes([Branch({unit: f}) for unit, of in offered.items() for f in of if f != SOURCE], rounding)
-    cuts = list(counts), order_LE.tolist(), saliency_LE.tolist(), alpha
-    inputs = inputs_of(checkpoint, tokens, rounding, TRACE, offered, *cuts)
+def trace(checkpoint: Checkpoint, options: Options, saliency_LE: np.ndarray, trial: Trial, run: Path) -> Prices:
+    """Their prices of all options, without errors; S is criterion "dropout". Leaves run/costs.json."""
+    layers, tokens = checkpoint.architecture.moe_layers, trial.tokens
+    way = changes(options.branches(layers).values(), trial.rounding)
+    inputs = inputs_of(checkpoint, options, trial, TRACE, saliency_LE.tolist(), ALPHA)
     if (run / "costs.json").exists():
         return Prices.load(run / "costs.json", inputs)
-    counted = tokens.rows * (tokens.ids_BT.shape[1] - 1)
-    hearing = partial(heard, offered, way, counted)
-    found = reverse(engine, tokens, run / TRACE, inputs, hearing, from_text=True, quiet=quiet)
-    asked = [(unit, f) for unit, of in offered.items() for f in of if f != SOURCE]
-    if missing := [f"{unit}/{f}" for unit, f in asked if f"{unit}/{f}" not in found]:
+    hearing = partial(heard, options, way, tokens.rows * (tokens.ids_BT.shape[1] - 1))
+    found = reverse(LayerRun(checkpoint), trial, run / TRACE, inputs, hearing, seed=None)
+    if missing := [f"{unit}/{f}" for unit, f in options.rounded if f"{unit}/{f}" not in found]:
         raise InputError(f"{len(missing)} options were not priced ({missing[0]}, …); report this as a bug")
-    prices: dict[Key, Price] = {(unit, f): Price(float(found[f"{unit}/{f}"]), 0.0) for unit, f in asked}
-    prices |= drops(a.moe_layers, counts, order_LE, saliency_LE, alpha)
-    table = Prices.of(TRACE, offered, a.moe_layers, order_LE, tokens.tokens, prices)
+    prices = drops(layers, options, saliency_LE)
+    prices |= {(unit, f): Price(float(found[f"{unit}/{f}"]), 0.0) for unit, f in options.rounded}
+    table = Prices.of(TRACE, options, layers, tokens.tokens, prices)
     table.save(run / "costs.json", inputs)
     return table
 
 
 def heard(
-    offered: Mapping[str, Sequence[str]], way: Mapping[str, Change], counted: int, layer: int
+    options: Options, way: Mapping[str, Change], counted: int, layer: int
 ) -> tuple[Listener, Callable[[], Mapping[str, Tensor]]]:
     """What `reverse` asks of a layer."""
-    traces = Traces(offered, way)
+    traces = Traces(options, way)
     return Listener(traces.unit), partial(traces.found, counted)
 
 
-def drops(
-    layers: Sequence[int], counts: Sequence[int], order_LE: np.ndarray, saliency_LE: np.ndarray, alpha: float = ALPHA
-) -> dict[Key, Price]:
+def drops(layers: Sequence[int], options: Options, saliency_LE: np.ndarray) -> dict[Key, Price]:
     """3 α S of the experts that go, by MoE layer and kept count."""
     return {
-        (layer, kept): Price(PROJECTIONS * alpha * float(saliency_E[order_E[kept:]].sum()), 0.0)
-        for layer, order_E, saliency_E in zip(layers, order_LE, saliency_LE)
-        for kept in counts
+        (layer, kept): Price(PROJECTIONS * ALPHA * float(saliency_E[order_E[kept:]].sum()), 0.0)
+        for layer, order_E, saliency_E in zip(layers, options.order_LE, saliency_LE)
+        for kept in options.counts
     }
