@@ -38,7 +38,7 @@ FIGURES = ("kl_mean", "top1_agreement", "delta_ln_ppl")
 def rows_of(model: Path, rows: int, length: int, data: Path | None = None) -> TokenSet:
     checkpoint, tokenizer = Checkpoint.open(model), Tokenizer.open(model)
     texts = read_texts(data, tokenizer) if data else python_texts()[0]
-    return TokenSet.build(texts, tokenizer, rows=rows, length=length, vocab=checkpoint.architecture.vocab)
+    return TokenSet.build(texts, tokenizer, shape=(rows, length), vocab=checkpoint.architecture.vocab)
 
 
 def streamed(source: Path, export: Path, tokens: TokenSet) -> float:

@@ -28,6 +28,7 @@ from moesaic.plan import Plan, dropped
 from moesaic.repair import repair
 from moesaic.select import select_experts
 from moesaic.stream import LayerRun, Observer, Routing, State
+from moesaic.target import Target
 from moesaic.tokens import TokenSet
 
 STEPS, PACE = 300, 0.3  # of matching loads
@@ -129,7 +130,8 @@ def main() -> None:
             kept = select_experts(statistics, "reap", keep).cut.kept
             plan, what = Plan(source.container.name, kept), f"{a.model.name} {keep} kept"
             if source.family.wiring.shared:
-                _, facts = repair(source, plan, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
+                target = Target.of(source, plan)
+                _, facts = repair(target, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
                 figures = (Estimate(**facts[name]) for name in ("cut_nats", "repaired_nats", "change_nats"))
                 tell(f"{what}, shared", *figures)
             tell(f"{what}, bias", *rebiased(source, plan, fitted, rows, folder / f"biases-{keep}", a.seed))

@@ -70,12 +70,13 @@ class Corpus:
             )
         try:
             chosen = TokenSet.build(
-                texts, tokenizer, rows=self.tokens // max(1, length), length=length,
-                vocab=model.architecture.vocab, seed=self.seed, origin=origin, at_most=at_most,
+                texts, tokenizer, shape=(self.tokens // max(1, length), length),
+                vocab=model.architecture.vocab, seed=self.seed, at_most=at_most,
             )  # fmt: skip
         except InputError as error:
             raise InputError(f"{error} ({told(parts)})" if parts else str(error)) from error
-        chosen = replace(chosen, facts={**chosen.facts, "parts": parts, "trying_out": self.is_trial(heldout)})
+        more = {"parts": parts, "trying_out": self.is_trial(heldout)}
+        chosen = replace(chosen, facts={"origin": origin, **chosen.facts, **more})
         if not file.exists() or TokenSet.load(file).facts != chosen.facts:
             chosen.save(file)
         return chosen

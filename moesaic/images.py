@@ -91,8 +91,8 @@ class Sight:
         x_HWC = torch.from_numpy(np.asarray(rgb, dtype=np.float32) / 255)
         x_CHW = ((x_HWC - torch.tensor(self.vision.mean)) / torch.tensor(self.vision.std)).permute(2, 0, 1)
         down, across = height // p, width // p
-        parts = x_CHW.reshape(3, down // merge, merge, p, across // merge, merge, p).permute(1, 4, 2, 5, 0, 3, 6)
-        still = parts.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
+        parts = x_CHW.reshape((3, down // merge, merge, p, across // merge, merge, p)).permute((1, 4, 2, 5, 0, 3, 6))
+        still = parts.unsqueeze(5).expand((*parts.shape[:5], frames, p, p))
         return still.reshape(down * across, -1), (down, across)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .divergence import Estimate, Looped, looped
-from .generate import Sampling, end_tokens, generate
+from .generate import Decoder, Sampling, end_tokens, generate
 from .plan import dropped
 from .tokens import TokenSet
 
@@ -53,8 +53,6 @@ def probe(
     room = a.context - max(map(len, begun))
     ends = end_tokens(checkpoint)
     sampling = Sampling(SAMPLING.temperature, SAMPLING.top_p, seed=SAMPLING.seed, stop=ends)
-    texts = generate(
-        checkpoint, begun, min(new_tokens, room), sampling,
-        memory_bytes=memory_bytes, dropped=dropped(kept or {}, a.experts),
-    )  # fmt: skip
+    decoder = Decoder(checkpoint, memory_bytes, dropped=dropped(kept or {}, a.experts))
+    texts = generate(decoder, begun, min(new_tokens, room), sampling)
     return Probe.of([looped([id for id in text.ids if (id,) not in ends]) for text in texts])

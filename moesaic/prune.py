@@ -27,6 +27,7 @@ from .repair import FOLDER as REPAIRED
 from .repair import check_repairable, repair
 from .select import AUTO, EVERY, REAP, Ranking, check_names, select_experts
 from .settle import gathered, settle
+from .target import Target
 from .tokens import TokenSet
 from .verify import verify
 
@@ -137,7 +138,7 @@ def repaired(setting: Setting, plan: Plan) -> tuple[Plan, dict[str, Any]]:
         shutil.rmtree(folder)  # the export that had taken it in is gone
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     tokens = corpus.calibration(source, work / "tokens.safetensors")
-    found, facts = repair(source, plan, tokens, rows, folder, seed=corpus.seed, quiet=setting.quiet)
+    found, facts = repair(Target.of(source, plan), tokens, rows, folder, seed=corpus.seed, quiet=setting.quiet)
     return replace(plan, overlays={REPAIRED: found} if found else {}), facts
 
 

@@ -7,7 +7,7 @@ lie in an overlay until `export` has taken them in. Leaves out families without 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,37 @@ RIDGE = 1e-2  # λ, as a share of the mean diagonal of H Hᵀ
 FIT_TOKENS = 16_384  # five for each column of the largest shared expert that there is
 
 
+@dataclass(frozen=True)
+class Repair:
+    """One repair: the source as it runs, what its plan makes of it, and the overlay, which depends on `inputs`."""
+
+    run: LayerRun
+    target: Target
+    folder: Path
+    inputs: Mapping[str, str]
+
+
 def repair(
-    source: Checkpoint, plan: Plan, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
+    target: Target, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
-    """Fit the shared experts of what `plan` cuts from `source`; returns the items of the overlay in `folder`, none where it does
-    not help, and JSON-able facts of what it changed.
+    """Fit the shared experts of a cut; returns the items of the overlay in `folder`, none where it does not help, and
+    JSON-able facts of what it changed.
 
     It helps where the 95 % interval of its change of KL(source ‖ cut), paired over the rows of `heldout`, lies below
     zero. Interrupted, the same call goes on at the layer it had reached; done before, it only reads. Memory: that of
     `LayerRun` for two branches on at most `FIT_TOKENS` of `tokens`, [T, I] of what one matrix multiplies, and two
     matrices in F64. Raises `InputError` where there is nothing to repair.
     """
-    check_repairable(source)
+    check_repairable(target.source)
     fitted = tokens.take(range(0, tokens.rows, -(-tokens.tokens // FIT_TOKENS)))
-    inputs = made_from(source, plan, fitted)
-    target, run = Target.of(source, plan), LayerRun(source)
+    of = Repair(LayerRun(target.source), target, folder, made_from(target.source, target.plan, fitted))
     if not overlay.is_finished(folder):
-        fit(run, target, fitted, folder, inputs, quiet)
+        fit(of, fitted, quiet)
     (folder / STATES).unlink(missing_ok=True)
-    found = overlay.listing(folder, inputs)
-    inputs |= {"heldout": heldout.identity, "seed": str(seed)}
+    found = overlay.listing(folder, of.inputs)
+    inputs = {**of.inputs, "heldout": heldout.identity, "seed": str(seed)}
     if not (folder / VERDICT).exists():
-        facts = measured(run=run, target=target, rows=heldout, folder=folder, inputs=inputs, seed=seed, quiet=quiet)
+        facts = measured(replace(of, inputs=inputs), heldout, seed, quiet)
         counts = {"matrices": len(found["items"]), "fitted_tokens": fitted.tokens}
         write_json(folder / VERDICT, "repair", counts | facts, inputs)
     facts = read_json(folder / VERDICT, "repair", inputs)
@@ -95,44 +104,41 @@ def is_repairable(linear: Linear) -> bool:
 # Fitting ----------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    run: LayerRun, target: Target, tokens: TokenSet, folder: Path, inputs: Mapping[str, str], quiet: bool
-) -> None:  # fmt: skip
-    """Every layer's matrix as a file in `folder`, each fitted on what those before it give."""
-    under_way = Sweep(range(run.architecture.layers), folder / STATES, inputs, run.device, EACH_LAYER)
+def fit(of: Repair, tokens: TokenSet, quiet: bool) -> None:
+    """Every layer's matrix as a file in the overlay, each fitted on what those before it give."""
+    layers = of.run.architecture.layers
+    under_way = Sweep(range(layers), of.folder / STATES, of.inputs, of.run.device, EACH_LAYER)
 
     def end(at: Standing) -> None:
         groups = at.notes["groups"]
-        if len(groups) != (wanted := sum(map(is_repairable, target.architecture.linears))):
+        if len(groups) != (wanted := sum(map(is_repairable, of.target.architecture.linears))):
             raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
-        overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, {})
+        digests = {name: digest for g in groups for name, digest in g["sha256"].items()}
+        overlay.finish(of.folder, digests, of.inputs, {})
 
-    with progress("repair", run.architecture.layers - under_way.done, "layers", quiet) as meter:
-        begin = partial(embedded, run, tokens)
-        under_way.through(begin, partial(fit_step, run, target, folder, inputs), end, lambda _: meter.advance(1))
+    with progress("repair", layers - under_way.done, "layers", quiet) as meter:
+        begin, step = partial(embedded, of.run, tokens), partial(fit_step, of)
+        under_way.through(begin, step, end, lambda _: meter.advance(1))
 
 
 def embedded(run: LayerRun, tokens: TokenSet) -> Standing:
     return Standing({CUT: State(run.embed(tokens.ids_BT))}, {"groups": []})
 
 
-def fit_step(
-    run: LayerRun, target: Target, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing
-) -> Standing:
+def fit_step(of: Repair, layer: int, at: Standing) -> Standing:
     """One layer of the cut and repaired model; its matrix, where it has one, goes into the overlay."""
-    down = next((n for n in target.architecture.linears if n.layer == layer and is_repairable(n)), None)
+    down = next((n for n in of.target.architecture.linears if n.layer == layer and is_repairable(n)), None)
     if down is None:
-        (after,) = run.advance(layer, [at.states[CUT]])
+        (after,) = of.run.advance(layer, [at.states[CUT]])
         return replace(at, states={CUT: after})
-    hidden_BTD, facts = fit_layer(run, target, down, at.states[CUT].hidden_BTD, folder, inputs)
+    hidden_BTD, facts = fit_layer(of, down, at.states[CUT].hidden_BTD)
     return replace(at, states={CUT: State(hidden_BTD)}, notes={"groups": [*at.notes["groups"], facts]})
 
 
 @torch.no_grad()
-def fit_layer(
-    run: LayerRun, target: Target, down: Linear, hidden_BTD: Tensor, folder: Path, inputs: Mapping[str, str]
-) -> tuple[Tensor, dict[str, Any]]:
+def fit_layer(of: Repair, down: Linear, hidden_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Hidden states after the cut and repaired layer, and what its matrix's file notes."""
+    run, target = of.run, of.target
     seen: list[Tensor] = []
 
     def see(found: LinearPass) -> None:
@@ -155,7 +161,7 @@ def fit_layer(
     for span in spans(len(h_TI), 4 * sum(down.shape), run.block_bytes):
         cut_TD[span] += h_TI[span] @ step_OI.mT
     facts = {"group": down.name, "layer": down.layer, "tokens": len(h_TI)}
-    return cut_BTD, write_group(folder, target, (down,), [(codes_OI, scales)], inputs, facts)
+    return cut_BTD, write_group(of.folder, target, (down,), [(codes_OI, scales)], of.inputs, facts)
 
 
 def correction(h_TI: Tensor, lacking_TO: Tensor, block_bytes: int) -> Tensor:
@@ -182,12 +188,11 @@ def fitted(target: Target, folder: Path, linears: Sequence[Linear], values: Sequ
     return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
 
 
-def measured(
-    run: LayerRun, target: Target, rows: TokenSet, folder: Path, inputs: Mapping[str, str], seed: int, quiet: bool
-) -> dict[str, Any]:  # fmt: skip
+def measured(of: Repair, rows: TokenSet, seed: int, quiet: bool) -> dict[str, Any]:
     """KL of the cut and of the repaired model, their difference, and whether that is to be believed; one sweep for all."""
-    left_out = dropped(target.plan.kept, run.architecture.experts)
-    under_way = Sweep(range(run.architecture.layers), folder / JUDGED, inputs, run.device)
+    run = of.run
+    left_out = dropped(of.target.plan.kept, run.architecture.experts)
+    under_way = Sweep(range(run.architecture.layers), of.folder / JUDGED, of.inputs, run.device)
 
     def begin() -> Standing:
         hidden_BTD = run.embed(rows.ids_BT)
@@ -195,16 +200,16 @@ def measured(
         return Standing({SOURCE: State(hidden_BTD), CUT: cut, REPAIRED: cut})
 
     with progress("judge the repair", run.architecture.layers - under_way.done, "layers", quiet) as meter:
-        step, end = partial(judge_step, run, target, folder), partial(judged, run, rows, seed)
+        step, end = partial(judge_step, of), partial(judged, run, rows, seed)
         return under_way.through(begin, step, end, lambda _: meter.advance(1))
 
 
-def judge_step(run: LayerRun, target: Target, folder: Path, layer: int, at: Standing) -> Standing:
-    """One layer of the source, of the cut, and of the cut with the matrices that `folder` has."""
-    change = partial(fitted, target, folder)
-    changed = {n.unit: change for n in target.architecture.linears if is_repairable(n)}
+def judge_step(of: Repair, layer: int, at: Standing) -> Standing:
+    """One layer of the source, of the cut, and of the cut with the matrices that the overlay has."""
+    change = partial(fitted, of.target, of.folder)
+    changed = {n.unit: change for n in of.target.architecture.linears if is_repairable(n)}
     states = {**at.states, REPAIRED: replace(at.states[REPAIRED], changed=changed)}
-    after = zip(states, run.advance(layer, list(states.values())))
+    after = zip(states, of.run.advance(layer, list(states.values())))
     return replace(at, states={name: replace(state, changed={}) for name, state in after})
 
 

@@ -41,21 +41,19 @@ class TokenSet:
         texts: Sequence[Text],
         tokenizer: Tokenizer,
         *,
-        rows: int,
-        length: int,
+        shape: tuple[int, int],
         vocab: int,
         seed: int = 0,
-        shares: Mapping[str, float] | None = None,
-        origin: str = "",
         at_most: bool = False,
     ) -> "TokenSet":
-        """Choose `rows` windows of `length` tokens (BOS included, where the tokenizer adds one to a text).
+        """Choose `shape` windows, that is so many rows of so many tokens (BOS included, where the tokenizer adds one to a text).
 
-        Domains get equal shares, or those of `shares`; one too short for its share gives all it holds
-        and the others make up for it. With `at_most`, a text too short for `rows` gives all it holds. Raises
-        `InputError` when a domain is shorter than one row, all together are shorter than `rows`, or an id
+        Domains get equal shares; one too short for its share gives all it holds and the others make
+        up for it. With `at_most`, a text too short for so many rows gives all it holds. Raises
+        `InputError` when a domain is shorter than one row, all together are shorter than the rows, or an id
         does not fit the model's `vocab`.
         """
+        rows, length = shape
         if rows < 1 or length < 2:
             raise InputError(f"asked for {rows} rows of {length} tokens; wanted at least 1 row of 2")
         body = length - (tokenizer.bos is not None)
@@ -68,13 +66,12 @@ class TokenSet:
                 held = f"the tokenizer in {tokenizer.folder} gives id {largest:,}, and the model knows {vocab:,}"
                 raise InputError(f"{held}; use the model's own tokenizer")
         room = {domain: len(ids_N) // body for domain, ids_N in streams.items()}
-        counts = allot(min(rows, sum(room.values())) if at_most else rows, room, shares)
+        counts = allot(min(rows, sum(room.values())) if at_most else rows, room)
         rng = np.random.default_rng(seed)
         ids_BT = torch.from_numpy(np.concatenate([windows(streams[d], counts[d], body, rng) for d in streams]))
         if tokenizer.bos is not None:
             ids_BT = torch.nn.functional.pad(ids_BT, (1, 0), value=tokenizer.bos)
         facts = {
-            "origin": origin,
             "seed": seed,
             "length": length,
             "rows_by_domain": counts,
@@ -133,21 +130,15 @@ def sha256_of(ids: Tensor) -> str:
     return hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
 
 
-def allot(rows: int, room: Mapping[str, int], shares: Mapping[str, float] | None) -> dict[str, int]:
-    """Rows for each domain: by share, none above its room, `rows` in all."""
-    weight = {d: 1.0 if shares is None else shares.get(d, 0.0) for d in room}
-    if shares and (not set(shares) <= set(room) or min(shares.values()) < 0):
-        raise InputError(
-            f"shares {dict(shares)} do not fit the domains {', '.join(room)}; name those, with numbers >= 0"
-        )
-    limit = {d: n for d, n in room.items() if weight[d] > 0}
-    if rows > sum(limit.values()):
-        held = f"the text holds {sum(limit.values()):,} ({', '.join(f'{d} {n:,}' for d, n in limit.items())})"
+def allot(rows: int, room: Mapping[str, int]) -> dict[str, int]:
+    """Rows for each domain: as many for each, none above its room, `rows` in all."""
+    if rows > sum(room.values()):
+        held = f"the text holds {sum(room.values()):,} ({', '.join(f'{d} {n:,}' for d, n in room.items())})"
         raise InputError(f"asked for {rows:,} rows, and {held}; ask for fewer tokens or give more text")
     counts = dict.fromkeys(room, 0)
-    for _ in range(rows):  # one at a time to the domain furthest behind its share: exact, and always the same
-        unfilled = [d for d in limit if counts[d] < limit[d]]
-        counts[min(unfilled, key=lambda d: (counts[d] + 1) / weight[d])] += 1
+    for _ in range(rows):  # one at a time to the domain that has fewest: exact, and always the same
+        unfilled = [d for d in room if counts[d] < room[d]]
+        counts[min(unfilled, key=counts.__getitem__)] += 1
     return counts
 
 

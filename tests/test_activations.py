@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, kept_of, lockstep
+from moesaic.divergence import Contender, Rows, kept_of, lockstep
 from moesaic.divergence.activations import declared, intakes, rounded, told
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, Reading, evaluate
@@ -212,9 +212,9 @@ def test_ways_of_one_model_are_what_each_is_alone(m3: Checkpoint) -> None:
         "engine": Contender(run, intakes(m3, "engine")),
         "floor": Contender(run, noise=0.01),
     }
-    scored = torch.ones(6, 47, dtype=torch.bool)
-    together = lockstep(run, ways, [tokens.ids_BT], [scored]).divergences
+    rows = [Rows(tokens.ids_BT, torch.ones(6, 47, dtype=torch.bool))]
+    together = lockstep(run, ways, rows).divergences
     for way, contender in ways.items():
-        alone = lockstep(run, {way: contender}, [tokens.ids_BT], [scored]).divergences[way][0]
+        alone = lockstep(run, {way: contender}, rows).divergences[way][0]
         assert torch.equal(alone.values["kl_nats"], together[way][0].values["kl_nats"])
     assert together["none"][0]["kl_nats"].max() == 0 < together["engine"][0]["kl_nats"].mean()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, lockstep
+from moesaic.divergence import Contender, Rows, lockstep
 from moesaic.documents import Text
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import EVALUATIONS, Conditions, Reading, Scores, evaluate
@@ -48,7 +48,7 @@ def text_rows(checkpoint: Checkpoint, rows: int = 6, length: int = 48) -> TokenS
     words = " ".join(f"{i} and {i * i}\n" for i in range(3000))
     texts = [Text("squares", (words,)), Text("letters", ("the quick brown fox " * 500,))]
     vocab = checkpoint.architecture.vocab
-    return TokenSet.build(texts, Tokenizer.open(checkpoint.path), rows=rows, length=length, vocab=vocab)
+    return TokenSet.build(texts, Tokenizer.open(checkpoint.path), shape=(rows, length), vocab=vocab)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_equal_to_two_full_models_that_were_trained(family: str, tmp_path: Path)
         pytest.skip("no trained models beside this clone")
     source, export = Checkpoint.open(path), changed(path, tmp_path / "export", noisy)
     texts = [Text("math", (text.read_text(),))]
-    tokens = TokenSet.build(texts, Tokenizer.open(path), rows=3, length=300, vocab=4096)
+    tokens = TokenSet.build(texts, Tokenizer.open(path), shape=(3, 300), vocab=4096)
     scores = evaluate(source, export, [Reading.of(tokens)], tmp_path / "run", Conditions(device="cpu"), quiet=True)
     wanted = direct(source.path, export.path, tokens.ids_BT)
     assert wanted["kl_mean"] > 1e-3
@@ -284,7 +284,7 @@ def test_small_steps_change_nothing(m3: Checkpoint, tmp_path: Path) -> None:
     for size in (1 << 17, 1 << 26):
         runs = [LayerRun(c, "cpu", block_bytes=size) for c in (m3, export)]
         assert (len(list(runs[0].vocabulary_spans())) > 10) == (size == 1 << 17)
-        outcome = lockstep(runs[0], {"none": Contender(runs[1])}, [reading.ids_BT], [reading.scored_BS])
+        outcome = lockstep(runs[0], {"none": Contender(runs[1])}, [Rows(reading.ids_BT, reading.scored_BS)])
         found.append(outcome.divergences["none"][0].values)
     for name, x in found[0].items():
         assert torch.allclose(x.float(), found[1][name].float(), rtol=1e-4, atol=1e-6), name

@@ -95,22 +95,11 @@ def test_no_model_is_named_outside_its_family():
 # Long signatures --------------------------------------------------------------------------------------------------------
 
 MOST_PARAMETERS, MOST_POSITIONAL = 6, 6
-SWEEP = "a step of a sweep is a plain function of named inputs"
 TRANSFORMERS = "transformers calls it, or it takes what that call brings"
 LONG = {  # file: function -> why; a line goes when its function grows shorter
-    "divergence/lockstep.py: lockstep": SWEEP,
-    "render/work.py: round_layer": SWEEP, "repair.py: repair": SWEEP, "repair.py: measured": SWEEP,
-    "stream/backward.py: attention": SWEEP, "stream/backward.py: module_back": SWEEP,
     "generate/attention.py: ragged": TRANSFORMERS, "generate/attention.py: queries": TRANSFORMERS,
-    "generate/__init__.py: generate": "a public entry, by keyword from the third on",
-    "evaluate/needle.py: haystacks": "a public entry, by keyword from the third on",
-    "tokens.py: build": "a public entry, by keyword from the third on",
-    "report/curves.py: frontier": "the figures of one drawing", "report/grids.py: grid": "the figures of one drawing",
 }  # fmt: skip
-POSITIONAL = {  # file: callee -> why
-    "images.py: reshape": "a tensor's axes", "images.py: permute": "a tensor's axes", "images.py: expand": "a tensor's axes",
-    "tasks/marks.py: Score": "tokens and rows come as a pair",
-}  # fmt: skip
+POSITIONAL: dict[str, str] = {}  # file: callee -> why
 
 
 def long_signatures(tree: ast.AST) -> set[str]:

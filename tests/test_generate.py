@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_transformers(family, tmp_path):
     whole.model = reference.model
     whole.lm_head.weight = torch.nn.Parameter(reference.head_VD)
     rows, new = prompts((60, 150, 9)), 16
-    got = generate(checkpoint, rows, new, device="cpu")
+    got = generate(Decoder(checkpoint, device="cpu"), rows, new)
     for tokens, completion in zip(rows, got):
         with torch.no_grad():
             want = whole.generate(
@@ -168,7 +168,7 @@ def test_what_stays_is_not_read_again(m2, monkeypatch):
 def test_a_sequence_may_join_and_leave(source):
     """What it says does not depend on who else is there, nor on the size of the portions."""
     rows = prompts((100, 30, 5, 61))
-    alone = [generate(source, [row], 8, device="cpu")[0].ids for row in rows]
+    alone = [generate(Decoder(source, device="cpu"), [row], 8)[0].ids for row in rows]
     batch = Batch(Decoder(source, PLENTY, device="cpu"), cache_tokens=250, step_tokens=24)
     passages = [batch.add(row, 8, Sampling()) for row in rows[:2]]
     steps = 0
@@ -199,9 +199,9 @@ def test_echoed_logprobs_are_the_prompts_own(source):
 
 def test_a_stop_sequence_ends_it(m2):
     row = prompts((20,))[0]
-    ids = generate(m2, [row], 12, device="cpu")[0].ids
+    ids = generate(Decoder(m2, device="cpu"), [row], 12)[0].ids
     pair = (ids[3], ids[4])
-    (ended,) = generate(m2, [row], 12, Sampling(stop=((999,), pair)), device="cpu")
+    (ended,) = generate(Decoder(m2, device="cpu"), [row], 12, Sampling(stop=((999,), pair)))
     assert ended.finish == "stop" and tuple(ended.ids[-2:]) == pair
     assert ended.ids == ids[: len(ended.ids)]
 

@@ -14,7 +14,7 @@ from test_report import DAY
 from moesaic.report import Facts, card, mosaic, page
 from moesaic.report.blocks import Drawing, Heading, Items, Pairs, Table, Words, two_lines
 from moesaic.report.card import block, code, plain
-from moesaic.report.grids import Paint, grid
+from moesaic.report.grids import Paint, Row, grid
 from moesaic.report.page import environment
 from moesaic.report.plots import Mark, by_layer, kl_histogram, whiskers
 
@@ -50,7 +50,7 @@ def drawings(name: str) -> list[str]:
     return [
         mosaic.picture(fate_LE, None, ["source", name, "dropped"], name),
         mosaic.mosaic(fate_LE, None),
-        grid(name, [[Paint("var(--ink)")]], [name], [name], name, [[name]], [name]),
+        grid(name, [Row(name, [Paint("var(--ink)")], [name], name)], [name], name),
         kl_histogram(name, np.linspace(0.01, 1, 50), {name: 0.5}),
         whiskers(name, name, [Mark(name, 1.0, 0.5, 2.0)], "nats"),
         by_layer(name, name, [0, 1], [0.5, 0.7]),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import moesaic.loops as loops_module
 from moesaic.divergence import Looped, looped
 from moesaic.divergence.loops import COPIES, LEAST_REPEATED
-from moesaic.generate import Sampling, generate
+from moesaic.generate import Decoder, Sampling, generate
 from moesaic.loops import Probe, probe
 from moesaic.tokens import TokenSet, sha256_of
 
@@ -77,7 +77,7 @@ def test_a_probe_is_of_text_that_the_cut_model_writes(m2, monkeypatch):
     rows = TokenSet(ids_BT, torch.zeros(3, dtype=torch.int64), ("a",), {"ids_sha256": sha256_of(ids_BT)})
     kept = {layer: (0, 2, 5) for layer in m2.architecture.moe_layers}
     dropped = {layer: [1, 3, 4, 6, 7] for layer in kept}
-    texts = generate(m2, ids_BT[:, :32].tolist(), 64, dropped=dropped)
+    texts = generate(Decoder(m2, dropped=dropped), ids_BT[:, :32].tolist(), 64)
     found = probe(m2, rows, kept, new_tokens=64)
     wanted = Probe.of([looped(text.ids) for text in texts])
     assert found == wanted and found.new_tokens == 3 * 64

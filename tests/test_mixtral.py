@@ -11,7 +11,7 @@ from reference import Reference
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
-from moesaic.generate import Sampling, end_tokens, generate
+from moesaic.generate import Decoder, Sampling, end_tokens, generate
 from moesaic.serve.local import Room, local
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import Tokenizer
@@ -130,5 +130,5 @@ def test_a_local_server_speaks_for_it(mixtral):
         )
     tokenizer = Tokenizer.open(mixtral.path)
     ids = tokenizer.inner.encode(prompt, add_special_tokens=False).ids
-    (found,) = generate(mixtral, [ids], 12, Sampling(stop=end_tokens(mixtral)), device="cpu")
+    (found,) = generate(Decoder(mixtral, device="cpu"), [ids], 12, Sampling(stop=end_tokens(mixtral)))
     assert answer.choices[0].message.content == tokenizer.inner.decode(found.ids)

@@ -19,8 +19,7 @@ from moesaic.tokenizer import Tokenizer
 
 
 def made(checkpoint: Checkpoint, lengths: list[int], **more: Any) -> list[Reading]:
-    a = checkpoint.architecture
-    return haystacks(Tokenizer.open(checkpoint.path), lengths, vocab=a.vocab, context=a.context, **more)
+    return haystacks(checkpoint, lengths, **more)
 
 
 def test_rows_hold_a_needle_where_they_say(m3: Checkpoint) -> None:

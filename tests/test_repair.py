@@ -32,6 +32,7 @@ from moesaic.report.facts import gather
 from moesaic.report.sections import done
 from moesaic.stream import STATES, LayerRun, Standing, State
 from moesaic.stream.sweep import save
+from moesaic.target import Target
 from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
@@ -47,7 +48,7 @@ def some_tokens(source: Checkpoint, rows: int, seed: int) -> TokenSet:
 
 def repaired(source: Checkpoint, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     plan = Plan(source.container.name, KEPT)
-    return repair(source, plan, some_tokens(source, 20, 0), some_tokens(source, 8, 1), folder, quiet=True)
+    return repair(Target.of(source, plan), some_tokens(source, 20, 0), some_tokens(source, 8, 1), folder, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
     folder = Path(shutil.copytree(fitted[0], tmp_path / "repaired"))
     (folder / "repair.json").unlink()
     plan, rows = Plan("mxfp8", KEPT), some_tokens(m3, 3, 1)
-    digests, facts = repair(m3, plan, some_tokens(m3, 20, 0), rows, folder, quiet=True)
+    digests, facts = repair(Target.of(m3, plan), some_tokens(m3, 20, 0), rows, folder, quiet=True)
     assert digests == {} and not facts["kept"] and facts["change_nats"]["value"] < 0
 
 
@@ -164,7 +165,7 @@ def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
     behind = Standing({"cut": State(LayerRun(m3).embed(tokens.ids_BT))}, {"groups": []}, done=2)
     save(tmp_path / STATES, behind, inputs)
     with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):
-        repair(m3, plan, tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
+        repair(Target.of(m3, plan), tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
 
 
 # Verify -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, InputError
-from moesaic.generate import Sampling, end_tokens, generate
+from moesaic.generate import Decoder, Sampling, end_tokens, generate
 from moesaic.serve.local import Room, local, read_key
 from moesaic.stream import LayerRun, State
 from moesaic.tokenizer import Tokenizer
@@ -44,9 +44,8 @@ def server(m2):
 def greedy(checkpoint: Checkpoint, prompt: str, new_tokens: int) -> str:
     """What the model says, by the plain function and the tokenizer."""
     tokenizer = Tokenizer.open(checkpoint.path)
-    (found,) = generate(
-        checkpoint, [tokenizer.encode(prompt).tolist()], new_tokens, Sampling(stop=end_tokens(checkpoint)), device="cpu"
-    )
+    decoder, sampling = Decoder(checkpoint, device="cpu"), Sampling(stop=end_tokens(checkpoint))
+    (found,) = generate(decoder, [tokenizer.encode(prompt).tolist()], new_tokens, sampling)
     return tokenizer.inner.decode(found.ids)
 
 

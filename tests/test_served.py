@@ -95,9 +95,8 @@ def streaming(checkpoint: Checkpoint, bos: tuple[int, ...] = (), as_ids: bool = 
 
 
 def test_what_a_server_tells_is_what_a_sweep_gives(m3: Checkpoint, tmp_path: Path) -> None:
-    a, tokenizer = m3.architecture, Tokenizer.open(m3.path)
     readings = [Reading.of(text_rows(m3))]
-    readings += haystacks(tokenizer, [260], vocab=a.vocab, context=a.context, depths=(0.5,), samples=1)
+    readings += haystacks(m3, [260], depths=(0.5,), samples=1)
     swept = evaluate(m3, m3, readings, tmp_path, Conditions(floor=False, device="cpu"), quiet=True)
     values, _ = read_tensors(tmp_path / "scores.safetensors", "token_scores")
     with serving(streaming(m3)) as url:

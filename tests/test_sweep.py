@@ -35,6 +35,7 @@ from moesaic.render import render
 from moesaic.repair import repair
 from moesaic.stream import STATE_COPIES, LayerRun, Standing, State, Sweep
 from moesaic.stream.sweep import EACH_LAYER, load, packed, save
+from moesaic.target import Target
 from moesaic.tokens import TokenSet, sha256_of
 
 CPU = torch.device("cpu")
@@ -164,7 +165,8 @@ def rendered(model: Checkpoint, folder: Path) -> Any:
 def mended(model: Checkpoint, folder: Path) -> Any:
     """Two sweeps: one that fits, and one that judges."""
     kept = {layer: (0, 2, 3, 5, 6) for layer in model.architecture.moe_layers}
-    return repair(model, Plan(model.container.name, kept), rows(6), rows(5, seed=1), folder, quiet=True)
+    target = Target.of(model, Plan(model.container.name, kept))
+    return repair(target, rows(6), rows(5, seed=1), folder, quiet=True)
 
 
 def slopes(model: Checkpoint, folder: Path) -> Any:

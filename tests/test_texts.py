@@ -172,7 +172,7 @@ def test_both_parts_get_their_share(tmp_path, tokenizer, shape, ends):
     assert 0.45 * total < ours.characters < 0.9 * total
     assert theirs.characters > 0.1 * total
     for part in (ours, theirs):
-        TokenSet.build([part], tokenizer, rows=4, length=64, vocab=320)
+        TokenSet.build([part], tokenizer, shape=(4, 64), vocab=320)
 
 
 def test_the_case_that_failed(m2, tmp_path):
@@ -231,7 +231,7 @@ tokenizer = Tokenizer.open(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ours, theirs = split(read_texts(Path(sys.argv[2]), tokenizer))
 for part in (ours, theirs):
-    TokenSet.build(part, tokenizer, rows=32, length=256, vocab=320)
+    TokenSet.build(part, tokenizer, shape=(32, 256), vocab=320)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, ours[0].characters, theirs[0].characters)
 """
 

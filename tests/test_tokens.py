@@ -47,7 +47,7 @@ def numbers(count: int, first: int = 0) -> str:
 
 def test_rows_are_windows_of_the_text_spread_over_it(byte_level: Tokenizer) -> None:
     text = Text("numbers", (numbers(1000),))
-    tokens = TokenSet.build([text], byte_level, rows=10, length=64, vocab=257, seed=3)
+    tokens = TokenSet.build([text], byte_level, shape=(10, 64), vocab=257, seed=3)
     whole = byte_level.encode(text.joined).tolist()
     assert tokens.ids_BT.shape == (10, 64) and tokens.ids_BT.dtype == torch.int64
     starts = []
@@ -60,28 +60,25 @@ def test_rows_are_windows_of_the_text_spread_over_it(byte_level: Tokenizer) -> N
 
 def test_same_seed_same_rows_other_seed_other_rows(byte_level: Tokenizer) -> None:
     text = [Text("numbers", (numbers(1000),))]
-    a, b, c = (TokenSet.build(text, byte_level, rows=5, length=50, vocab=257, seed=s) for s in (1, 1, 2))
+    a, b, c = (TokenSet.build(text, byte_level, shape=(5, 50), vocab=257, seed=s) for s in (1, 1, 2))
     assert torch.equal(a.ids_BT, b.ids_BT) and a.identity == b.identity
     assert not torch.equal(a.ids_BT, c.ids_BT) and a.identity != c.identity
 
 
 def test_bos_is_the_tokenizers_own_and_recorded(tmp_path: Path) -> None:
     text = [Text("numbers", (numbers(100),))]
-    plain = TokenSet.build(text, Tokenizer.open(folder(tmp_path / "a")), rows=2, length=32, vocab=257)
-    dressed = TokenSet.build(text, Tokenizer.open(folder(tmp_path / "b", bos=True)), rows=2, length=32, vocab=257)
+    plain = TokenSet.build(text, Tokenizer.open(folder(tmp_path / "a")), shape=(2, 32), vocab=257)
+    dressed = TokenSet.build(text, Tokenizer.open(folder(tmp_path / "b", bos=True)), shape=(2, 32), vocab=257)
     assert plain.facts["bos"] == "none" and not (plain.ids_BT == 256).any()
     assert dressed.facts["bos"] == "every-row" and dressed.ids_BT.shape == (2, 32)
     assert (dressed.ids_BT[:, 0] == 256).all() and not (dressed.ids_BT[:, 1:] == 256).any()
 
 
-def test_shares_are_equal_unless_told_and_short_domains_give_all(byte_level: Tokenizer) -> None:
+def test_shares_are_equal_and_short_domains_give_all(byte_level: Tokenizer) -> None:
     texts = [Text("long", (numbers(900),)), Text("short", (numbers(9),)), Text("other", (numbers(900),))]
-    build = lambda **more: TokenSet.build(texts, byte_level, rows=12, length=24, vocab=257, **more)  # noqa: E731
-    assert build().facts["rows_by_domain"] == {"long": 5, "short": 3, "other": 4}  # 9 × 8 tokens hold 3 rows of 24
-    assert build(shares={"long": 3, "other": 1}).facts["rows_by_domain"] == {"long": 9, "short": 0, "other": 3}
-    assert build().domain_B.tolist() == [0] * 5 + [1] * 3 + [2] * 4
-    with pytest.raises(InputError, match="shares"):
-        build(shares={"longer": 1.0})
+    found = TokenSet.build(texts, byte_level, shape=(12, 24), vocab=257)
+    assert found.facts["rows_by_domain"] == {"long": 5, "short": 3, "other": 4}  # 9 × 8 tokens hold 3 rows of 24
+    assert found.domain_B.tolist() == [0] * 5 + [1] * 3 + [2] * 4
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,16 +87,16 @@ def test_allot_gives_exactly_what_was_asked_within_room(room: list[int], rows: i
     named = {str(i): n for i, n in enumerate(room)}
     if rows > sum(room):
         with pytest.raises(InputError, match=f"asked for {rows}"):
-            allot(rows, named, None)
+            allot(rows, named)
         return
-    counts = allot(rows, named, None)
+    counts = allot(rows, named)
     assert sum(counts.values()) == rows and all(counts[d] <= named[d] for d in named)
     full = [counts[d] for d in named if counts[d] < named[d]]
     assert not full or max(counts.values()) - min(full) <= 1  # no unfilled domain is behind by more than one
 
 
 def test_hashes_are_of_what_they_say(byte_level: Tokenizer) -> None:
-    tokens = TokenSet.build([Text("n", ("abc " * 50, "déf " * 50))], byte_level, rows=2, length=16, vocab=257)
+    tokens = TokenSet.build([Text("n", ("abc " * 50, "déf " * 50))], byte_level, shape=(2, 16), vocab=257)
     raw = (byte_level.folder / "tokenizer.json").read_bytes()
     assert tokens.facts["tokenizer_sha256"] == hashlib.sha256(raw).hexdigest()
     assert tokens.facts["text_sha256"]["n"] == hashlib.sha256(("abc " * 50 + "\n\n" + "déf " * 50).encode()).hexdigest()
@@ -107,7 +104,7 @@ def test_hashes_are_of_what_they_say(byte_level: Tokenizer) -> None:
 
 
 def test_saved_and_loaded_and_a_changed_file_is_refused(byte_level: Tokenizer, tmp_path: Path) -> None:
-    tokens = TokenSet.build([Text("n", (numbers(100),))], byte_level, rows=4, length=16, vocab=257)
+    tokens = TokenSet.build([Text("n", (numbers(100),))], byte_level, shape=(4, 16), vocab=257)
     tokens.save(tmp_path / "tokens.safetensors")
     back = TokenSet.load(tmp_path / "tokens.safetensors")
     assert torch.equal(back.ids_BT, tokens.ids_BT) and torch.equal(back.domain_B, tokens.domain_B)
@@ -120,8 +117,8 @@ def test_saved_and_loaded_and_a_changed_file_is_refused(byte_level: Tokenizer, t
 
 
 def test_overlap_counts_tokens_of_shared_runs(byte_level: Tokenizer) -> None:
-    a = TokenSet.build([Text("n", (numbers(200),))], byte_level, rows=5, length=64, vocab=257)
-    b = TokenSet.build([Text("n", (numbers(200, 500),))], byte_level, rows=5, length=64, vocab=257)
+    a = TokenSet.build([Text("n", (numbers(200),))], byte_level, shape=(5, 64), vocab=257)
+    b = TokenSet.build([Text("n", (numbers(200, 500),))], byte_level, shape=(5, 64), vocab=257)
     assert a.shared_with(b) == 0 and b.shared_with(a) == 0
     assert a.shared_with(a) == a.tokens
     planted = b.ids_BT.clone()
@@ -153,7 +150,7 @@ def test_the_running_python_is_two_disjoint_sets(byte_level: Tokenizer) -> None:
     texts, origin = python_texts()
     assert [t.domain for t in texts] == ["code", "tech"] and origin.startswith("Python 3.")
     calibration, evaluation = split(texts)
-    a, b = (TokenSet.build(p, byte_level, rows=40, length=256, vocab=257) for p in (calibration, evaluation))
+    a, b = (TokenSet.build(p, byte_level, shape=(40, 256), vocab=257) for p in (calibration, evaluation))
     assert b.shared_with(a, run=100) == 0  # characters here; a shared sentence would be found
     assert b.facts["rows_by_domain"] == {"code": 20, "tech": 20}
 
@@ -201,7 +198,7 @@ def test_bad_text_is_one_clear_sentence(
     for name, text in files.items():
         (data / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        TokenSet.build(read_texts(data, byte_level), byte_level, rows=3, length=64, vocab=257)
+        TokenSet.build(read_texts(data, byte_level), byte_level, shape=(3, 64), vocab=257)
 
 
 def test_no_folder_no_tokenizer_bad_bytes_foreign_ids(tmp_path: Path, byte_level: Tokenizer) -> None:
@@ -216,4 +213,4 @@ def test_no_folder_no_tokenizer_bad_bytes_foreign_ids(tmp_path: Path, byte_level
     with pytest.raises(InputError, match="UTF-8"):
         read_texts(tmp_path / "latin.txt", byte_level)
     with pytest.raises(InputError, match=r"gives id \d+, and the model knows 20"):
-        TokenSet.build([Text("n", (numbers(100),))], byte_level, rows=1, length=8, vocab=20)
+        TokenSet.build([Text("n", (numbers(100),))], byte_level, shape=(1, 8), vocab=20)

@@ -19,7 +19,7 @@ import moesaic.render.work as work_module
 from moesaic.artifact import read_json
 from moesaic.calibrate import Statistics, calibrate
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, lockstep
+from moesaic.divergence import Contender, Rows, lockstep
 from moesaic.errors import StaleError
 from moesaic.export import export
 from moesaic.export.claim import NOTE
@@ -30,7 +30,8 @@ from moesaic.plan import Plan
 from moesaic.render import render
 from moesaic.repair import repair
 from moesaic.rounding import ROUNDINGS
-from moesaic.stream import LayerRun
+from moesaic.stream import LayerRun, Sweep
+from moesaic.target import Target
 from moesaic.verify import verify
 
 
@@ -177,11 +178,11 @@ def test_a_trace_of_another_saliency_is_not_reused(m2, tmp_path):
 
 
 def test_a_repair_judged_by_another_seed_is_not_reused(m3, tmp_path):
-    plan = Plan("mxfp8", {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)})
+    target = Target.of(m3, Plan("mxfp8", {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}))
     both = some_tokens(m3, 8, seed=1), some_tokens(m3, 4, seed=2)
-    repair(m3, plan, *both, tmp_path / "repaired", seed=0, quiet=True)
+    repair(target, *both, tmp_path / "repaired", seed=0, quiet=True)
     with pytest.raises(StaleError, match="was made from seed 0, and this is 1"):
-        repair(m3, plan, *both, tmp_path / "repaired", seed=1, quiet=True)
+        repair(target, *both, tmp_path / "repaired", seed=1, quiet=True)
 
 
 def test_a_sweep_with_noise_is_not_continued_with_another_seed(m2, tmp_path, monkeypatch):
@@ -199,7 +200,8 @@ def test_a_sweep_with_noise_is_not_continued_with_another_seed(m2, tmp_path, mon
 
     def swept(seed: int) -> object:
         noisy = {"floor": Contender(run, noise=0.01, seed=seed)}
-        return lockstep(run, noisy, [rows], [scored], save=tmp_path / "partial.safetensors", inputs={"source": "x"})
+        sweep = Sweep(range(run.architecture.layers), tmp_path / "partial.safetensors", {"source": "x"}, run.device)
+        return lockstep(run, noisy, [Rows(rows, scored)], sweep)
 
     monkeypatch.setattr(module, "forward", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -151,7 +151,7 @@ def read_what(a: arguments.Evaluate, model: Checkpoint, out: Path, wanted: tuple
             found.append(Reading.of(corpus(a).evaluation(model, out / "evaluation.safetensors")))
     if "needle" in wanted:
         lengths = a.lengths or [n for n in LENGTHS if n <= architecture.context]
-        found += haystacks(tokenizer, lengths, vocab=architecture.vocab, context=architecture.context, seed=a.seed)
+        found += haystacks(model, lengths, seed=a.seed)
     return found
 
 

@@ -11,7 +11,7 @@ from .bootstrap import Bootstrap, Estimate
 from .boundary import Known
 from .branches import against
 from .comparison import FIELDS, Comparison, Divergence
-from .lockstep import Contender, Lockstep, lockstep
+from .lockstep import Contender, Lockstep, Rows, lockstep
 from .loops import Looped, looped
 from .routing import kept_of
 
@@ -26,6 +26,7 @@ __all__ = [
     "Known",
     "Lockstep",
     "Looped",
+    "Rows",
     "against",
     "intakes",
     "kept_of",

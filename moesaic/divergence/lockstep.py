@@ -7,7 +7,6 @@ outcome means (bootstrap.py) and what was read (evaluate/).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..stream import Intake, LayerRun, Standing, State, Sweep
 from ..stream.memory import spans
+from ..stream.state import ignore
 from .boundary import Known, Mark, route_tensors, routes_of
 from .comparison import Comparison, Divergence
 from .routing import Kept, Route, agreement, into
@@ -45,6 +45,14 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A block of rows that every model reads, and which of their predictions are compared."""
+
+    ids_BT: Tensor
+    scored_BS: Tensor  # bool, S = T − 1
+
+
+@dataclass(frozen=True)
 class Lockstep:
     """What came of it: per-token values for each block of rows, and what happened layer by layer."""
 
@@ -57,18 +65,15 @@ class Lockstep:
 def lockstep(
     source: LayerRun,
     contenders: Mapping[str, Contender],
-    rows: Sequence[Tensor],
-    scored: Sequence[Tensor],
+    rows: Sequence[Rows],
+    sweep: Sweep | None = None,
     *,
-    save: Path | None = None,
-    inputs: Mapping[str, str] | None = None,
     known: Known | None = None,
-    done: Callable[[int], None] = lambda layers: None,
+    done: Callable[[int], None] = ignore,
 ) -> Lockstep:
-    """Read `rows` (token ids [B, T] each) with all models and compare the predictions that are `scored` [B, T−1].
+    """Read `rows` with all models and compare the predictions that are scored.
 
-    save   file for the hidden states, every few minutes and on Ctrl-C; when it is there and made from
-           the same `inputs`, the sweep goes on from it. It is removed at the end.
+    sweep  through the source's layers, with the file it is kept in while under way; None: nothing is saved.
     known  of the source from an earlier call on these rows: then only the contenders are swept, and
            no error by layer is known.
     done   told how many layers are behind us, as they are.
@@ -77,11 +82,11 @@ def lockstep(
         check(source, contender.run)
     sides = {SOURCE: Contender(source), **contenders}
     live = dict(contenders) if known else sides
-    inputs = {**(inputs or {}), "swept": " ".join(c.told(side) for side, c in live.items())}
-    under_way = Sweep(range(source.architecture.layers), save, inputs, source.device)
-    done(under_way.done)
+    sweep = sweep or Sweep(range(source.architecture.layers), None, {}, source.device)
+    sweep = replace(sweep, inputs={**sweep.inputs, "swept": " ".join(c.told(side) for side, c in live.items())})
+    done(sweep.done)
     begin, step = partial(first, sides, rows, known), partial(forward, live, source.architecture.experts)
-    return under_way.through(begin, step, partial(end, sides, rows, scored), lambda _: done(1))
+    return sweep.through(begin, step, partial(end, sides, rows), lambda _: done(1))
 
 
 def check(source: LayerRun, other: LayerRun) -> None:
@@ -93,7 +98,7 @@ def check(source: LayerRun, other: LayerRun) -> None:
         )
 
 
-def first(sides: Mapping[str, Contender], rows: Sequence[Tensor], known: Known | None) -> Standing:
+def first(sides: Mapping[str, Contender], rows: Sequence[Rows], known: Known | None) -> Standing:
     """All models before their first layer; a source that is known stands at the end from the start."""
     states: dict[str, State] = {}
     if known is not None:
@@ -104,10 +109,10 @@ def first(sides: Mapping[str, Contender], rows: Sequence[Tensor], known: Known |
     for side, contender in sides.items():
         if name_of(side, 0) not in states:
             same = alike.setdefault(id(contender.run), side)
-            for i, tokens_BT in enumerate(rows):
-                states[name_of(side, i)] = states.get(name_of(same, i)) or State(contender.run.embed(tokens_BT))
+            for i, block in enumerate(rows):
+                states[name_of(side, i)] = states.get(name_of(same, i)) or State(contender.run.embed(block.ids_BT))
     others = [side for side in sides if side != SOURCE]
-    tensors = {routing(side, i): torch.zeros(2, t.numel()) for side in others for i, t in enumerate(rows)}
+    tensors = {routing(side, i): torch.zeros(2, r.ids_BT.numel()) for side in others for i, r in enumerate(rows)}
     return Standing(
         states, {"marks": {side: [] for side in others}}, {**tensors, **route_tensors(known.routes if known else {})}
     )
@@ -146,17 +151,17 @@ def forward(live: Mapping[str, Contender], experts: int, layer: int, before: Sta
     return replace(before, states=states, notes={"marks": marks}, tensors=tensors)
 
 
-def end(sides: Mapping[str, Contender], rows: Sequence[Tensor], scored: Sequence[Tensor], last: Standing) -> Lockstep:
+def end(sides: Mapping[str, Contender], rows: Sequence[Rows], last: Standing) -> Lockstep:
     """What came of it, of what stands behind the last layer."""
     ends = {side: of(last.states, side) for side in sides}
     routes = routes_of(last.tensors)
     sums = {side: [last.tensors[routing(side, i)] for i in range(len(rows))] for side in sides if side != SOURCE}
-    agreed = {side: routed(sides[side], len(routes), sums_B, scored) for side, sums_B in sums.items()}
+    agreed = {side: routed(sides[side], len(routes), sums_B, rows) for side, sums_B in sums.items()}
     marks = {side: [Mark(**mark) for mark in found] for side, found in last.notes["marks"].items()}
     source = ends[SOURCE]
     known = Known([s.hidden_BTD for s in source], routes, [s.nonfinite for s in source], [])
     nonfinite = {side: total(states) for side, states in ends.items()}
-    return Lockstep(head(sides, ends, agreed, rows, scored), marks, nonfinite, known)
+    return Lockstep(head(sides, ends, agreed, rows), marks, nonfinite, known)
 
 
 def name_of(side: str, block: int) -> str:
@@ -202,16 +207,16 @@ def apart(source: Sequence[State], other: Sequence[State]) -> float | None:
 @torch.no_grad()
 def head(
     sides: Mapping[str, Contender], ends: Mapping[str, Sequence[State]], agreed: Mapping[str, Mapping[str, Tensor]],
-    rows: Sequence[Tensor], scored: Sequence[Tensor],
+    rows: Sequence[Rows],
 ) -> dict[str, list[Divergence]]:  # fmt: skip
     """Final norms and heads, a block of the vocabulary at a time, over every scored position."""
     source, runs = sides[SOURCE].run, {id(c.run): c.run for c in sides.values()}
     x_ND = {}
     for side, contender in sides.items():
         run = contender.run
-        parts = [s.hidden_BTD[:, :-1][mask_BS.to(run.device)] for s, mask_BS in zip(ends[side], scored)]
+        parts = [s.hidden_BTD[:, :-1][r.scored_BS.to(run.device)] for s, r in zip(ends[side], rows)]
         x_ND[side] = run.in_spans(run.norm(), torch.cat(parts), 4)
-    next_N = torch.cat([tokens_BT[:, 1:][mask_BS] for tokens_BT, mask_BS in zip(rows, scored)]).to(source.device)
+    next_N = torch.cat([r.ids_BT[:, 1:][r.scored_BS] for r in rows]).to(source.device)
     comparisons = {side: Comparison.of(next_N) for side in sides if side != SOURCE}
     for block in source.vocabulary_spans():
         weights = {key: run.rows(run.architecture.head, block) for key, run in runs.items()}
@@ -223,17 +228,19 @@ def head(
     found = {}
     for side, comparison in comparisons.items():
         values = {**comparison.finish(), **agreed[side]}
-        split = {name: x_N.split([int(mask_BS.sum()) for mask_BS in scored]) for name, x_N in values.items()}
-        found[side] = [Divergence.of(mask, {name: x[i] for name, x in split.items()}) for i, mask in enumerate(scored)]
+        split = {name: x_N.split([int(r.scored_BS.sum()) for r in rows]) for name, x_N in values.items()}
+        found[side] = [
+            Divergence.of(r.scored_BS, {name: x[i] for name, x in split.items()}) for i, r in enumerate(rows)
+        ]
     return found
 
 
-def routed(contender: Contender, layers: int, sums: Sequence[Tensor], scored: Sequence[Tensor]) -> dict[str, Tensor]:
+def routed(contender: Contender, layers: int, sums: Sequence[Tensor], rows: Sequence[Rows]) -> dict[str, Tensor]:
     """Mean over MoE `layers` of what `agreement` says of each scored token [N]; empty where it was not compared."""
     if contender.kept is None or not layers:
         return {}
     parts = [
-        (sums_2T / layers).reshape(2, len(mask_BS), -1)[:, :, :-1][:, mask_BS] for sums_2T, mask_BS in zip(sums, scored)
+        (sums_2T / layers).reshape(2, len(r.ids_BT), -1)[:, :, :-1][:, r.scored_BS] for sums_2T, r in zip(sums, rows)
     ]
     agreed_N, gone_N = torch.cat(parts, 1)
     return {"router_agreement": agreed_N, "pruned_mass": gone_N}

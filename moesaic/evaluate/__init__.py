@@ -19,13 +19,13 @@ from safetensors import safe_open
 from .. import __version__
 from ..artifact import identity, write_tensors
 from ..checkpoint import Checkpoint
-from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, kept_of, lockstep
+from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, kept_of, lockstep
 from ..divergence.activations import intakes, told
 from ..divergence.routing import Kept
 from ..errors import CheckpointError, InputError
 from ..progress import progress
 from ..registry import collect
-from ..stream import LayerRun
+from ..stream import LayerRun, Sweep
 from .base import Evaluation, Reading, Score, Scores, Scoring
 
 EVALUATIONS = collect(__name__, Evaluation)
@@ -143,11 +143,10 @@ def measured(
     if floor and known is None:
         same = {layer: range(source.architecture.experts) for layer in source.architecture.moe_layers}
         contenders[FLOOR] = Contender(runs[0], noise=NOISE, seed=seed, kept=same)
+    rows, file = [Rows(r.ids_BT, r.scored_BS) for r in readings], pair.folder / "evaluate.partial.safetensors"
+    sweep = Sweep(range(source.architecture.layers), file, inputs, runs[0].device)
     with progress("evaluate", source.architecture.layers, "layers", quiet) as meter:
-        outcome = lockstep(
-            runs[0], contenders, [r.ids_BT for r in readings], [r.scored_BS for r in readings],
-            save=pair.folder / "evaluate.partial.safetensors", inputs=inputs, known=known, done=meter.advance,
-        )  # fmt: skip
+        outcome = lockstep(runs[0], contenders, rows, sweep, known=known, done=meter.advance)
     found = dict(outcome.divergences)
     if known and floor:
         found[FLOOR] = list(known.floor)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..checkpoint import Checkpoint
 from ..divergence import Estimate
 from ..errors import InputError
 from ..tokenizer import Tokenizer
@@ -45,11 +46,9 @@ PHRASES = (
 
 
 def haystacks(
-    tokenizer: Tokenizer,
+    model: Checkpoint,
     lengths: Sequence[int],
     *,
-    vocab: int,
-    context: int,
     depths: Sequence[float] = DEPTHS,
     samples: int = SAMPLES,
     seed: int = 0,
@@ -58,6 +57,7 @@ def haystacks(
 
     Raises `InputError` for a length beyond the model's context or too short for needle and question.
     """
+    tokenizer, vocab, context = Tokenizer.open(model.path), model.architecture.vocab, model.architecture.context
     found = []
     for length in lengths:
         if length > context:

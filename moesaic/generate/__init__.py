@@ -5,14 +5,11 @@ a `Decoder`, which owns the weights in memory. Leaves out text (tokens only) and
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from ..checkpoint import Checkpoint, read_object
 from ..errors import CheckpointError
-from ..stream import Change
 from .batch import Batch, Passage
 from .decoder import Decoder, Feed
 from .sampling import Sampling, Token
@@ -36,23 +33,14 @@ class Completion:
 
 
 def generate(
-    checkpoint: Checkpoint,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    sampling: Sampling | None = None,
-    *,
-    memory_bytes: int | None = None,
-    device: torch.device | str | None = None,
-    dropped: Mapping[int, Sequence[int]] | None = None,
-    changed: Mapping[str, Change] | None = None,
+    decoder: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling | None = None
 ) -> list[Completion]:
     """At most `new_tokens` after each of `prompts` (token ids), all together a batch; greedy without `sampling`.
 
-    It ends at no token by itself: `Sampling(stop=end_tokens(checkpoint))` ends where the model does. `dropped`
-    and `changed` make the model another, as in `stream.State`. Raises `InputError` for an unknown token or more
-    tokens than the model's context, `CheckpointError` where the weights give no finite numbers.
+    It ends at no token by itself: `Sampling(stop=end_tokens(checkpoint))` ends where the model does. Raises
+    `InputError` for an unknown token or more tokens than the model's context, `CheckpointError` where the weights give
+    no finite numbers.
     """
-    decoder = Decoder(checkpoint, memory_bytes, device=device, dropped=dropped, changed=changed)
     batch = Batch(decoder, sum(len(prompt) + new_tokens for prompt in prompts))
     passages = [batch.add(prompt, new_tokens, sampling or Sampling()) for prompt in prompts]
     while batch.live or batch.waiting:

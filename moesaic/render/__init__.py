@@ -66,8 +66,7 @@ def render(
 
     with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as meter:
         meter.advance(sum(facts["weights"] for facts in under_way.saved["notes"].get("groups", ())))
-        step = partial(round_layer, target, rounding, run, folder, inputs, told=meter.advance)
-        return under_way.through(begin, step, end)
+        return under_way.through(begin, partial(round_layer, work, told=meter.advance), end)
 
 
 def summary(work: Work, found: Sequence[Mapping[str, Any]], tokens: TokenSet) -> dict[str, Any]:

@@ -22,20 +22,9 @@ from .group import Group, Members, format_of, is_written, read_facts, read_value
 TEXT = "text"  # the name of its states
 
 
-def round_layer(
-    target: Target, rounding: Rounding, run: LayerRun, folder: Path, inputs: Mapping[str, str], layer: int, at: Standing, *,
-    told: Callable[[int], None] = ignore,
-) -> Standing:  # fmt: skip
+def round_layer(work: "Work", layer: int, at: Standing, *, told: Callable[[int], None] = ignore) -> Standing:
     """A layer's groups rounded into the overlay, their facts added to the notes, and the states behind the rounded layer."""
-    work = Work(
-        target=target,
-        rounding=rounding,
-        run=run,
-        folder=folder,
-        inputs=inputs,
-        facts=list(at.notes["groups"]),
-        told=told,
-    )
+    work = replace(work, facts=list(at.notes["groups"]), told=told)
     state = work.advance(layer, at.states[TEXT])
     return replace(at, states={TEXT: state}, notes={"groups": work.facts})
 

@@ -30,18 +30,22 @@ class Point:
 
 
 def frontier(
-    unit: float, unit_name: str, line_bytes: np.ndarray, line_nats: np.ndarray, knee: Point, points: Sequence[Point],
+    unit: tuple[float, str], line_bytes: np.ndarray, line_nats: np.ndarray, knee: Point, points: Sequence[Point],
     budget_bytes: float | None,
 ) -> Markup:  # fmt: skip
-    """Predicted KL along the frontier, with the knee, the budget, and candidates as predicted and as measured."""
+    """Predicted KL along the frontier, with the knee, the budget, and candidates as predicted and as measured.
+
+    unit  of the axis of bytes: how many, and its name
+    """
+    size, name = unit
     high = max([float(line_nats.max()), *(p.measured_nats or p.predicted_nats for p in points)])
     low = max(float(line_nats[line_nats > 0].min()), high / DECADES) / 1.6
     nats = np.maximum(line_nats, low / 2)
 
     def draw(axes: Axes, narrow: bool) -> None:
-        axes.plot(line_bytes / unit, nats, color=ACCENT, linewidth=1.8, drawstyle="steps-post", label="predicted")
+        axes.plot(line_bytes / size, nats, color=ACCENT, linewidth=1.8, drawstyle="steps-post", label="predicted")
         axes.plot(
-            [knee.bytes / unit],
+            [knee.bytes / size],
             [knee.predicted_nats],
             "D",
             markersize=8,
@@ -50,16 +54,16 @@ def frontier(
             label="knee",
         )
         for point in points:
-            candidate(axes, point, point.bytes / unit)
-        axes.set_xlabel(f"{unit_name} on disk, every file counted")
+            candidate(axes, point, point.bytes / size)
+        axes.set_xlabel(f"{name} on disk, every file counted")
         axes.set_ylabel("KL, nats per token")
         axes.set_ylim(low, high * 1.8)
         axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 8))
         logarithmic(axes, "y")
         if budget_bytes is not None:
-            limit(axes, budget_bytes / unit)
+            limit(axes, budget_bytes / size)
         if not narrow and len(points) > 1:
-            closer(axes, unit, points)
+            closer(axes, points)
 
     return drawn("frontier", "Predicted KL against bytes, with measured candidates", 3.7, draw)
 
@@ -72,7 +76,7 @@ def limit(axes: Axes, x: float) -> None:
     axes.annotate("budget", (x, axes.get_ylim()[1]), (-5 if left else 5, -10), ha="right" if left else "left", **style)
 
 
-def closer(axes: Axes, unit: float, points: Sequence[Point]) -> None:
+def closer(axes: Axes, points: Sequence[Point]) -> None:
     """The candidates again, side by side, in the corner that a falling line leaves free."""
     inset = axes.inset_axes((0.6, 0.56, 0.4, 0.44))
     inset.set_facecolor(PAPER)

@@ -30,29 +30,31 @@ def tone(share: float) -> int:
     return min(int(max(share, 0.0) * len(TONES)), len(TONES) - 1)
 
 
-def grid(
-    label: str,
-    paint: Sequence[Sequence[Paint | None]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    across: str = "",
-    texts: Sequence[Sequence[str]] | None = None,
-    ends: Sequence[str] | None = None,
-) -> Markup:
-    """Tiles by row and column, with the rows' names at the left and the columns' below; None leaves a hole.
+@dataclass(frozen=True)
+class Row:
+    """Tiles side by side, and what is written at them. No paint leaves a hole.
 
-    across  what the columns are;  texts  written into each tile;  ends  written behind each row
+    name  at the left;  texts  into each tile;  end  behind the last one
     """
-    count = len(columns)
+
+    name: str
+    paint: Sequence[Paint | None]
+    texts: Sequence[str] | None = None
+    end: str | None = None
+
+
+def grid(label: str, rows: Sequence[Row], columns: Sequence[str], across: str) -> Markup:
+    """Tiles by row and column, with the rows' names at the left and the columns' below. `across` is what the columns are."""
+    count, ended = len(columns), any(row.end is not None for row in rows)
     body = []
-    for i, (name, line) in enumerate(zip(rows, paint)):
+    for row in rows:
         inside = Markup("")
-        if texts is not None:
+        if row.texts is not None:
             inside = Markup("<span>{}</span>").format(
-                Markup("").join(Markup("<b>{}</b>").format(text) for text in texts[i])
+                Markup("").join(Markup("<b>{}</b>").format(text) for text in row.texts)
             )
-        end = Markup("<i>{}</i>").format(ends[i]) if ends is not None else ""
-        body.append(Markup("<em>{}</em><div>{}{}</div>{}").format(name, strip(line), inside, end))
+        end = Markup("<i>{}</i>").format(row.end) if row.end is not None else ""
+        body.append(Markup("<em>{}</em><div>{}{}</div>{}").format(row.name, strip(row.paint), inside, end))
     shown = sorted({int(i) for i in np.linspace(0, count - 1, min(count, TICKS)).round()}) if count > TICKS else None
     ticks = Markup("").join(
         Markup("<b{}>{}</b>").format(
@@ -61,11 +63,11 @@ def grid(
         for i in (shown or range(count))
     )
     foot = Markup('<em></em><div class="{}">{}</div>{}').format(
-        "ticks apart" if shown else "ticks", ticks, Markup("<i></i>") if ends is not None else ""
+        "ticks apart" if shown else "ticks", ticks, Markup("<i></i>") if ended else ""
     )
-    below = Markup('<p class="across">{}</p>').format(across) if across else ""
-    kind = "grid ended" if ends is not None else "grid"
-    kind += " dense" if len(rows) > 12 and texts is None else ""
+    below = Markup('<p class="across">{}</p>').format(across)
+    kind = "grid ended" if ended else "grid"
+    kind += " dense" if len(rows) > 12 and not any(row.texts is not None for row in rows) else ""
     return Markup('<div class="{}" role="img" aria-label="{}">{}{}</div>{}').format(
         kind, label, Markup("").join(body), foot, below
     )

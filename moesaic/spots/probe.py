@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..divergence import Estimate, looped
 from ..evaluate import Score
-from ..generate import Sampling, end_tokens, generate
+from ..generate import Decoder, Sampling, end_tokens, generate
 from ..tokenizer import Tokenizer
 from .prompts import PROBES, PROMPTS, Prompt
 
@@ -30,7 +30,7 @@ def local(checkpoint: Checkpoint, memory_bytes: int | None = None) -> Writer:
     def write(prompts: Sequence[Prompt], new_tokens: int, temperature: float) -> list[str]:
         ids = [asked(tokenizer, prompt) for prompt in prompts]
         sampling = Sampling(temperature=temperature, seed=SEED, stop=stop)
-        found = generate(checkpoint, ids, new_tokens, sampling, memory_bytes=memory_bytes)
+        found = generate(Decoder(checkpoint, memory_bytes), ids, new_tokens, sampling)
         return [tokenizer.inner.decode(completion.ids, skip_special_tokens=False) for completion in found]
 
     return write

@@ -7,7 +7,7 @@ experts a token selects, which keys an indexer keeps; gates move. `tail` is wher
 done with them (measure).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,27 @@ class Listener:
     gates: Callable[[GatePass], None] = ignore
 
 
+@dataclass(frozen=True)
+class Retreat:
+    """A layer that is run backward, and who listens."""
+
+    run: LayerRun
+    layer: int
+    listener: Listener
+
+
 def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
     """Slopes before `layer` [B, T, D], of the hidden states before it and the slopes behind it."""
     split = run.family.wiring.split
+    here = Retreat(run, layer, listener)
     if not split:
-        return retreat_whole(run, layer, hidden_BTD, slope_BTD, listener)
+        return retreat_whole(here, hidden_BTD, slope_BTD)
     with torch.no_grad():
         (middle_BTD,) = run.attention(layer, [State(hidden_BTD)])
     h_TD, slope_TD = middle_BTD.flatten(0, 1), slope_BTD.flatten(0, 1)
     norm = run.block(layer, (split.before_mlp,)).requires_grad_(False).get_submodule(split.before_mlp)
     x_TD = run.in_spans(norm, h_TD, 4)
-    before_TD = feed_forward(run, layer, x_TD, slope_TD, listener)
+    before_TD = feed_forward(here, x_TD, slope_TD)
     for span in spans(len(h_TD), 8 * 4 * h_TD.shape[1], run.block_bytes):
         before_TD[span] = pulled(norm, h_TD[span], before_TD[span])[0]
     slope_BTD = (slope_TD + before_TD).view_as(slope_BTD)
@@ -86,13 +96,12 @@ def retreat(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, li
     def forward(h_BTD: Tensor) -> Tensor:
         return attended(run, run.skeleton(block).attention, norm(h_BTD))
 
-    return slope_BTD + attention(
-        run=run, layer=layer, block=block, forward=forward, x=hidden_BTD, slope=slope_BTD, listener=listener
-    )
+    return slope_BTD + attention(here, block, forward, hidden_BTD, slope_BTD)
 
 
-def retreat_whole(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tensor, listener: Listener) -> Tensor:
+def retreat_whole(here: Retreat, hidden_BTD: Tensor, slope_BTD: Tensor) -> Tensor:
     """By the layer's own forward: its MLP is a constant in one graph, whose slope is asked for, and then in another."""
+    run, layer = here.run, here.layer
     with torch.no_grad():
         (attended_BTD,) = run.attention(layer, [State(hidden_BTD)])
         ((x_TD, mlp_TD, _),) = run.through(layer, [State(hidden_BTD)], [attended_BTD])
@@ -105,7 +114,7 @@ def retreat_whole(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tens
             return skeleton.leaving(hidden_BTD[row], attended_BTD[row], {wiring.mlp: m_BTD})[1]
 
         found[row] = pulled(of_mlp, mlp_BTD[row], slope_BTD[row])[0]
-    before_TD = feed_forward(run, layer, x_TD, found.flatten(0, 1), listener)
+    before_TD = feed_forward(here, x_TD, found.flatten(0, 1))
     block = run.block(layer, (*besides, wiring.attention)).requires_grad_(False)
     live = run.skeleton(block)
     real = live.attention.forward
@@ -126,7 +135,7 @@ def retreat_whole(run: LayerRun, layer: int, hidden_BTD: Tensor, slope_BTD: Tens
         return torch.stack([out_BTD, *entered], 1)
 
     both = torch.stack([hidden_BTD, mlp_BTD], 1), torch.stack([slope_BTD, before_TD.view_as(slope_BTD)], 1)
-    return attention(run, layer, block, forward, *both, listener)[:, 0]
+    return attention(here, block, forward, *both)[:, 0]
 
 
 def attended(run: LayerRun, attention: Callable[..., Any], x_BTD: Tensor) -> Tensor:
@@ -138,53 +147,38 @@ def attended(run: LayerRun, attention: Callable[..., Any], x_BTD: Tensor) -> Ten
     return out_BTD
 
 
-def attention(
-    run: LayerRun, layer: int, block: Any, forward: Forward, x: Tensor, slope: Tensor, listener: Listener
-) -> Tensor:  # fmt: skip
+def attention(here: Retreat, block: Any, forward: Forward, x: Tensor, slope: Tensor) -> Tensor:
     """Whole rows: a row needs `SCORE_COPIES` tensors [heads, T, T] where its attention is sparse."""
-    length, heads, name = x.shape[-2], run.config.num_attention_heads, run.family.wiring.attention
+    run, length, heads = here.run, x.shape[-2], here.run.config.num_attention_heads
     row_bytes = 4 * heads * length * (SCORE_COPIES * length + ROW_COPIES * head_width(run.config))
-    parts = list(spans(len(x), row_bytes, run.block_bytes // 4))
-    return module_back(
-        run=run, layer=layer, block=block, name=name, forward=forward, x=x, slope=slope, parts=parts, listener=listener
-    )
+    return module_back(here, block, forward, x, slope, spans(len(x), row_bytes, run.block_bytes // 4))
 
 
-def feed_forward(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
-    if layer in run.architecture.moe_layers:
-        return moe(run, layer, x_TD, slope_TD, listener)
-    return mlp(run, layer, run.family.wiring.mlp, x_TD, slope_TD, listener)
+def feed_forward(here: Retreat, x_TD: Tensor, slope_TD: Tensor) -> Tensor:
+    if here.layer in here.run.architecture.moe_layers:
+        return moe(here, x_TD, slope_TD)
+    return mlp(here, here.run.family.wiring.mlp, x_TD, slope_TD)
 
 
-def mlp(run: LayerRun, layer: int, name: str, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
+def mlp(here: Retreat, name: str, x_TD: Tensor, slope_TD: Tensor) -> Tensor:
     """The dense or shared MLP of that name."""
-    block = run.block(layer, (name,)).requires_grad_(False)
+    run = here.run
+    block = run.block(here.layer, (name,)).requires_grad_(False)
     module = block.get_submodule(name)
     bytes_each = 2 * run.widening(module) * x_TD.shape[1] * x_TD.itemsize
-    parts = list(spans(len(x_TD), bytes_each, run.block_bytes))
-    return module_back(
-        run=run,
-        layer=layer,
-        block=block,
-        name=name,
-        forward=module,
-        x=x_TD,
-        slope=slope_TD,
-        parts=parts,
-        listener=listener,
-    )
+    return module_back(here, block, module, x_TD, slope_TD, spans(len(x_TD), bytes_each, run.block_bytes))
 
 
 def module_back(
-    run: LayerRun, layer: int, block: nn.Module, name: str, forward: Forward, x: Tensor, slope: Tensor,
-    parts: Sequence[slice], listener: Listener,
-) -> Tensor:  # fmt: skip
-    """Slopes before `forward`, part by part, and its units told to the listener once all parts are through."""
+    here: Retreat, block: nn.Module, forward: Forward, x: Tensor, slope: Tensor, parts: Iterable[slice]
+) -> Tensor:
+    """Slopes before `forward`, part by part, and the units that `block` holds told to the listener behind the last one."""
+    run = here.run
     linears_of = {
         module: linears
-        for parameter, tensors in run.family.wiring.parameters(run.architecture, layer).items()
+        for parameter, tensors in run.family.wiring.parameters(run.architecture, here.layer).items()
         for module in [parameter.rsplit(".", 1)[0]]
-        if module.startswith(f"{name}.")
+        if not next(block.get_submodule(module).parameters()).is_meta
         and (linears := [n for t in tensors if (n := run.architecture.by_name.get(t.removesuffix(".weight")))])
     }
     before, heard = torch.empty_like(x), dict[str, list[tuple[Tensor, Tensor]]]()
@@ -209,7 +203,7 @@ def module_back(
         linears_, xs, slopes_ = zip(*sorted(members, key=lambda m: order[m[0].name]))
         w = tuple(run.weight(f"{n.name}.weight").float() for n in linears_)
         everyone = torch.arange(len(xs[0]), device=x.device)
-        listener.unit(UnitPass(unit, linears_, w, xs, slopes_, everyone))
+        here.listener.unit(UnitPass(unit, linears_, w, xs, slopes_, everyone))
     return before
 
 
@@ -234,8 +228,9 @@ def pulled(
     return [torch.zeros_like(node) if g is None else g for node, g in zip(nodes, found)]
 
 
-def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Listener) -> Tensor:
+def moe(here: Retreat, x_TD: Tensor, slope_TD: Tensor) -> Tensor:
     """Slopes before router, experts and shared expert."""
+    run, layer, listener = here.run, here.layer, here.listener
     a = run.architecture
     routed_TD = slope_TD * run.family.arithmetic.routed_scale(run.text)
     with torch.enable_grad():
@@ -268,7 +263,7 @@ def moe(run: LayerRun, layer: int, x_TD: Tensor, slope_TD: Tensor, listener: Lis
     listener.gates(GatePass(routing, owed_TE))
     before_TD += torch.autograd.grad(moving.gates_Tk, leaf_TD, owed_TE.gather(1, routing.experts_Tk))[0]
     if run.family.wiring.shared:
-        before_TD += mlp(run, layer, run.family.wiring.shared, x_TD, slope_TD, listener)
+        before_TD += mlp(here, run.family.wiring.shared, x_TD, slope_TD)
     return before_TD
 
 

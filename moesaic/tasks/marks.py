@@ -67,8 +67,20 @@ def compared(
         a_N, b_N = (np.array([of[doc][metric] for doc in before], float) for of in (before, after))
 
         def score(name: str, x: Estimate, unit: str = "share", metric: str = metric) -> Score:
-            named, counts = f"task_{metric}_{name}", (tokens(asked), len(before))
-            return Score(task, named, "", x.value, x.error, x.low, x.high, unit, *counts, way, seed)
+            return Score(
+                reading=task,
+                name=f"task_{metric}_{name}",
+                part="",
+                value=x.value,
+                error=x.error,
+                low=x.low,
+                high=x.high,
+                unit=unit,
+                tokens=tokens(asked),
+                rows=len(before),
+                activations=way,
+                seed=seed,
+            )
 
         for name, x_N in (("source", a_N), ("export", b_N), ("delta", b_N - a_N)):
             scores.append(score(name, Estimate.of_rows(x_N)))

@@ -14,7 +14,7 @@ from conftest import SHARED
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.export import export
-from moesaic.generate import Sampling, generate
+from moesaic.generate import Decoder, Sampling, generate
 from moesaic.plan import Plan
 from moesaic.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def test_mlx_writes_our_text(
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "found.json").read_text())
-    ours = generate(out, prompts, NEW, Sampling(logprobs=2))
+    ours = generate(Decoder(out), prompts, NEW, Sampling(logprobs=2))
     same = 0
     for completion, tokens in zip(ours, theirs):
         for token, their_id in zip(completion.tokens, tokens, strict=True):

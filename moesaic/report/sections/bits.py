@@ -6,7 +6,7 @@ from ...plan import SOURCE
 from .. import mosaic, words
 from ..blocks import Block, Drawing, Section
 from ..facts import Facts
-from ..grids import Paint, grid
+from ..grids import Paint, Row, grid
 
 
 def section(facts: Facts) -> Section | None:
@@ -15,13 +15,13 @@ def section(facts: Facts) -> Section | None:
     formats = sorted({f for s in facts.stored for f in s.formats}, key=lambda f: -bits_of(facts, f))
     color = {f: mosaic.color(f if f in facts.palette else SOURCE, facts.palette) for f in formats}
     layers = sorted({s.layer for s in facts.stored})
-    rows, paint, ends = [], [], []
+    rows = []
     for role in words.ROLES:
         mine = {s.layer: s for s in facts.stored if s.role == role}
         if mine:
-            rows.append(words.ROLES[role])
-            paint.append([Paint(color[mine[layer].formats[-1]]) if layer in mine else None for layer in layers])
-            ends.append(span([s.bits_per_weight for s in mine.values()]))
+            paint = [Paint(color[mine[layer].formats[-1]]) if layer in mine else None for layer in layers]
+            end = span([s.bits_per_weight for s in mine.values()])
+            rows.append(Row(words.ROLES[role], paint, end=end))
     label = f"Formats of {len(rows)} classes of matrices in {len(layers)} layers"
     legend = Markup("").join(
         Markup('<span><i style="background:{}"></i>{}, {:.2f} bits</span>').format(
@@ -29,7 +29,7 @@ def section(facts: Facts) -> Section | None:
         )
         for f in formats
     )
-    drawing = grid(label, paint, rows, [str(layer) for layer in layers], "layer", ends=ends)
+    drawing = grid(label, rows, [str(layer) for layer in layers], "layer")
     blocks: list[Block] = [Drawing(drawing + Markup('<div class="legend">{}</div>').format(legend))]
     aside = [
         "The format of each class of matrices in each layer; at the right the stored bits per weight, scales included, "

@@ -6,7 +6,7 @@ from markupsafe import Markup
 from .. import plots
 from ..blocks import Block, Drawing, Section
 from ..facts import Facts
-from ..grids import TONES, Paint, grid
+from ..grids import TONES, Paint, Row, grid
 
 BY_EXPERT = (
     "The same by layer and expert: the stronger, the larger, over the range above. Holes: dropped, or not rounded."
@@ -38,13 +38,13 @@ def by_expert(facts: Facts, low: float, high: float) -> Markup:
     layers = sorted(map(int, facts.expert_errors))
     width = max(facts.experts, *(len(e) for e in facts.expert_errors.values()))
     kept = facts.plan.kept if facts.plan is not None else {}
-    paint: list[list[Paint | None]] = []
+    rows = []
     for layer in layers:
         errors = facts.expert_errors[str(layer)]
-        row: list[Paint | None] = [None] * width
+        paint: list[Paint | None] = [None] * width
         for expert, error in zip(kept.get(layer, range(len(errors))), errors):
             share = (error - low) / (high - low) if high > low else 0.5
-            row[expert] = Paint("var(--fate-1)", min(int(share * len(TONES)), len(TONES) - 1))
-        paint.append(row)
+            paint[expert] = Paint("var(--fate-1)", min(int(share * len(TONES)), len(TONES) - 1))
+        rows.append(Row(f"layer {layer}", paint))
     label = "Weight error by layer and expert"
-    return grid(label, paint, [f"layer {layer}" for layer in layers], [str(e) for e in range(width)], "expert")
+    return grid(label, rows, [str(e) for e in range(width)], "expert")

@@ -6,7 +6,7 @@ from markupsafe import Markup
 from .. import plots, words
 from ..blocks import Block, Drawing, Heading, Section, Text
 from ..facts import Facts
-from ..grids import TONES, Paint, grid, tone
+from ..grids import TONES, Paint, Row, grid, tone
 
 
 def section(facts: Facts) -> Section | None:
@@ -57,13 +57,13 @@ def aside(facts: Facts) -> list[Text]:
 
 def saliency(score_LE: np.ndarray, kept_LE: np.ndarray, layers: list[int]) -> Markup:
     share_LE = np.clip(score_LE / np.maximum(score_LE.max(1, keepdims=True), 1e-300), 0, 1)
-    paint = [
-        [
-            Paint("var(--fate-0)" if k else "var(--muted)", min(tone(x), len(TONES) - 1 if k else 2))
-            for x, k in zip(*row)
+    rows = []
+    for layer, shares, kept in zip(layers, share_LE.tolist(), kept_LE.tolist()):
+        tiles = zip(shares, kept)
+        paint = [
+            Paint("var(--fate-0)" if k else "var(--muted)", min(tone(x), len(TONES) - 1 if k else 2)) for x, k in tiles
         ]
-        for row in zip(share_LE.tolist(), kept_LE.tolist())
-    ]
+        rows.append(Row(f"layer {layer}", paint))
     experts = [str(e) for e in range(score_LE.shape[1])]
     label = "Saliency by layer and expert, dropped experts in grey"
-    return grid(label, paint, [f"layer {layer}" for layer in layers], experts, "expert")
+    return grid(label, rows, experts, "expert")

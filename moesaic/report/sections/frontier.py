@@ -21,7 +21,7 @@ def section(facts: Facts) -> Section | None:
         Point(x["name"], x["bytes"], x["predicted_nats"], finite(x["measured_nats"]), x["error"], i == ships)
         for i, x in enumerate(found)
     ]
-    unit, unit_name = next((u for u in UNITS if max(f["bytes"]) >= u[0]), UNITS[-1])
+    unit = next((u for u in UNITS if max(f["bytes"]) >= u[0]), UNITS[-1])
     knee = Point("knee", f["knee"]["bytes"], f["knee"]["predicted_nats"])
     line = (np.array(f["bytes"], float), np.array(f["predicted_nats"], float))
     caption = (
@@ -33,7 +33,7 @@ def section(facts: Facts) -> Section | None:
             " Open squares: candidates as predicted; full ones: as measured on unseen text, with 95 % intervals; amber: "
             "what ships."
         )
-    drawing = frontier(unit, unit_name, *line, knee, points, f.get("budget_bytes"))
+    drawing = frontier(unit, *line, knee, points, f.get("budget_bytes"))
     blocks: list[Block] = [Drawing(drawing, caption)]
     if c:
         blocks += [Heading("Candidates"), table(c)]

@@ -9,7 +9,7 @@ from ...evaluate import Score
 from .. import words
 from ..blocks import Block, Drawing, Heading, Section, Table, Text
 from ..facts import Facts
-from ..grids import Paint, grid, tone
+from ..grids import Paint, Row, grid, tone
 
 CONTROL = "control"
 MODELS = {"source": "Source", "export": "Export"}
@@ -43,15 +43,14 @@ def cells(found: list[Score], readings: Mapping[str, Any], name: str) -> Markup:
     """Lengths across, depths down, the control last; in each cell the share found."""
     parts = list(dict.fromkeys(s.part for s in found if s.part))
     by = {(s.reading, s.part): s.value for s in found}
-    paint: list[list[Paint | None]] = []
-    texts = []
+    rows = []
     for part in parts:
         values = [by.get((reading, part)) for reading in readings]
         color = "var(--fate-1)" if part == CONTROL else "var(--fate-0)"
-        paint.append([None if v is None else Paint(color, tone(v * 0.8)) for v in values])
-        texts.append(["" if v is None else f"{v:.0%}" for v in values])
+        paint = [None if v is None else Paint(color, tone(v * 0.8)) for v in values]
+        rows.append(Row(part, paint, ["" if v is None else f"{v:.0%}" for v in values]))
     lengths = [f"{r['facts']['length']:,}" for r in readings.values()]
-    return grid(f"Needles that the {name.lower()} found", paint, parts, lengths, "tokens", texts)
+    return grid(f"Needles that the {name.lower()} found", rows, lengths, "tokens")
 
 
 def table(mine: list[Score], readings: Mapping[str, Any]) -> Table:
