@@ -8,6 +8,8 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +163,18 @@ def test_statistics_and_prices_of_another_version_are_not_reused(m2, tmp_path, m
 
 
 # What identities must not leave out -------------------------------------------------------------------------------
+
+
+def test_prices_that_users_have_are_still_read():
+    """Identities of version 0.1.0, to the digit: a costs.json is stale where one of these moves."""
+    asked: Any = SimpleNamespace(identity="there")
+    options = Options({"u": ("source", "mxfp4", "int4_g32"), "v": ("mxfp4",)}, (3, 2), np.array([[3, 1, 0, 2]]))
+    measured = prices_module.inputs_of(asked, options, Trial(asked), "measured")
+    assert measured == {
+        "source": "there", "tokens": "there", "rounding": "rtn 1", "harm": "measured 1", "options": "1aaa63d2585ad6fe",
+    }  # fmt: skip
+    sensed = prices_module.inputs_of(asked, options, Trial(asked, rounding="search"), "surrogate", 0)
+    assert sensed["options"] == "7ccc7bb6d988600a" and sensed["rounding"] == "search 1"
 
 
 def test_a_trace_of_another_saliency_is_not_reused(m2, tmp_path):
