@@ -27,9 +27,8 @@ from moesaic.quantize import Quantizing, quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
 from moesaic.report.blocks import Section
 from moesaic.report.facts import places
-from moesaic.report.page import SECTIONS as PARTS
 from moesaic.report.page import environment
-from moesaic.report.sections import done, experts, frontier, limits, needle, provenance, samples, served, tasks
+from moesaic.report.sections import PARTS, done, experts, frontier, limits, provenance, served
 
 DAY = datetime(2026, 11, 20, tzinfo=UTC)
 
@@ -138,7 +137,7 @@ SECTIONS = {
 
 def titles(facts: Facts, *, of: str) -> list[str]:
     """The section of that title, if it is there: by itself, since drawings take their time."""
-    found = [part.section(facts) for part in PARTS if part.__name__.rsplit(".", 1)[1] == of]
+    found = [PARTS[of].section(facts)]
     return [section.title for section in found if section is not None]
 
 
@@ -241,7 +240,7 @@ def questioned(everything: Facts) -> Facts:
 
 
 def test_needles_tasks_and_texts_have_sections(questioned: Facts) -> None:
-    parts = [part.section(questioned) for part in PARTS if part in (needle, tasks, samples)]
+    parts = [PARTS[name].section(questioned) for name in ("needle", "tasks", "samples")]
     text = sections_as_html([part for part in parts if part is not None])
     for title in ("In long contexts", "At tasks", "In their own words"):
         assert f"<h2>{title}</h2>" in text

@@ -14,32 +14,10 @@ from markupsafe import Markup
 from .. import __version__
 from . import mosaic, words
 from .facts import Facts
-from .sections import (
-    bits,
-    checks,
-    cost,
-    done,
-    errors,
-    experts,
-    frontier,
-    layers,
-    limits,
-    memory,
-    needle,
-    preview,
-    provenance,
-    samples,
-    served,
-    sizes,
-    tasks,
-)  # fmt: skip
+from .sections import PARTS
 
 HERE = Path(__file__).parent
 HEADLINE = ("kl_mean", "ppl_ratio", "top1_agreement")
-SECTIONS = (
-    done, sizes, frontier, cost, layers, needle, tasks, samples, served, preview, experts, bits, errors, memory, checks,
-    limits, provenance,
-)  # fmt: skip
 
 
 def page(facts: Facts, made: datetime | None = None) -> str:
@@ -57,7 +35,7 @@ def page(facts: Facts, made: datetime | None = None) -> str:
             hero=hero(facts),
             headline=headline(facts),
             summary=summary(facts),
-            sections=[found for part in SECTIONS if (found := part.section(facts)) is not None],
+            sections=[found for part in PARTS.values() if (found := part.section(facts)) is not None],
         )
     )
 

@@ -1,4 +1,9 @@
-"""What the page tells, one file a section, in the order in which it is read.
+"""The parts of the page, one file each, found by listing this folder, in the order of their places.
 
-Each is a function of the facts that returns its `Section`, or None where this run has nothing to say there.
+A part that has nothing to show leaves itself out.
 """
+
+from ...registry import collect
+from .base import Part
+
+PARTS = {part.name: part for part in sorted(collect(__name__, Part).values(), key=lambda part: part.place)}

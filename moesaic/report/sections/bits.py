@@ -7,6 +7,7 @@ from .. import mosaic, words
 from ..blocks import Block, Drawing, Section
 from ..facts import Facts
 from ..grids import Paint, Row, grid
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -47,3 +48,6 @@ def bits_of(facts: Facts, name: str) -> float:
 def span(bits: list[float]) -> str:
     least, most = f"{min(bits):.2f}", f"{max(bits):.2f}"
     return least if least == most else f"{least} – {most}"
+
+
+PART = Part(name="bits", place=120, section=section)

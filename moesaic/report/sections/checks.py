@@ -3,6 +3,7 @@
 from .. import words
 from ..blocks import Block, Items, Section, Table, Words
 from ..facts import Facts
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -22,3 +23,6 @@ def section(facts: Facts) -> Section | None:
         "The export was opened again with a reader that is not moesaic's and compared with the source and the plan."
     ]
     return Section("What was checked", aside, blocks)
+
+
+PART = Part(name="checks", place=150, section=section)

@@ -7,6 +7,7 @@ from .. import plots, words
 from ..blocks import Block, Drawing, Heading, Section, Table, Text, two_lines
 from ..facts import Facts
 from ..plots import Mark
+from .base import Part
 
 FIRST = (
     "kl_mean", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max", "kl_above_1_nat", "ppl_source", "ppl_export",
@@ -106,3 +107,6 @@ def beside(facts: Facts, reading: str, whole: dict[str, Score], others: dict[str
         cells = [two_lines(f"{s['value']} {s['unit']}", s["error"]) if s else "" for s in shown]
         rows.append([words.name(name), *cells])
     return Table(("activations", *(what for what, _ in columns)), rows)
+
+
+PART = Part(name="cost", place=40, section=section)

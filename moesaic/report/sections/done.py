@@ -3,6 +3,7 @@
 from .. import words
 from ..blocks import Block, Code, Items, Section
 from ..facts import Facts
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -47,3 +48,6 @@ def steps(facts: Facts) -> list[str]:
         read = sum(r["tokens_read"] for r in facts.scores.facts["readings"])
         found += [f"Read {read:,} tokens with both models, in one sweep of the layers of each."] if read else []
     return found
+
+
+PART = Part(name="done", place=10, section=section)

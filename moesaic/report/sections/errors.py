@@ -7,6 +7,7 @@ from .. import plots
 from ..blocks import Block, Drawing, Section
 from ..facts import Facts
 from ..grids import TONES, Paint, Row, grid
+from .base import Part
 
 BY_EXPERT = (
     "The same by layer and expert: the stronger, the larger, over the range above. Holes: dropped, or not rounded."
@@ -48,3 +49,6 @@ def by_expert(facts: Facts, low: float, high: float) -> Markup:
         rows.append(Row(f"layer {layer}", paint))
     label = "Weight error by layer and expert"
     return grid(label, rows, [str(e) for e in range(width)], "expert")
+
+
+PART = Part(name="errors", place=130, section=section)

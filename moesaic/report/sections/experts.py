@@ -7,6 +7,7 @@ from .. import plots, words
 from ..blocks import Block, Drawing, Heading, Section, Text
 from ..facts import Facts
 from ..grids import TONES, Paint, Row, grid, tone
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -67,3 +68,6 @@ def saliency(score_LE: np.ndarray, kept_LE: np.ndarray, layers: list[int]) -> Ma
     experts = [str(e) for e in range(score_LE.shape[1])]
     label = "Saliency by layer and expert, dropped experts in grey"
     return grid(label, rows, experts, "expert")
+
+
+PART = Part(name="experts", place=110, section=section)

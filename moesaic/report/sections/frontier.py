@@ -8,6 +8,7 @@ from .. import words
 from ..blocks import Block, Drawing, Heading, Section, Table, Text, two_lines
 from ..curves import Point, agreement, frontier
 from ..facts import Facts
+from .base import Part
 
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -79,3 +80,6 @@ def table(c: Any) -> Table:
         rows.append([x["name"], f"{x['experts']:,}", size, words.significant(x["predicted_nats"]), measured])
     head = ("plan", "experts", "on disk", "predicted", "measured, nats")
     return Table(head, rows, optional=(1,), chosen=c["ships"])
+
+
+PART = Part(name="frontier", place=30, section=section)

@@ -3,6 +3,7 @@
 from .. import plots
 from ..blocks import Block, Drawing, Heading, Section
 from ..facts import Facts
+from .base import Part
 
 DRAWINGS = {  # of what each layer has -> what to say of it
     "relative_error": (
@@ -36,3 +37,6 @@ def section(facts: Facts) -> Section | None:
         return None
     aside = "Errors of one layer are the next one’s input: they add up, or fade. Other experts are selected on the way."
     return Section("Through the layers", [aside], blocks)
+
+
+PART = Part(name="layers", place=50, section=section)

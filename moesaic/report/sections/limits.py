@@ -4,6 +4,7 @@ from typing import Any
 
 from ..blocks import Block, Heading, Items, Section
 from ..facts import Facts
+from .base import Part
 
 SMALL_TAIL = 20  # a percentile that fewer tokens lie beyond is worth a warning
 PYTHON_TEXT = (
@@ -84,3 +85,6 @@ def missing(facts: Facts) -> list[str]:
         "the noise floor: the source against itself": floor is None,
     }
     return [what for what, is_absent in absent.items() if is_absent]
+
+
+PART = Part(name="limits", place=160, section=section)

@@ -7,6 +7,7 @@ from markupsafe import Markup
 from .. import words
 from ..blocks import Block, Drawing, Items, Section, Table, Text
 from ..facts import Facts
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -58,3 +59,6 @@ def sentences(m: dict[str, Any] | Any) -> list[str]:
         f"The cache holds {cache['tokens']:,} tokens of requests of {m['context']:,}: {cache['concurrency']:,.1f} at once.",
         f"A token takes {cache['token_bytes']:,} bytes of {m['kv'].upper()} cache.",
     ]
+
+
+PART = Part(name="memory", place=140, section=section)

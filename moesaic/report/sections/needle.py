@@ -10,6 +10,7 @@ from .. import words
 from ..blocks import Block, Drawing, Heading, Section, Table, Text
 from ..facts import Facts
 from ..grids import Paint, Row, grid, tone
+from .base import Part
 
 CONTROL = "control"
 MODELS = {"source": "Source", "export": "Export"}
@@ -65,3 +66,6 @@ def table(mine: list[Score], readings: Mapping[str, Any]) -> Table:
     return Table(
         ("tokens", "found by source", "found by export", "Δ ln p of the answer, a token"), rows, left=(), optional=(3,)
     )
+
+
+PART = Part(name="needle", place=60, section=section)

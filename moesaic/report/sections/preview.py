@@ -7,6 +7,7 @@ from .. import plots, words
 from ..blocks import Block, Drawing, Heading, Section, Table
 from ..facts import Facts
 from ..plots import Mark
+from .base import Part
 
 FIGURES = (("KL, nats", "kl_nats"), ("Δ ln perplexity", "delta_ln_ppl"), ("top-1", "top1"), ("overlap", "overlap"))
 
@@ -51,3 +52,6 @@ def table(found: list[dict[str, Any]]) -> Table:
         for c in found
     ]
     return Table(("criterion", *(name for name, _ in FIGURES)), rows, optional=(2, 4))
+
+
+PART = Part(name="preview", place=100, section=section)

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..blocks import Block, Heading, Pairs, Section
 from ..facts import Facts
+from .base import Part
 
 ASIDE = (
     "Identities are hashes of config, headers and samples of each file. The numbers behind this page stand beside it: "
@@ -57,3 +58,6 @@ def of_tokens(tokens: Any, count: int) -> list[tuple[str, str]]:
     hashes = {f"text {d}": h for d, h in tokens.get("text_sha256", {}).items()}
     hashes |= {key: tokens[f"{key}_sha256"] for key in ("tokenizer", "ids") if f"{key}_sha256" in tokens}
     return rows + [(f"{name}, sha256", value[:16]) for name, value in hashes.items()]
+
+
+PART = Part(name="provenance", place=170, section=section)

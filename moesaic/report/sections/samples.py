@@ -6,6 +6,7 @@ from typing import Any
 from .. import words
 from ..blocks import Beside, Block, Section, Table, Text
 from ..facts import Facts
+from .base import Part
 
 WHO = ("source", "export", "served")
 MOST = 1200  # characters of a text that are shown
@@ -48,3 +49,6 @@ def verdict(answer: Mapping[str, Any]) -> str:
 
 def cut(text: str) -> str:
     return text if len(text) <= MOST else f"{text[:MOST]} … ({len(text) - MOST:,} more characters)"
+
+
+PART = Part(name="samples", place=80, section=section)

@@ -3,6 +3,7 @@
 from .. import words
 from ..blocks import Block, Section, Table, Text
 from ..facts import Facts
+from .base import Part
 
 SWEPT = {
     "ppl_served": "ppl_export",
@@ -30,3 +31,6 @@ def section(facts: Facts) -> Section | None:
     if of.get("tokens_before"):
         aside += " It puts a token of its own before every row, which the sweep of the files did not."
     return Section("As it is served", [aside], blocks)
+
+
+PART = Part(name="served", place=90, section=section)

@@ -5,6 +5,7 @@ from markupsafe import Markup
 from .. import words
 from ..blocks import Section, Table, Text, two_lines
 from ..facts import Facts
+from .base import Part
 
 
 def section(facts: Facts) -> Section | None:
@@ -41,3 +42,6 @@ def formats_moved(facts: Facts, role: str) -> str:
     after = words.one_format(facts.after, role)
     before = words.one_format(facts.before, role) if facts.before else after
     return after if before == after else f"{before} → {after}"
+
+
+PART = Part(name="sizes", place=20, section=section)

@@ -7,6 +7,7 @@ from .. import plots, words
 from ..blocks import Block, Drawing, Heading, Section, Table, Text, two_lines
 from ..facts import Facts
 from ..plots import Mark
+from .base import Part
 
 NAMED = re.compile(r"task_(.+)_(source|export|delta|flips|mcnemar_p)")
 
@@ -53,3 +54,6 @@ def figure(score: Score | None) -> Text:
         return ""
     shown = words.figure(score)
     return two_lines(f"{shown['value']} {shown['unit']}", shown["error"])
+
+
+PART = Part(name="tasks", place=70, section=section)
