@@ -37,7 +37,8 @@ from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.measure import Trial
-from moesaic.preview import candidates, plot, preview, table
+from moesaic.preview import candidates, preview, table
+from moesaic.report.outlooks import plot
 from moesaic.tokens import TokenSet, sha256_of
 
 SEEDS = 5

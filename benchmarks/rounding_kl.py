@@ -20,10 +20,11 @@ from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.corpus import Corpus
-from moesaic.make import make, rendered
+from moesaic.export import export
 from moesaic.measure.excess import excess
 from moesaic.plan import Plan
 from moesaic.quantize import SCOPES, formats_of
+from moesaic.render import rendered
 from moesaic.stream import LayerRun, State
 from moesaic.tokens import TokenSet
 
@@ -48,7 +49,7 @@ def kl_of_rows(
     shutil.rmtree(folder, ignore_errors=True)
     began = time.process_time()
     plan, _ = rendered(source, plan, folder / "out", folder, lambda: calibration, quiet=True)
-    result = make(source, plan, folder / "out", folder, quiet=True)
+    result = export(source, plan, folder / "out", quiet=True, overlays=folder)
     seconds = time.process_time() - began
     _, hidden_BTD = last_hidden(result, heldout)
     (kl_BS,) = excess(run, wanted_BTD, [hidden_BTD])

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 
 from . import __version__
 from .errors import InputError, StaleError
-from .files import check_plain, read_file
-from .utf8 import decoded
+from .files import check_plain, decoded, read_file
 
 SCHEMA = 1
 

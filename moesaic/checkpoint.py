@@ -28,8 +28,7 @@ from .containers.base import DTYPES, inventory
 from .damage import damage, damaged_scales, nan_or_infinite
 from .errors import CheckpointError, FileError
 from .families import Architecture, Family, Linear, TensorInfo, family_of
-from .files import is_hidden, open_file, read_file, walk
-from .utf8 import decoded
+from .files import decoded, is_hidden, open_file, read_file, walk
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import overlay
 from .activations import calibrated
 from .artifact import read_json, sweep_partials, write_json
 from .calibrate import Statistics, calibrate, check_domains
@@ -36,18 +37,19 @@ from .corpus import PYTHON_TEXT, Corpus
 from .criteria import CRITERIA
 from .errors import CheckError, InputError
 from .evaluate import Conditions, Reading, Scores, evaluate
+from .export import export
 from .fit import check_layout
 from .formats import FORMATS
-from .make import expert_errors, make, rendered, rounding_on
 from .measure import Prices
 from .plan import SOURCE, Plan
+from .render import rendered
 from .report import report
-from .rounding import ROUNDINGS
+from .rounding import ROUNDINGS, informed
 from .select import REAP, Ranking, Selection, check_names, select_experts
 from .settle import gathered, settle
 from .target import Target
 from .tokens import TokenSet
-from .verdict import Verdict
+from .verdict import Verdict, expert_errors
 from .verify import verify
 
 CURVE = 12  # points of the frontier that are told
@@ -106,7 +108,7 @@ def compress(
     before the first sweep for what cannot be, `CheckError` when the export does not verify.
     """
     source = Checkpoint.open(model)
-    recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
+    recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
     check(source, recipe)
     if recipe.limit:
         check_limit(recipe.setting(source, run, True))
@@ -135,7 +137,8 @@ def compress(
     plan, rounded = rendered(source, plan, run / "model", run, text, quiet)
     plan.save(run / "plan.json", {"source": source.identity})
 
-    result = make(source, plan, run / "model", run, quiet)
+    result = export(source, plan, run / "model", quiet, run)
+    overlay.drop(*(run / name for name in plan.overlays))
     if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
         raise CheckError(
             f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
@@ -229,7 +232,7 @@ def allocate_run(
 def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> tuple[Setting, Prices, TokenSet]:
     """Calibrated and priced, with the text that it was priced on."""
     source = Checkpoint.open(model)
-    recipe = replace(recipe, rounding=rounding_on(recipe.rounding, corpus))
+    recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
     check(source, recipe)
     setting = recipe.setting(source, run, quiet)
     check_limit(setting)

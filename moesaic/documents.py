@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from .artifact import writing
-from .utf8 import CHUNK
+from .files import CHUNK
 
 JOINT = "\n\n"  # stands between the documents of one domain
 SMALL_BYTES = 32 << 20  # of a temporary file that stays in memory

@@ -1,4 +1,5 @@
-"""Opening files that somebody else made: plain ones only, never one that could hang, never end, or lie elsewhere.
+"""Opening files that somebody else made: plain ones only, never one that could hang, never end, or lie elsewhere;
+and reading their text, which is UTF-8, whole, in pieces or as JSON Lines.
 
 A folder that was downloaded may hold a FIFO (opening it waits for ever), a device (it never ends), or a link to a
 file of the user's that has nothing to do with the model (it would be exported, and published). So every file of a
@@ -8,15 +9,19 @@ model or data folder is opened here. A link is followed if it leads
     to the `blobs` of a Hub cache, where huggingface_hub keeps what its snapshots name
 
 and refused otherwise. What the user names on the command line is the user's choice: the folder itself, or a single
-file, may be a link to anywhere. Leaves out what is in the files.
+file, may be a link to anywhere. A byte order mark at the start of a text is never part of it. Leaves out what the
+files and texts mean.
 """
 
+import io
+import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
-from .errors import FileError
+from .errors import FileError, InputError
 
 SMALL_BYTES = 100 << 20  # of a file that is read whole: the index of the largest models has a third of it
 HUB_FOLDERS = ("models--", "datasets--", "spaces--")  # how a Hub cache names what it keeps
@@ -27,6 +32,11 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+
+ENCODING = "utf-8-sig"  # UTF-8, less the byte order mark that some editors put first
+MARK = b"\xef\xbb\xbf"  # that mark
+CHUNK = 1 << 20  # characters read at a time
+LONGEST = 256 << 20  # bytes of one line of JSON Lines, which has to be in memory whole
 
 
 def open_file(path: Path, root: Path | None = None) -> BinaryIO:
@@ -128,3 +138,55 @@ def walk(root: Path, *leave: str) -> list[Path]:
                 if not entry.is_file(follow_symlinks=False):
                     check_plain(found[-1])
     return sorted(found)
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def decoded(raw: bytes) -> str:
+    """Raises `UnicodeDecodeError`, a `ValueError`."""
+    return raw.decode(ENCODING)
+
+
+def read_utf8(path: Path) -> str:
+    """A whole file. Raises `InputError`."""
+    return "".join(pieces(path))
+
+
+def pieces(path: Path, root: Path | None = None) -> Iterator[str]:
+    """A file piece by piece, every end of a line as `\\n`; `root` as in `open_file`. Raises `InputError`."""
+    try:
+        with (
+            open_file(path, root) as raw,
+            io.TextIOWrapper(io.BufferedReader(cast(io.RawIOBase, raw)), ENCODING) as file,
+        ):
+            while piece := file.read(CHUNK):
+                yield piece
+    except (OSError, ValueError) as error:  # not UTF-8, or a null character in the name
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def json_lines(path: Path, root: Path | None = None, containing: bytes = b"") -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every line that is not blank, and has `containing` in it if it has no escapes.
+
+    Lines end at `\\n` alone, as jsonlines.org says: U+2028, U+2029 and U+0085 may stand in a string. Raises
+    `InputError`, naming the line.
+    """
+    number = 0
+    try:
+        with open_file(path, root) as unbuffered, io.BufferedReader(cast(io.RawIOBase, unbuffered)) as file:
+            while raw := file.readline(LONGEST + 1):
+                number += 1
+                if len(raw) > LONGEST:
+                    raise InputError(
+                        f"{path} line {number} is longer than {LONGEST >> 20} MiB; break it up, or write its text to a .txt file"
+                    )
+                if containing not in raw and b"\\u" not in raw:
+                    continue
+                line = decoded(raw) if number == 1 else raw.decode()
+                if line.strip():
+                    yield f"{path} line {number}", json.loads(line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} line {number or 1} cannot be read as UTF-8 text ({error})") from error
+    except (ValueError, RecursionError) as error:  # too deep, or an integer of thousands of digits
+        raise InputError(f"{path} line {number} is not JSON that can be read ({error})") from error

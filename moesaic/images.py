@@ -20,11 +20,10 @@ from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .errors import FamilyError, InputError
 from .families import Vision
-from .files import check_link, check_plain, is_hidden
+from .files import check_link, check_plain, is_hidden, json_lines
 from .texts import data_files, has_image, read_entry
 from .tokenizer import Tokenizer
 from .tokens import IMAGE, IMAGE_TOKENS, TokenSet, sha256_of
-from .utf8 import json_lines
 
 BUCKETS = (2**31 - 2**24) // IMAGE_TOKENS  # images that can be told apart, above any vocabulary
 

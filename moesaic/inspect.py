@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 
 from .checkpoint import Checkpoint
-from .divergence import kept_of
 from .families import TensorInfo
+from .kept import kept_of
 
 
 @dataclass

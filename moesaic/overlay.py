@@ -18,6 +18,7 @@ from .artifact import read_body, read_json, read_tensors, write_json, write_tens
 from .errors import StaleError
 
 KIND, LISTING = "overlay", "overlay.json"
+ON_TEXT = "rendered"  # the folder of matrices rounded on text
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -85,10 +86,11 @@ def listing(folder: Path, inputs: Mapping[str, str] | None = None) -> dict[str, 
     return read_json(folder / LISTING, KIND, inputs)
 
 
-def drop(folder: Path) -> None:
-    """Remove the tensors of a finished overlay, which an export has taken in; the listing stays."""
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
+def drop(*folders: Path) -> None:
+    """Remove the tensors of finished overlays, which an export has taken in; the listings stay."""
+    for folder in folders:
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
 
 
 def is_dropped(folder: Path) -> bool:

@@ -17,14 +17,16 @@ from .corpus import PYTHON_TEXT, Corpus, recorded_text
 from .criteria import CRITERIA
 from .errors import InputError
 from .export import export
-from .export.claim import NOTE, check_free
+from .export.claim import check_free
 from .loops import Probe, probe
 from .measure import Trial
+from .pieces import NOTE
 from .plan import Plan
-from .preview import Candidate, Kept, Outlook, candidates, plot, preview
+from .preview import Candidate, Kept, Outlook, candidates, preview
 from .progress import progress
 from .repair import FOLDER as REPAIRED
 from .repair import check_repairable, repair
+from .report.outlooks import plot
 from .select import AUTO, EVERY, REAP, Ranking, check_names, select_experts
 from .settle import gathered, settle
 from .target import Target

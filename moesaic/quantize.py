@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import overlay
 from .artifact import write_json
 from .checkpoint import Checkpoint
 from .containers import CONTAINERS
 from .corpus import PYTHON_TEXT, Corpus
 from .errors import InputError
+from .export import export
 from .export.claim import check_free
 from .fit import Layout, check_layout
 from .formats import FORMATS
-from .make import expert_errors, make, rendered, rounding_on
 from .plan import SOURCE, Plan
-from .rounding import ROUNDINGS
+from .render import rendered
+from .rounding import ROUNDINGS, informed
 from .target import Target
 from .tokens import TokenSet
+from .verdict import expert_errors
 from .verify import verify
 
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
@@ -63,7 +66,7 @@ def quantize(
     source = Checkpoint.open(model)
     check_free(out, source)
     formats = formats_of(source, asked.format, asked.only, asked.rest)
-    plan = Plan(asked.container, formats=formats, rounding=rounding_on(asked.rounding, corpus))
+    plan = Plan(asked.container, formats=formats, rounding=informed(asked.rounding, corpus.is_own))
     if asked.layout is not None:
         check_layout(Target.of(source, plan), asked.layout)
     source.check_values()
@@ -72,7 +75,8 @@ def quantize(
         return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")
 
     plan, told = rendered(source, plan, out, out / "moesaic", text, quiet)
-    result = make(source, plan, out, out / "moesaic", quiet)
+    result = export(source, plan, out, quiet)
+    overlay.drop(*(out / "moesaic" / name for name in plan.overlays))
     facts: dict[str, Any] = {
         "command": command,
         "model": str(model),

@@ -20,9 +20,8 @@ import numpy as np
 from .conversations import Conversation
 from .documents import JOINT, Document, Spool, Stored, Text, is_blank, part, pieces_of, spans
 from .errors import InputError
-from .files import is_hidden
+from .files import is_hidden, json_lines, pieces
 from .tokenizer import Tokenizer
-from .utf8 import json_lines, pieces
 
 HELD_OUT = 0.25  # of a text, to judge by
 FEW = 8  # fewer documents than this are split inside each document, not between them

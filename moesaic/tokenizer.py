@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .conversations import Renderer
 from .errors import InputError
-from .files import read_file
-from .utf8 import MARK, decoded
+from .files import MARK, decoded, read_file
 
 READ = ("tokenizer.json", "*token*.json", "chat_template*", "additional_chat_templates/*")  # by transformers
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint import Checkpoint
 from .errors import CheckError
 
 
@@ -45,3 +46,14 @@ class Verdict:
         self.compared += other.compared
         self.errors |= other.errors
         self.notes += other.notes
+
+
+def expert_errors(export: Checkpoint, verdict: Verdict) -> dict[str, list[float]]:
+    """Relative weight error ‖value − w‖ / ‖w‖ of each rounded expert's matrices together: MoE layer -> one an expert."""
+    found: dict[str, list[float]] = {}
+    for (layer, _), matrices in sorted(export.architecture.experts_of.items()):
+        pairs = [verdict.errors[n.name] for n in matrices.values() if n.name in verdict.errors]
+        if pairs:
+            off, whole = (sum(p[i] for p in pairs) for i in (0, 1))
+            found.setdefault(str(layer), []).append((off / whole) ** 0.5 if whole else 0.0)
+    return found

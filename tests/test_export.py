@@ -32,7 +32,9 @@ from moesaic.containers import CONTAINERS, Container, siblings
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.export.claim import claim
+from moesaic.families import TensorInfo
 from moesaic.kernels import cpu
+from moesaic.pieces import carried
 from moesaic.plan import Plan
 from moesaic.progress import Meter
 from moesaic.rounding import ROUNDINGS
@@ -403,7 +405,7 @@ def test_what_says_that_it_is_whole_is_on_the_disk_first(larger, mixed, tmp_path
     last = told.index(("name", str(out / "config.json")))
     shards = [told.index(("name", str(file))) for file in out.glob("*.safetensors")]
     assert shards and max(shards) < told.index(("sync", str(out))) < last
-    assert all(("sync", str(out / file)) in told[:last] for file in export_module.carried(larger.path))
+    assert all(("sync", str(out / file)) in told[:last] for file in carried(larger.path))
 
 
 def test_leftovers_do_not_count_as_used(larger, mixed, whole, tmp_path, monkeypatch):
@@ -526,9 +528,7 @@ def test_an_error_of_the_disk_is_not_swallowed(larger, mixed, tmp_path, monkeypa
 
 
 def piece(name: str, count: int, dtype: str = "U8") -> Piece:
-    return Piece(
-        (export_module.TensorInfo(name, dtype, (count,)),), make=lambda: (torch.arange(count, dtype=torch.uint8),)
-    )
+    return Piece((TensorInfo(name, dtype, (count,)),), make=lambda: (torch.arange(count, dtype=torch.uint8),))
 
 
 def test_pieces_fill_shards_in_their_order():

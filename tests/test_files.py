@@ -17,8 +17,9 @@ from moesaic import files
 from moesaic.artifact import read_json, read_tensors, write_json
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, FileError, InputError
-from moesaic.export import carried, export
+from moesaic.export import export
 from moesaic.files import open_file, read_file, same_files, walk
+from moesaic.pieces import carried
 from moesaic.plan import Plan
 from moesaic.verify import verify
 

@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesaic.loops as loops_module
-from moesaic.divergence import Looped, looped
-from moesaic.divergence.loops import COPIES, LEAST_REPEATED
 from moesaic.generate import Decoder, Sampling, generate
-from moesaic.loops import Probe, probe
+from moesaic.loops import COPIES, LEAST_REPEATED, Looped, Probe, looped, probe
 from moesaic.tokens import TokenSet, sha256_of
 
 ALL_DIFFERENT = list(range(100, 160))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moesaic.checkpoint import Checkpoint
 from moesaic.containers import CONTAINERS
 from moesaic.errors import CheckpointError, PlanError
-from moesaic.export import export, sorted_pieces
+from moesaic.export import export
+from moesaic.pieces import sorted_pieces
 from moesaic.plan import Plan
 from moesaic.shards import plan_shards
 from moesaic.target import Target

@@ -17,7 +17,7 @@ import torch
 from children import child, contents, dying, killed_after
 from safetensors.torch import load_file
 
-import moesaic.make as make_module
+import moesaic.quantize as quantize_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckError, CheckpointError, InputError, PlanError, StaleError
 from moesaic.quantize import SCOPES, Quantizing, quantize
@@ -156,7 +156,7 @@ def test_a_magnitude_that_only_a_misread_scale_makes_is_refused(m3, tmp_path, fa
 
 
 def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
-    real = make_module.export
+    real = quantize_module.export
 
     def damaging(*args) -> Checkpoint:
         result = real(*args)
@@ -166,7 +166,7 @@ def test_a_result_that_does_not_verify_is_an_error(m3, tmp_path, monkeypatch):
             f.write(b"\x77\x77\x77")
         return result
 
-    monkeypatch.setattr(make_module, "export", damaging)
+    monkeypatch.setattr(quantize_module, "export", damaging)
     with pytest.raises(
         CheckError, match=r"does not verify: codes: .*layers\.1\.block_sparse_moe\.experts\.0\.w1 has codes"
     ) as caught:

@@ -93,7 +93,7 @@ def agrees(tmp: Path, tokenizer: Tokenizer, docs: list[str], jsonl: bool, piece:
         docs = ["".join(docs).replace("\r\n", "\n")]
         (tmp / "a.txt").write_text(docs[0], newline="")
     before = documents.CHUNK
-    documents.CHUNK = sys.modules["moesaic.utf8"].CHUNK = piece
+    documents.CHUNK = sys.modules["moesaic.files"].CHUNK = piece
     try:
         (text,) = read_texts(tmp, tokenizer)
         assert whole(text) == docs
@@ -106,7 +106,7 @@ def agrees(tmp: Path, tokenizer: Tokenizer, docs: list[str], jsonl: bool, piece:
                 if characters // blocks:
                     assert one.thin(characters, blocks) == slow_thin(joined, characters, blocks)
     finally:
-        documents.CHUNK = sys.modules["moesaic.utf8"].CHUNK = before
+        documents.CHUNK = sys.modules["moesaic.files"].CHUNK = before
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,11 +18,11 @@ from moesaic.checkpoint import INDEX, Checkpoint
 from moesaic.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate.perplexity import windows
+from moesaic.files import CHUNK, json_lines, pieces, read_utf8
 from moesaic.images import read_samples
 from moesaic.serve.local import read_key
 from moesaic.texts import read_texts
 from moesaic.tokenizer import Tokenizer
-from moesaic.utf8 import CHUNK, json_lines, pieces, read_utf8
 
 BOM = b"\xef\xbb\xbf"
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"  # where str.splitlines breaks too, and JSON Lines do not
@@ -183,7 +183,7 @@ def test_bad_lines_are_named(tmp_path, tokenizer, raw, message):
 
 
 def test_a_line_too_long_for_memory_is_refused(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("moesaic.utf8.LONGEST", 1 << 20)
+    monkeypatch.setattr("moesaic.files.LONGEST", 1 << 20)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * (1 << 20)}))
     with pytest.raises(InputError, match="line 1 is longer than 1 MiB"):
         read_texts(tmp_path, tokenizer)

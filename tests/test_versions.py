@@ -24,10 +24,10 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.divergence import Contender, Rows, lockstep
 from moesaic.errors import StaleError
 from moesaic.export import export
-from moesaic.export.claim import NOTE
 from moesaic.formats import FORMATS
 from moesaic.measure import Options, Trial, price, trace
 from moesaic.measure import prices as prices_module
+from moesaic.pieces import NOTE
 from moesaic.plan import Plan
 from moesaic.render import render
 from moesaic.repair import repair

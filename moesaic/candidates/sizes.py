@@ -18,11 +18,11 @@ from ..artifact import json_text
 from ..checkpoint import Checkpoint
 from ..containers import Container
 from ..digests import NONE
-from ..export import carried, digest_names, rounding_of, sorted_pieces
-from ..export.claim import noted
 from ..families import TensorInfo
+from ..overlay import ON_TEXT
+from ..pieces import carried, digest_names, noted, sorted_pieces
 from ..plan import SOURCE
-from ..render import FOLDER
+from ..rounding import rounding_named
 from ..shards import PAGE, SHARD_BYTES, SMALL, index_of, plan_shards
 from ..target import Target, is_made_of_source
 
@@ -97,9 +97,9 @@ def folder_bytes(target: Target) -> int:
 def as_listed(target: Target) -> Target:
     """The target as it is exported: what its rounding needs text for will be in an overlay."""
     rounded = [n.name for n in target.architecture.linears if is_made_of_source(target, n)]
-    if not (rounded and rounding_of(target.plan).needs):
+    if not (rounded and rounding_named(target.plan.rounding).needs):
         return target
-    return replace(target, plan=replace(target.plan, overlays={FOLDER: dict.fromkeys(rounded, "0" * 64)}))
+    return replace(target, plan=replace(target.plan, overlays={ON_TEXT: dict.fromkeys(rounded, "0" * 64)}))
 
 
 def folders(source: Checkpoint) -> int:

@@ -50,7 +50,7 @@ def told(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell_rounding(facts: dict[str, Any]) -> None:
-    from ..make import sentence
+    from ..render import sentence
 
     if facts["rendered"]:
         print(f"rounded  {sentence(facts['rendered'])}")

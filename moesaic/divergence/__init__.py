@@ -2,8 +2,7 @@
 
 comparison.py compares distributions token by token, routing.py where tokens go; lockstep.py takes models
 through their layers to get there, branches.py takes many variants of one; activations.py is what an
-engine does besides; bootstrap.py turns tokens into figures with errors. loops.py looks at a text that
-was generated.
+engine does besides; bootstrap.py turns tokens into figures with errors.
 """
 
 from .activations import WAYS, intakes
@@ -12,8 +11,6 @@ from .boundary import Known
 from .branches import against
 from .comparison import FIELDS, Comparison, Divergence
 from .lockstep import Contender, Lockstep, Rows, lockstep
-from .loops import Looped, looped
-from .routing import kept_of
 
 __all__ = [
     "FIELDS",
@@ -25,11 +22,8 @@ __all__ = [
     "Estimate",
     "Known",
     "Lockstep",
-    "Looped",
     "Rows",
     "against",
     "intakes",
-    "kept_of",
     "lockstep",
-    "looped",
 ]

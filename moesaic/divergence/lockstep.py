@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from ..kept import Kept
 from ..stream import Intake, LayerRun, Standing, State, Sweep
 from ..stream.memory import spans
 from ..stream.state import ignore
 from .boundary import Known, Mark, route_tensors, routes_of
 from .comparison import Comparison, Divergence
-from .routing import Kept, Route, agreement, into
+from .routing import Route, agreement, into
 
 SOURCE = "source"
 COPIES = 6  # float64 tensors [tokens, ids] that a comparison makes

@@ -4,18 +4,13 @@ Another model may lack experts and number the rest anew, so it is compared in th
 Leaves out what the experts do with the tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, InputError
 from ..stream import Observer, Routing
-
-SAME_ROW = 0.999  # cosine; rows of different experts are far below, rows rounded to BF16 far above
-Kept = Mapping[int, Sequence[int]]  # MoE layer -> ids in the source, by id in the other
 
 
 @dataclass(frozen=True)
@@ -45,30 +40,3 @@ def agreement(source: Route, other: Route, kept_E: Sequence[int], experts: int) 
     agreed_T = chosen_TE.gather(1, ids_Tk).float().mean(1)
     gone_T = source.gates_Tk.float().where(~there_E[ids_Tk], 0.0).sum(1)
     return agreed_T, gone_T
-
-
-def kept_of(pruned: Checkpoint, base: Checkpoint) -> dict[int, list[int]]:
-    """Which of the base's experts a pruned model kept, found by its router rows: no calibration, no note needed.
-
-    Raises `CheckpointError` when a row resembles none of the base's: then it is no relative of it.
-    """
-    a, b = pruned.architecture, base.architecture
-    if (a.family, a.moe_layers, a.hidden) != (b.family, b.moe_layers, b.hidden):
-        raise InputError(
-            f"{pruned.path} and {base.path} have different families, layers or widths; name the base it was made from"
-        )
-    found = {}
-    for layer in a.moe_layers:
-        mine, theirs = (
-            torch.nn.functional.normalize(c.read(c.architecture.routers[layer].weight).double(), dim=1)
-            for c in (pruned, base)
-        )
-        cosine, ids = (mine @ theirs.T).max(1)
-        if float(cosine.min()) < SAME_ROW or len(set(ids.tolist())) != len(ids):
-            worst = int(cosine.argmin())
-            raise CheckpointError(
-                f"router row {worst} of layer {layer} in {pruned.path} resembles none of {base.path} "
-                f"(cosine {float(cosine[worst]):.3f}); it was not made from that model"
-            )
-        found[layer] = ids.tolist()
-    return found

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from .. import __version__
 from ..artifact import identity, write_tensors
 from ..checkpoint import Checkpoint
-from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, kept_of, lockstep
+from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, lockstep
 from ..divergence.activations import intakes, told
-from ..divergence.routing import Kept
 from ..errors import CheckpointError, InputError
+from ..kept import Kept, kept_of
 from ..progress import progress
 from ..registry import collect
 from ..stream import LayerRun, Sweep

@@ -13,9 +13,9 @@ import torch
 from ..divergence import Estimate
 from ..documents import Text
 from ..errors import InputError
+from ..files import read_utf8
 from ..tokenizer import Tokenizer
 from ..tokens import sha256_of
-from ..utf8 import read_utf8
 from .base import Evaluation, Reading, Score, Scoring
 
 TOKENISED = ("<unk>", " @-@ ")  # marks of the tokenised split; the raw one has neither

@@ -14,32 +14,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import kernels, overlay
 from ..artifact import atomic, writing
-from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, Stored, reading, sample
+from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, sample
 from ..containers import siblings
 from ..containers.base import DTYPES
-from ..digests import NONE as NO_DIGEST
-from ..digests import Journal, listing, of_bytes, of_file
+from ..digests import Journal, of_bytes, of_file
 from ..errors import InputError, PlanError, StaleError
-from ..families import Linear, TensorInfo
-from ..files import check_size, open_file, walk
+from ..families import Linear
+from ..files import open_file
+from ..pieces import NOTE, Makers, carried, sorted_pieces
 from ..plan import Plan
 from ..progress import progress
 from ..recode import recode
 from ..rounding import Rounding, round_siblings, rounding_named
-from ..shards import SHARD_BYTES, Piece, Shard, index_of, plan_shards, write_shards
+from ..shards import SHARD_BYTES, index_of, plan_shards, write_shards
 from ..target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
-from .claim import NOTE, claim
+from .claim import claim
 
-LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
-LARGEST_CARRIED = 1 << 30  # bytes of a file beside the weights: tokenizers have some 30 MB
-WRITTEN_ANEW = ("config.json", INDEX, "README.md")
+Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its tensors by meaning
 
 
 def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overlays: Path | None = None) -> Checkpoint:
@@ -50,7 +47,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
     too small. Interrupted at any byte, the same call continues.
     """
-    target, rounding = Target.of(source, plan), rounding_of(plan)
+    target, rounding = Target.of(source, plan), rounding_named(plan.rounding)
     source.check_values()
     along = carried(source.path)
     if rounding.needs and any(is_made_of_source(target, n) for n in target.architecture.linears):
@@ -61,8 +58,12 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
             "compress measures that on text"
         )
     try_recoding(target)
-    take = from_overlays(target, overlays or out / "moesaic", (out / "config.json").exists())
-    shards = plan_shards(sorted_pieces(target, take), SHARD_BYTES)
+    makers = Makers(
+        taken=from_overlays(target, overlays or out / "moesaic", (out / "config.json").exists()),
+        rounded=partial(round_together, target, rounding=rounding),
+        recoded=partial(recoded, target),
+    )
+    shards = plan_shards(sorted_pieces(target, makers), SHARD_BYTES)
     claim(out, target)
     prepare_kernels(target, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
@@ -84,15 +85,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     return Checkpoint.open(out)
 
 
-def rounding_of(plan: Plan) -> Rounding:
-    """The plan's rounding. Raises `PlanError` for one that there is not."""
-    return rounding_named(plan.rounding)
-
-
-Take = Callable[[Sequence[str]], Iterator[Tensor]]  # names of matrices or tensors of the target -> tensors as written
-
-
-def from_overlays(target: Target, folder: Path, is_whole: bool) -> Take:
+def from_overlays(target: Target, folder: Path, is_whole: bool) -> Callable[[Sequence[str]], Iterator[Tensor]]:
     """What the plan's overlays in `folder` hold. Of an export that `is_whole`, their tensors may be gone.
 
     Raises `InputError` for an overlay that is not there or incomplete, `StaleError` for one of another plan or source;
@@ -123,96 +116,6 @@ def from_overlays(target: Target, folder: Path, is_whole: bool) -> Take:
                 yield tensor
 
     return take
-
-
-def sorted_pieces(target: Target, take: Take | None = None) -> list[Piece]:
-    """All pieces, in the order in which their bytes lie in the source, so that disks read forwards.
-
-    Without `take` they tell sizes, and what is in overlays cannot be made.
-    """
-    found = list(small_pieces(target, take)) + list(linear_pieces(target, take))
-    return [piece for _, piece in sorted(found, key=lambda p: p[0])]
-
-
-Placed = tuple[tuple[str, int], Piece]
-Make = Callable[[], Iterable[Tensor]]  # the packed tensors of a group that a server fuses
-Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its tensors by meaning
-
-
-def small_pieces(target: Target, take: Take | None) -> Iterator[Placed]:
-    source, plan = target.source, target.plan
-    rows = {name: plan.kept[layer] for name, layer in target.architecture.rows_of.items() if plan.kept}
-    for info in target.architecture.tensors:
-        stored = source.where(info.name)
-        if info.name in plan.overlaid:
-            yield (stored.file, stored.offset), Piece((info,), make=take and partial(take, (info.name,)))
-        elif info.name in rows:
-            yield (
-                (stored.file, stored.offset),
-                Piece((info,), make=partial(slice_rows, source, info.name, rows[info.name])),
-            )
-        else:
-            yield (stored.file, stored.offset), Piece((info,), copy=(source.path, stored))
-
-
-def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable[Tensor]:
-    """Rows of a router weight or bias, in its stored dtype: no arithmetic touches them."""
-    return (source.read(name)[list(rows)],)
-
-
-def linear_pieces(target: Target, take: Take | None) -> Iterator[Placed]:
-    changed = [n for n in target.architecture.linears if not keeps_bytes(target, n)]
-    for linear in target.architecture.linears:
-        if keeps_bytes(target, linear):
-            yield from copies(target, linear)
-    for group in apart(target, siblings(changed)):
-        place = target.container.place(target.architecture, group[0])
-        tensors = tuple(info for n in group for info in tensors_of(target, n).values())
-        first = next(iter(stored_parts(target, group[0]).values()))
-        make: Make | None = partial(round_together, target, group, rounding_of(target.plan))
-        if group[0].name in target.plan.overlaid:
-            make = take and partial(take, [n.name for n in group])
-        elif keeps_values(target, group[0]):
-            make = partial(recoded, target, group)
-        yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
-
-
-def apart(target: Target, groups: Iterable[tuple[Linear, ...]]) -> Iterator[tuple[Linear, ...]]:
-    """Groups with what overlays hold apart from what they do not."""
-    for group in groups:
-        for inside in (True, False):
-            if part := tuple(n for n in group if (n.name in target.plan.overlaid) == inside):
-                yield part
-
-
-def copies(target: Target, linear: Linear) -> Iterator[Placed]:
-    theirs, place = stored_parts(target, linear), target.container.place(target.architecture, linear)
-    for key, info in tensors_of(target, linear).items():
-        copy = (target.source.path, theirs[key])
-        check = None if key == "codes" else partial(check_copied, target.source, target.origin[linear.name], key)
-        yield (theirs[key].file, theirs[key].offset), Piece((info,), copy, None, place.row, place.rows, check)
-
-
-def check_copied(source: Checkpoint, linear: Linear, key: str) -> None:
-    """Refuse damaged scales before they are copied: they are a thirtieth of a model and less."""
-    where = source.located(linear)[key]
-    offset = where.offset - source.where(where.info.name).offset
-    part = source.load(where.info.name, offset, where.info.bytes).reshape(where.info.shape)
-    source.check_scales(linear, {key: part})
-
-
-def tensors_of(target: Target, linear: Linear) -> dict[str, TensorInfo]:
-    """What the target has of one matrix, by meaning: a tensor each, or a row of one."""
-    module, parts = (
-        target.container.place(target.architecture, linear).module,
-        target.packing(linear).parts(linear.shape),
-    )
-    return {key: TensorInfo(f"{module}.{part.suffix}", part.dtype, part.shape) for key, part in parts.items()}
-
-
-def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
-    """Where the source has the tensors of a matrix of the target, by meaning."""
-    return target.source.located(target.origin[linear.name])
 
 
 def try_recoding(target: Target) -> None:
@@ -267,7 +170,7 @@ def prepare_kernels(target: Target, quiet: bool) -> None:
     """Compile before a meter runs what will be needed while it does."""
     changed = (n for n in target.architecture.linears if is_made_of_source(target, n))
     written = {target.packing(n).format for n in changed if in_kernels(target, (n,))}
-    if rounding_of(target.plan).kernel and written:
+    if rounding_named(target.plan.rounding).kernel and written:
         kernels.of(kernels.device()).prepare(written, quiet)
 
 
@@ -330,26 +233,6 @@ def kernel_input(
     packing = source.container.packing(source.formats[linear.name])
     stream_OS, scales = packing.read({key: part.to(device) for key, part in parts.items()}, linear.shape)
     return stream_OS.view(torch.bfloat16 if packing.format == "bf16" else torch.float8_e4m3fn), scales.blocks
-
-
-def digest_names(source: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What digests.json will list, with digests of zeros: as long as it will be."""
-    files = [*(f.as_posix() for f in carried(source)), INDEX, "config.json", NOTE]
-    return listing({s.file: s.digests for s in shards}, dict.fromkeys(files, NO_DIGEST))
-
-
-def carried(source: Path) -> list[Path]:
-    """Files that go along untouched, relative to the source: tokenizer, templates, licence, processor, remote code.
-
-    Raises `CheckpointError` for a FIFO or device there, a link that leaves the source, and a file of a size that is not
-    such a file's.
-    """
-    with reading(source):
-        inside = [file.relative_to(source) for file in walk(source, "moesaic")]
-        found = [f for f in inside if f.suffix not in LEFT_BEHIND and str(f) not in WRITTEN_ANEW]
-        for file in found:
-            check_size(source / file, LARGEST_CARRIED)
-    return found
 
 
 def carry_along(source: Path, files: Sequence[Path], out: Path) -> dict[str, str]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from ..artifact import read_json
 from ..checkpoint import Checkpoint
 from ..errors import InputError, StaleError
+from ..pieces import NOTE, noted
 from ..plan import Plan
 from ..target import Target
-
-NOTE = "moesaic/plan.json"
 
 
 def claim(out: Path, target: Target) -> None:
@@ -22,11 +21,6 @@ def claim(out: Path, target: Target) -> None:
         raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
     if (told := outdated(out / NOTE, target)) and not (out / "config.json").exists():
         raise StaleError(f"{out} was begun by another arithmetic: {told[0]}; finish it with that, or remove the folder")
-
-
-def noted(target: Target) -> dict[str, str]:
-    """What an export is made from, in its note: the source, and versions of what rounds it."""
-    return {"source": target.source.identity} | target.arithmetic
 
 
 def outdated(note: Path, target: Target) -> tuple[str, frozenset[str]] | None:

@@ -6,7 +6,9 @@ as they are rounded, and hidden states are saved after each layer, so the same c
 out roundings that need no data: `export` does those by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 
 from .. import overlay
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, sample
 from ..errors import PlanError
+from ..export.claim import check_plan
 from ..plan import Plan, dropped
 from ..progress import progress
 from ..rounding import rounding_named
@@ -25,10 +28,29 @@ from ..target import Target, bound
 from ..tokens import TokenSet
 from .work import TEXT, Work, round_layer
 
-__all__ = ["FOLDER", "render"]
+__all__ = ["render", "rendered", "sentence"]
 
-FOLDER = "rendered"  # the overlay's
 VERSION = "1"  # goes up with any change to which inputs matrices are rounded by
+
+
+def rendered(
+    source: Checkpoint, plan: Plan, out: Path, overlays: Path, text: Callable[[], TokenSet], quiet: bool = False
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan with an overlay of what its rounding needs text for, and what rendering that reports.
+
+    The overlay lies in `overlays`, and `out` is where the export is going to be. Where the rounding needs no data, the plan
+    stays as it is and `text` is not called. Memory, errors and resumption are `render`'s.
+    """
+    if not rounding_named(plan.rounding).needs:
+        return plan, None
+    Target.of(source, plan)  # refuses before the hours
+    check_plan(out, source, plan)
+    folder = overlays / overlay.ON_TEXT
+    if overlay.is_dropped(folder) and not (out / "config.json").exists():
+        shutil.rmtree(folder)  # the export that had taken it in is gone
+    facts = render(source, plan, text(), folder, quiet)
+    told = {name: value for name, value in facts.items() if name not in ("by_group", "inputs", "items")}
+    return replace(plan, overlays={overlay.ON_TEXT: facts["items"]} if facts["items"] else {}), told
 
 
 def render(
@@ -94,3 +116,18 @@ def named(groups: Iterable[Mapping[str, Any]]) -> list[str]:
     """The experts of groups, each once, in the order of the model."""
     found = sorted({(g["layer"], g["expert"]) for g in groups})
     return [f"layer {layer} expert {expert}" for layer, expert in found]
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """What a rendering reports, for people."""
+    text = (
+        f"{facts['groups']:,} groups of matrices by {facts['rounding']} on {facts['tokens']:,} tokens; of what experts' "
+        f"weights were rounded by, {facts['pooled_mean']:.0%} is the layer's tokens at large"
+    )
+    for names, part in (
+        (facts["mostly_pooled"], "more than half"),
+        (facts["unreached"], "all, as no token chose them,"),
+    ):
+        if names:
+            text += f"; {part} for {len(names):,} expert{'s' * (len(names) > 1)}: {sample(names)}"
+    return text

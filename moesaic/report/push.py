@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
-from ..export.claim import NOTE
 from ..files import walk
+from ..pieces import NOTE
 from ..verify import verify
 from .card import eval_results
 from .facts import WORK, Facts, places

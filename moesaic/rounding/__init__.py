@@ -17,6 +17,11 @@ def rounding_named(name: str) -> Rounding:
     return ROUNDINGS[name]
 
 
+def informed(name: str, has_text: bool) -> str:
+    """The rounding of that name; where there is text to round by, the one that does the same with data."""
+    return (has_text and name in ROUNDINGS and ROUNDINGS[name].informed) or name
+
+
 def arithmetic(rounding: str, formats: Iterable[str]) -> dict[str, str]:
     """What rounded matrices depend on besides weights and data, as inputs of an artifact: names with their versions.
 
@@ -34,6 +39,7 @@ __all__ = [
     "Rounded",
     "Rounding",
     "arithmetic",
+    "informed",
     "round_members",
     "round_siblings",
     "rounding_named",

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..divergence import Estimate, looped
+from ..divergence import Estimate
 from ..evaluate import Score
 from ..generate import Decoder, Sampling, end_tokens, generate
+from ..loops import looped
 from ..tokenizer import Tokenizer
 from .prompts import PROBES, PROMPTS, Prompt
 

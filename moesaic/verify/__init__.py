@@ -22,8 +22,9 @@ from ..containers import siblings
 from ..damage import not_finite
 from ..errors import InputError, MoesaicError
 from ..export import prepare_kernels
-from ..export.claim import NOTE, outdated
+from ..export.claim import outdated
 from ..families import Linear
+from ..pieces import NOTE
 from ..progress import Meter, progress
 from ..reader import Reader
 from ..target import Target, keeps_bytes

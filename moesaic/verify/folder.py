@@ -12,11 +12,11 @@ from ..containers.base import inventory
 from ..digests import NOTE as DIGESTS
 from ..digests import Digests, load, of_file
 from ..errors import InputError, MoesaicError
-from ..export import carried, rounding_of
-from ..export.claim import NOTE
 from ..families import expert_counts
 from ..files import same_files
+from ..pieces import NOTE, carried
 from ..plan import Plan
+from ..rounding import rounding_named
 from ..target import Target
 from ..verdict import Verdict
 
@@ -76,7 +76,7 @@ def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdi
         raise InputError(f"{export.path} has no {NOTE}, so what it should be is unknown; verify it without a source")
     try:
         target = Target.of(source, Plan.load(note, {"source": source.identity}))
-        rounding_of(target.plan)
+        rounding_named(target.plan.rounding)
     except MoesaicError as error:
         verdict.add("plan", NOTE, f"is not this export's: {error}")
         return None

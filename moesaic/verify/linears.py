@@ -17,12 +17,12 @@ from ..damage import not_finite
 from ..digests import NOTE as DIGESTS
 from ..digests import Digests
 from ..errors import MoesaicError
-from ..export import in_kernels, recoded, requantized, round_together, rounding_of
+from ..export import in_kernels, recoded, requantized, round_together
 from ..families import Linear
 from ..formats import Scales
 from ..progress import Meter
 from ..reader import Reader
-from ..rounding import ROUNDINGS, round_siblings
+from ..rounding import ROUNDINGS, round_siblings, rounding_named
 from ..target import Target, is_made_of_source, keeps_bytes, keeps_values
 from ..verdict import Verdict
 
@@ -105,7 +105,7 @@ def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict
     source, target = sides.source, sides.target
     if source is None or target is None or any(keeps_values(target, n) for n in group):
         return False
-    rounding, (low, high) = rounding_of(target.plan), PLAUSIBLE_RMS
+    rounding, (low, high) = rounding_named(target.plan.rounding), PLAUSIBLE_RMS
     is_known = rounding.kernel and target.formats[group[0].name] not in sides.outdated
     if not (is_known and is_made_of_source(target, group[0]) and in_kernels(target, group)):
         return False
@@ -163,7 +163,7 @@ def check_rounded(
     source = sides.source
     assert source is not None
     weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
-    is_near = bool(rounding_of(target.plan).needs) or target.formats[group[0].name] in sides.outdated
+    is_near = bool(rounding_named(target.plan.rounding).needs) or target.formats[group[0].name] in sides.outdated
     again = nearest(target, group, weights) if is_near else rounded_again(target, group, weights, by_reference)
     for i, (linear, w_OI) in enumerate(zip(group, weights)):
         packing, parts = target.packing(linear), stored[linear.name]
@@ -213,7 +213,7 @@ def rounded_again(
     target: Target, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
 ) -> list[dict[str, Tensor]]:
     """The tensors that rounding the source gives, by kernels where there are some."""
-    rounding, packings = rounding_of(target.plan), [target.packing(n) for n in group]
+    rounding, packings = rounding_named(target.plan.rounding), [target.packing(n) for n in group]
     if by_reference:
         return packed(target, group, round_siblings(rounding, weights, packings[0].number_format))
     made = iter(round_together(target, group, rounding))

@@ -12,9 +12,9 @@ from starlette.applications import Starlette
 
 from ...checkpoint import Checkpoint
 from ...errors import InputError
+from ...files import read_utf8
 from ...generate import Decoder
 from ...resources import Resources
-from ...utf8 import read_utf8
 from .app import application
 from .engine import Engine
 from .model import Limits, Served
