@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.allocate import Allocation, Choice, Frontier, Menu, keep_first
+from moesaic.allocate.solver import Allocation, Choice, Frontier, Menu, keep_first
 
 # Seed 0: a menu of ratios, any uniform count in the order of saliency, and PrismaQuant (April 2026) with the bits it spends.
 KNOWN = {

@@ -22,18 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.allocate import Frontier, Menu
+from moesaic.allocate import Setting, Traced
+from moesaic.allocate.candidates import candidates, menu_of, plan_of, sums, uniform
+from moesaic.allocate.sizes import folder_bytes
+from moesaic.allocate.solver import Frontier, Menu
 from moesaic.calibrate import Statistics
-from moesaic.candidates import Setting, Traced
-from moesaic.candidates.plans import candidates, menu_of, plan_of, sums, uniform
-from moesaic.candidates.sizes import folder_bytes
+from moesaic.calibrate.selection import order_experts, scores
+from moesaic.data.tokens import TokenSet
 from moesaic.errors import PlanError
 from moesaic.measure import TRACE, Measured, Options, Prices, Rule
 from moesaic.measure.trace import drops
 from moesaic.plan import SOURCE, Plan
-from moesaic.select import order_experts, scores
-from moesaic.target import Target
-from moesaic.tokens import TokenSet
+from moesaic.plan.blueprint import Target
 
 SHARES = (0.04, 0.16, 0.3, 0.45, 0.6, 0.8)  # of the way from the smallest plan to the source, as budgets
 RATIOS = (0.0, 0.125, 0.1875, 0.25, 0.3125, 0.375)  # of experts dropped, as the card says

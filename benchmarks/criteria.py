@@ -35,11 +35,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.measure import Trial
-from moesaic.preview import candidates, preview, table
+from moesaic.measure.preview import candidates, preview, table
 from moesaic.report.outlooks import plot
-from moesaic.tokens import TokenSet, sha256_of
 
 SEEDS = 5
 WAYS = ("transformers", "statistics", "all experts")

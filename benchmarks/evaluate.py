@@ -25,11 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import FIELDS, Bootstrap, Divergence
+from moesaic.data.texts import python_texts, read_texts
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokens import TokenSet
 from moesaic.evaluate import Conditions, Reading, evaluate
-from moesaic.texts import python_texts, read_texts
-from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet
+from moesaic.measure.divergence import FIELDS, Bootstrap, Divergence
 
 BATCH = 4  # rows that whole models see at a time
 FIGURES = ("kl_mean", "top1_agreement", "delta_ln_ppl")

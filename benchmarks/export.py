@@ -20,10 +20,10 @@ from pathlib import Path
 from prune import warm
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
+from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.export import export
 from moesaic.plan import SOURCE, Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 
 CASES = {  # name -> (container, format of experts, whether from the INT4 export instead of the source)
     "mxfp4": ("compressed_tensors", "mxfp4", False),

@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from contest import Rivals, contests, learned
 
-from moesaic.allocate import Frontier, Menu
+from moesaic.allocate import FORMATS_OFFERED, Setting, Traced
+from moesaic.allocate.candidates import menu_of, plan_of, sums, uniform, varied
+from moesaic.allocate.choice import learn
+from moesaic.allocate.solver import Frontier, Menu
 from moesaic.artifact import identity
 from moesaic.calibrate import Statistics, calibrate
-from moesaic.candidates import FORMATS_OFFERED, Setting, Traced
-from moesaic.candidates.choose import learn
-from moesaic.candidates.plans import menu_of, plan_of, sums, uniform, varied
+from moesaic.calibrate.selection import order_experts, scores
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
-from moesaic.corpus import Corpus
-from moesaic.demo import MODEL
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet
 from moesaic.measure import (
     ANCHORED,
     SURROGATE,
@@ -48,14 +49,13 @@ from moesaic.measure import (
     some_rows,
     trace,
 )
-from moesaic.measure.anchor import between, ends
+from moesaic.measure.anchored import between, ends
 from moesaic.measure.branch import changes
+from moesaic.measure.branches import state_of
 from moesaic.measure.composition import line
-from moesaic.measure.ride import state_of
 from moesaic.plan import SOURCE
-from moesaic.select import order_experts, scores
+from moesaic.recipes.demo import MODEL
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import TokenSet
 
 CONTAINER = CONTAINERS["compressed_tensors"]
 LOW = 0.3  # nats below which a prediction should be within a factor of 2

@@ -32,10 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import siblings
+from moesaic.checkpoint.containers import siblings
 from moesaic.formats import FORMATS
 from moesaic.kernels.cpu import TARGETS, amax, prepare, requantize
-from moesaic.quantize import Quantizing, quantize
+from moesaic.recipes.quantize import Quantizing, quantize
 
 WAYS = ("cp", "kernels", "quantize")
 ONCE = ("quantize, scale search", "quantize, verified")

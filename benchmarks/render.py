@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.export.sequential.layer import Work
 from moesaic.plan import Plan
-from moesaic.quantize import formats_of
-from moesaic.render.work import Work
+from moesaic.plan.blueprint import Target
+from moesaic.recipes.quantize import formats_of
 from moesaic.rounding import ROUNDINGS
 from moesaic.stream import LayerRun, Observer, Routing, State
-from moesaic.target import Target
 
 LENGTH = 2048
 

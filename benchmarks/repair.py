@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from moesaic.calibrate import calibrate
+from moesaic.calibrate.selection import select_experts
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
-from moesaic.divergence import Bootstrap, Estimate, against
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet
+from moesaic.export.repair import repair
+from moesaic.measure.divergence import Bootstrap, Estimate, against
 from moesaic.plan import Plan, dropped
-from moesaic.repair import repair
-from moesaic.select import select_experts
+from moesaic.plan.blueprint import Target
 from moesaic.stream import LayerRun, Observer, Routing, State
-from moesaic.target import Target
-from moesaic.tokens import TokenSet
 
 STEPS, PACE = 300, 0.3  # of matching loads
 

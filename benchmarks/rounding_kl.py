@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet
 from moesaic.export import export
-from moesaic.measure.excess import excess
+from moesaic.export.sequential import rendered
+from moesaic.measure.kl import excess
 from moesaic.plan import Plan
-from moesaic.quantize import SCOPES, formats_of
-from moesaic.render import rendered
+from moesaic.recipes.quantize import SCOPES, formats_of
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import TokenSet
 
 FORMATS = ("mxfp4", "nvfp4", "int4_g64", "int3_g64", "int2_g64")
 WAYS = ("rtn", "search", "weighted", "gptq", "descent", "autoround")

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli.options import bytes_of
+from moesaic.data.tokens import TokenSet
+from moesaic.export.sequential import render
 from moesaic.measure import Branch, Trial, effort, measure
 from moesaic.plan import Plan
-from moesaic.quantize import formats_of
-from moesaic.render import render
+from moesaic.recipes.quantize import formats_of
 from moesaic.resources import THREADS, Resources
-from moesaic.tokens import TokenSet
 
 LENGTH = 512
 PRICED = ("int4_g128", "mxfp4", "int2_g64")  # of the routed experts, a branch each

@@ -9,8 +9,8 @@ from .errors import PluginError
 Kind = TypeVar("Kind")
 
 
-def collect(package: str, kind: type[Kind]) -> dict[str, Kind]:
-    """Import every file of `package` but `base`; return each `kind` they define at module level, by its `name`.
+def collect(package: str, kind: type[Kind], *beside: str) -> dict[str, Kind]:
+    """Import every file of `package` but `base` and those `beside`. Return each `kind` that they define, by its `name`.
 
     A file of one plug-in bears that plug-in's name. A file of several (`integer.py`: every width and
     group) is one idea, and its plug-ins bear names of their own. Two of one name, or a file with
@@ -18,7 +18,7 @@ def collect(package: str, kind: type[Kind]) -> dict[str, Kind]:
     """
     found: dict[str, Kind] = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if info.name == "base":
+        if info.name in ("base", *beside):
             continue
         module = importlib.import_module(f"{package}.{info.name}")
         mine = [v for v in vars(module).values() if isinstance(v, kind)]

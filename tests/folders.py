@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
-from moesaic.containers.base import DTYPES, siblings
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.checkpoint.containers.base import DTYPES, siblings
 from moesaic.formats import FORMATS
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.containers import CONTAINERS
-from moesaic.containers.base import Packing
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.checkpoint.containers.base import Packing
 from moesaic.formats import FORMATS, NumberFormat, Scales
 from moesaic.formats.base import LARGEST, no_candidates
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, Rows, lockstep
-from moesaic.divergence.activations import declared, intakes, rounded, told
+from moesaic.checkpoint.kept import kept_of
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.export import export
-from moesaic.kept import kept_of
+from moesaic.measure.divergence import Contender, Rows, lockstep
+from moesaic.measure.divergence.activations import declared, intakes, rounded, told
 from moesaic.plan import Plan
 from moesaic.stream import LayerRun, Observer, Routing, State
 

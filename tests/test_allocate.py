@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesaic.allocate import Choice, Frontier, Menu, keep_first, search
+from moesaic.allocate.solver import Choice, Frontier, Menu, keep_first, search
 from moesaic.errors import PlanError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -26,14 +26,14 @@ import moesaic.calibrate.sweep as calibrate_module
 import moesaic.calibrate.weights as weights_module
 import moesaic.stream.sweep as sweep_module
 from moesaic.calibrate import SUMS, LayerSums, Statistics, calibrate, check_unread, groups, weigh
+from moesaic.calibrate.criteria import WEIGHT_SUMS
+from moesaic.calibrate.selection import select_experts
 from moesaic.calibrate.statistics import layer_file
 from moesaic.checkpoint import Checkpoint
-from moesaic.criteria import WEIGHT_SUMS
+from moesaic.data.tokens import TokenSet
 from moesaic.errors import CheckpointError, InputError, StaleError
 from moesaic.progress import Meter
-from moesaic.select import select_experts
 from moesaic.stream import LayerRun, Observer, State
-from moesaic.tokens import TokenSet
 
 DOMAINS = ("code", "math")
 

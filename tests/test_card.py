@@ -17,7 +17,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.errors import CheckError, InputError
 from moesaic.evaluate import Conditions, Reading, evaluate
-from moesaic.quantize import Quantizing, quantize
+from moesaic.recipes.quantize import Quantizing, quantize
 from moesaic.report import Facts, Naming, card, gather, push, report, uploads, write_card
 from moesaic.report.card import eval_results, licence_files
 from moesaic.serve.vllm.base import VERSION

@@ -23,16 +23,16 @@ import pytest
 import tiny
 from children import contents, mend_threads
 
+from moesaic.allocate import folder_bytes, stored_bytes
 from moesaic.artifact import read_json
-from moesaic.candidates import folder_bytes, stored_bytes
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.inspect import size
 from moesaic.cli import COMMANDS, main, parser
-from moesaic.corpus import TRYING_OUT
+from moesaic.data.corpus import TRYING_OUT
 from moesaic.errors import MoesaicError
-from moesaic.inspect import size
-from moesaic.loops import probe
+from moesaic.evaluate.repetition import probe
 from moesaic.plan import Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 from moesaic.verify import verify
 
 Told = tuple[dict[str, Any], str]  # facts of --json, and the text before them
@@ -106,8 +106,8 @@ def test_prune(tell, model, text, tmp_path):
 
 
 def test_preview_and_domains(tell, model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.prune.PREVIEW_TOKENS", 480)
-    monkeypatch.setattr("moesaic.prune.probe", partial(probe, prompts=2, new_tokens=8))
+    monkeypatch.setattr("moesaic.recipes.prune.PREVIEW_TOKENS", 480)
+    monkeypatch.setattr("moesaic.recipes.prune.probe", partial(probe, prompts=2, new_tokens=8))
     asked = ["prune", model, tmp_path / "out", "--experts", "5,3", "--preview", "--domains", "code=2,prose", *text]
     facts, said = tell(*asked, "--criterion", "ean", "--policy", "quota", "--loops")
     assert list(facts["loops"]) == ["source", "5 ean", "3 ean"] and said.count(" texts end so") == 3
@@ -158,7 +158,7 @@ def test_calibrate(tell, model, text, tmp_path):
 
 
 def test_calibrate_until_stable_and_prune_by_it(tell, model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 768)
+    monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 768)
     facts, said = tell("calibrate", model, tmp_path / "run", *text, "--until-stable", "--experts", "4")
     settled = facts["settled"]
     assert facts["tokens"] == settled["read_tokens"] and settled["verdict"] in said and len(settled["steps"]) in (1, 2)

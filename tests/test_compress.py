@@ -10,21 +10,21 @@ import tiny
 import torch
 from children import child, contents, dying
 
+from moesaic.allocate import Offer, stored_bytes
 from moesaic.calibrate import calibrate
-from moesaic.candidates import Offer, stored_bytes
+from moesaic.calibrate.selection import Ranking, select_experts
+from moesaic.calibrate.until_stable import settle
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
-from moesaic.compress import Recipe, select, settled_by
-from moesaic.corpus import Corpus
-from moesaic.divergence import Bootstrap, against
+from moesaic.data.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate import Reading, Scores, evaluate
 from moesaic.export import export
 from moesaic.measure import Trial
+from moesaic.measure.divergence import Bootstrap, against
+from moesaic.measure.preview import candidates, preview
 from moesaic.plan import Plan
-from moesaic.preview import candidates, preview
-from moesaic.select import Ranking, select_experts
-from moesaic.settle import settle
+from moesaic.recipes.compress import Recipe, select, settled_by
 from moesaic.stream import LayerRun, State
 from moesaic.verify import verify
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, MiniMaxM2ForCausalLM, MiniMaxM3SparseForCon
 from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
-from moesaic.containers.compressed_tensors import PACKINGS, SCHEMES
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.checkpoint.containers.compressed_tensors import PACKINGS, SCHEMES
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
 from moesaic.families import Architecture

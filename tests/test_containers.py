@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS, Packing, container_of
-from moesaic.containers.base import DTYPES, pack_bits, siblings, stream_bytes, unpack_bits
+from moesaic.checkpoint.containers import CONTAINERS, Packing, container_of
+from moesaic.checkpoint.containers.base import DTYPES, pack_bits, siblings, stream_bytes, unpack_bits
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.formats import Scales
 

@@ -14,12 +14,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.conversations import Conversation
-from moesaic.corpus import Corpus
+from moesaic.data.conversations import Conversation
+from moesaic.data.corpus import Corpus
+from moesaic.data.texts import read_texts
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import InputError
 from moesaic.serve.local.model import Served
-from moesaic.texts import read_texts
-from moesaic.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools | tojson }}{{ LF }}{% endif %}"

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from moesaic.artifact import write_json
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.cli import main
-from moesaic.containers import CONTAINERS
-from moesaic.convert import convert
 from moesaic.errors import InputError, PlanError
 from moesaic.export import export
 from moesaic.formats import FORMATS, Scales
+from moesaic.formats.recode import recode, twins
 from moesaic.plan import Plan
-from moesaic.recode import recode, twins
+from moesaic.recipes.convert import convert
 from moesaic.verify import verify
 
 # family, from, experts, rest, to, formats there

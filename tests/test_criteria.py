@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.calibrate import SUMS, LayerSums, Statistics
-from moesaic.criteria import CRITERIA, POLICIES, WEIGHT_SUMS, combine, cut
-from moesaic.criteria.base import ranks
+from moesaic.calibrate.criteria import CRITERIA, POLICIES, WEIGHT_SUMS, combine, cut
+from moesaic.calibrate.criteria.base import ranks
+from moesaic.calibrate.selection import jaccard, select_experts
 from moesaic.errors import InputError
-from moesaic.select import jaccard, select_experts
 from moesaic.stream import BlockPass, ExpertPass, Routing
 
 OUTPUTS = torch.tensor([[3.0, 4.0], [5.0, 12.0], [8.0, 15.0]])

@@ -14,8 +14,8 @@ import torch
 from folders import deal, write_folder
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.damage import nan_or_infinite, not_finite
 from moesaic.cli import main
-from moesaic.damage import nan_or_infinite, not_finite
 from moesaic.errors import CheckpointError
 from moesaic.export import export
 from moesaic.families import Linear

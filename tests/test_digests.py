@@ -18,15 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import moesaic.checkpoint.shards as shards_module
 import moesaic.export as export_module
-import moesaic.shards as shards_module
-from moesaic import digests
-from moesaic.candidates import folder_bytes, stored_bytes
-from moesaic.checkpoint import Checkpoint
+from moesaic.allocate import folder_bytes, stored_bytes
+from moesaic.checkpoint import Checkpoint, digests
 from moesaic.cli import main
 from moesaic.export import export
 from moesaic.plan import Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 from moesaic.verify import verify
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}
@@ -135,7 +134,7 @@ def test_a_release_has_none_and_is_not_told_off(m3):
 @pytest.mark.parametrize("name", KINDS)
 def test_its_bytes_are_counted_before_they_are_written(exports, m3, name, monkeypatch):
     monkeypatch.setattr(export_module, "SHARD_BYTES", 1_500_000)
-    monkeypatch.setattr("moesaic.candidates.sizes.SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("moesaic.allocate.sizes.SHARD_BYTES", 1_500_000)
     plan = Plan.load(exports[name] / "moesaic/plan.json")
     assert folder_bytes(Target.of(m3, plan)) == stored_bytes(exports[name])
 

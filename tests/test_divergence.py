@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.divergence import FIELDS, Bootstrap, Comparison, Divergence
+from moesaic.measure.divergence import FIELDS, Bootstrap, Comparison, Divergence
 
 
 def compare(

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, Rows, lockstep
-from moesaic.documents import Text
+from moesaic.data.documents import Text
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokens import TokenSet
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import EVALUATIONS, Conditions, Reading, Scores, evaluate
-from moesaic.evaluate.kld import llama_text
-from moesaic.evaluate.perplexity import windows
+from moesaic.evaluate.scores.kld import llama_text
+from moesaic.evaluate.scores.perplexity import windows
+from moesaic.measure.divergence import Contender, Rows, lockstep
 from moesaic.stream import LayerRun
-from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet
 
 
 def changed(source: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> Checkpoint:

@@ -14,14 +14,14 @@ from torch.nn.functional import silu
 
 import moesaic.families as families_module
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
 from moesaic.export import export
+from moesaic.export.sequential.experts import Experts
 from moesaic.families import Architecture, Linear, TensorInfo
 from moesaic.families.mixtral import MIXTRAL
+from moesaic.families.stated import Config
 from moesaic.plan import Plan
-from moesaic.quantize import Quantizing, quantize
-from moesaic.render.experts import Experts
-from moesaic.stated import Config
+from moesaic.recipes.quantize import Quantizing, quantize
 from moesaic.stream import LayerRun, State
 from moesaic.stream.backward import Listener, retreat
 from moesaic.verify import verify

@@ -25,21 +25,21 @@ from requantized import same_bits
 from safetensors.torch import load_file
 from torch import Tensor
 
+import moesaic.checkpoint.shards as shards_module
 import moesaic.export as export_module
-import moesaic.shards as shards_module
 from moesaic.checkpoint import Checkpoint, Stored, read_header
-from moesaic.containers import CONTAINERS, Container, siblings
+from moesaic.checkpoint.containers import CONTAINERS, Container, siblings
+from moesaic.checkpoint.shards import Piece, Shard, plan_shards, write_shards
 from moesaic.errors import CheckpointError, InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.export.claim import claim
 from moesaic.families import TensorInfo
 from moesaic.kernels import cpu
-from moesaic.pieces import carried
 from moesaic.plan import Plan
+from moesaic.plan.blueprint import Target
+from moesaic.plan.pieces import carried
 from moesaic.progress import Meter
 from moesaic.rounding import ROUNDINGS
-from moesaic.shards import Piece, Shard, plan_shards, write_shards
-from moesaic.target import Target
 
 SMALL = 200_000  # bytes a shard, so that a tiny model has several
 

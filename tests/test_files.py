@@ -19,8 +19,8 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckpointError, FileError, InputError
 from moesaic.export import export
 from moesaic.files import open_file, read_file, same_files, walk
-from moesaic.pieces import carried
 from moesaic.plan import Plan
+from moesaic.plan.pieces import carried
 from moesaic.verify import verify
 
 

@@ -16,7 +16,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError, PlanError
 from moesaic.fit import Footprint, Layout, Machine, Shapes, budget, explain, fit, table
 from moesaic.plan import Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 
 CONFIGS = Path(__file__).parent / "configs"
 GIB = 2**30

@@ -7,13 +7,13 @@ import pytest
 import tiny
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.cli import main
-from moesaic.containers import CONTAINERS
 from moesaic.errors import PlanError
 from moesaic.fit import Layout, check_layout, layout_of, servable
 from moesaic.measure import offers
 from moesaic.plan import Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import moesaic
 
 ROOT = Path(moesaic.__file__).parent
-FLOOR = {name: i for i, names in enumerate(moesaic.FLOORS) for name in names}
+FLOOR = {name: i for i, name in enumerate(moesaic.FLOORS)}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS, Container
+from moesaic.checkpoint.containers import CONTAINERS, Container
 from moesaic.errors import CheckpointError, PlanError
 
 AUTO_ROUND, GPTQ = CONTAINERS["auto_round"], CONTAINERS["gptq"]

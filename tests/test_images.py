@@ -12,12 +12,12 @@ from reference import Reference
 
 from moesaic.calibrate import Statistics, calibrate
 from moesaic.cli import main
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
+from moesaic.data.images import Sight, fitted, pictured
+from moesaic.data.texts import read_texts
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import FamilyError, InputError
 from moesaic.families import FAMILIES
-from moesaic.images import Sight, fitted, pictured
-from moesaic.texts import read_texts
-from moesaic.tokenizer import Tokenizer
 
 VISION = FAMILIES["minimax_m3_vl"].vision
 

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.inspect import inspect, size, table
 from moesaic.errors import CheckpointError, InputError
 from moesaic.export import export
-from moesaic.inspect import inspect, size, table
 from moesaic.plan import Plan
 
 RELEASED = {  # tensors, bytes and parameters of the released files; parameters a token, to the digits that are published

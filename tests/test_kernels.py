@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from requantized import assert_equal_to_reference, awkward, packing_of, real_like, same_bits, stored_as
 from torch import Tensor
 
-from moesaic.containers.base import pack_bits
+from moesaic.checkpoint.containers.base import pack_bits
 from moesaic.errors import PlanError
 from moesaic.formats import FORMATS
 from moesaic.formats.base import LARGEST, no_candidates

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesaic.loops as loops_module
+import moesaic.evaluate.repetition as loops_module
+from moesaic.data.tokens import TokenSet, sha256_of
+from moesaic.evaluate.repetition import COPIES, LEAST_REPEATED, Looped, Probe, looped, probe
 from moesaic.generate import Decoder, Sampling, generate
-from moesaic.loops import COPIES, LEAST_REPEATED, Looped, Probe, looped, probe
-from moesaic.tokens import TokenSet, sha256_of
 
 ALL_DIFFERENT = list(range(100, 160))
 

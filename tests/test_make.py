@@ -12,14 +12,13 @@ import pytest
 import tiny
 from children import child, contents, dying
 
-from moesaic import overlay
+from moesaic.allocate import stored_bytes
 from moesaic.artifact import read_json
-from moesaic.candidates import stored_bytes
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
-from moesaic.corpus import Corpus
-from moesaic.plan import Plan
-from moesaic.quantize import Quantizing, quantize
+from moesaic.data.corpus import Corpus
+from moesaic.plan import Plan, overlay
+from moesaic.recipes.quantize import Quantizing, quantize
 from moesaic.verify import verify
 
 
@@ -102,7 +101,7 @@ def test_after_any_death_the_same_call_finishes_the_same_folder(model, data, tmp
 
 
 def test_compress_within_a_budget_is_rounded_on_text(model, data, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("moesaic.compress.CHOICE_TOKENS", 128)
+    monkeypatch.setattr("moesaic.recipes.compress.CHOICE_TOKENS", 128)
     run = tmp_path / "run"
     call = ["compress", str(model.path), str(run), "--bits", "7", "--rounding", "gptq", "--data", str(data)]
     call += ["--experts", str(model.architecture.experts), "--formats", "source,int4_g32,int2_g32"]

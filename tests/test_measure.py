@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.allocate import Frontier
+from moesaic.allocate import Limit, Offer, Pricing, Setting, Traced, choose, folder_bytes, menu_of, stored_bytes
+from moesaic.allocate.candidates import candidates, plan_of, sums, uniform, varied
+from moesaic.allocate.choice import price_text
+from moesaic.allocate.solver import Frontier
 from moesaic.calibrate import Statistics, calibrate
-from moesaic.candidates import Limit, Offer, Pricing, Setting, Traced, choose, folder_bytes, menu_of, stored_bytes
-from moesaic.candidates.choose import price_text
-from moesaic.candidates.plans import candidates, plan_of, sums, uniform, varied
+from moesaic.calibrate.selection import order_experts, select_experts
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
-from moesaic.divergence import against
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.measure import (
@@ -40,14 +41,13 @@ from moesaic.measure import (
     some_rows,
 )
 from moesaic.measure.branch import changes
+from moesaic.measure.branches import state_of
 from moesaic.measure.composition import line
-from moesaic.measure.excess import excess
-from moesaic.measure.ride import state_of
+from moesaic.measure.divergence import against
+from moesaic.measure.kl import excess
 from moesaic.plan import Plan
-from moesaic.select import order_experts, select_experts
+from moesaic.plan.blueprint import Target
 from moesaic.stream import LayerRun, State
-from moesaic.target import Target
-from moesaic.tokens import TokenSet, sha256_of
 
 CONTAINER = CONTAINERS["compressed_tensors"]
 FORMATS = ("source", "mxfp4", "nvfp4", "int3_g64", "int2_g64")

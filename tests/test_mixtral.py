@@ -11,10 +11,10 @@ from reference import Reference
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
+from moesaic.data.tokens import Tokenizer
 from moesaic.generate import Decoder, Sampling, end_tokens, generate
 from moesaic.serve.local import Room, local
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import Tokenizer
 from moesaic.verify import verify
 
 KEY = "a-key-of-tests"

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
+from moesaic.checkpoint.containers import CONTAINERS
+from moesaic.checkpoint.shards import plan_shards
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
-from moesaic.pieces import sorted_pieces
 from moesaic.plan import Plan
-from moesaic.shards import plan_shards
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
+from moesaic.plan.pieces import sorted_pieces
 from moesaic.verify import verify
 
 MLX = CONTAINERS["mlx"]

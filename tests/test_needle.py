@@ -11,11 +11,11 @@ from reference import Reference
 from test_evaluate import changed, noisy
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Estimate
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, Reading, evaluate
-from moesaic.evaluate.needle import CONTROL, haystacks
-from moesaic.tokenizer import Tokenizer
+from moesaic.evaluate.scores.needle import CONTROL, haystacks
+from moesaic.measure.divergence import Estimate
 
 
 def made(checkpoint: Checkpoint, lengths: list[int], **more: Any) -> list[Reading]:

@@ -10,18 +10,18 @@ from folders import write_twin
 from torch import Tensor, nn
 from transformers import MiniMaxM2ForCausalLM
 
-import moesaic.activations as activations
+import moesaic.export.activations as activations
 import moesaic.stream.sweep as sweep_module
-from moesaic.activations import calibrated, observe
 from moesaic.checkpoint import Checkpoint
-from moesaic.compress import Recipe, compress
-from moesaic.corpus import Corpus
-from moesaic.divergence.activations import told
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet
 from moesaic.errors import InputError, PlanError
 from moesaic.export import export
+from moesaic.export.activations import calibrated, observe
 from moesaic.formats import FORMATS
+from moesaic.measure.divergence.activations import told
 from moesaic.plan import Plan
-from moesaic.tokens import TokenSet
+from moesaic.recipes.compress import Recipe, compress
 from moesaic.verify import verify
 
 

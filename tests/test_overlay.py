@@ -17,14 +17,13 @@ from children import child, contents, dying
 from test_repair import flip
 from torch import Tensor
 
-from moesaic import overlay
 from moesaic.artifact import write_json
 from moesaic.checkpoint import Checkpoint
-from moesaic.convert import export_run
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
-from moesaic.plan import Plan
-from moesaic.target import Target, bound
+from moesaic.plan import Plan, overlay
+from moesaic.plan.blueprint import Target, bound
+from moesaic.recipes.convert import export_run
 from moesaic.verify import verify
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}

@@ -22,15 +22,15 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-import moesaic.prune as prune_module
+import moesaic.recipes.prune as prune_module
 from moesaic.calibrate import calibrate
+from moesaic.calibrate.criteria import CRITERIA
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
-from moesaic.criteria import CRITERIA
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import CheckError, InputError, StaleError
-from moesaic.prune import EVERY, Cuts, Pruning, Ranking, preview_cuts, prune
+from moesaic.recipes.prune import EVERY, Cuts, Pruning, Ranking, preview_cuts, prune
 from moesaic.stream import LayerRun, State
-from moesaic.tokens import TokenSet, sha256_of
 
 WORDS = "the sum of all parts is less than one whole; def f(x): return x + 1\n"
 FAMILIES = ["minimax_m2", "minimax_m3_vl"]
@@ -179,8 +179,8 @@ def test_what_a_run_gathered_is_ranked_again_without_a_sweep(m2, corpus, tmp_pat
 
 
 def test_text_is_added_until_the_choice_is_still(m2, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("moesaic.settle.STILL", 0.0)
-    monkeypatch.setattr("moesaic.settle.MOVED", 9.0)
+    monkeypatch.setattr("moesaic.calibrate.until_stable.STILL", 0.0)
+    monkeypatch.setattr("moesaic.calibrate.until_stable.MOVED", 9.0)
     facts = prune(m2.path, tmp_path / "out", Pruning(4, Ranking(until_stable=True)), corpus, quiet=True)
     assert facts["settled"]["stable"] and facts["calibration_tokens"] == 384 == facts["settled"]["read_tokens"]
     assert "192 tokens were enough" in facts["settled"]["verdict"]

@@ -17,10 +17,10 @@ import torch
 from children import child, contents, dying, killed_after
 from safetensors.torch import load_file
 
-import moesaic.quantize as quantize_module
+import moesaic.recipes.quantize as quantize_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import CheckError, CheckpointError, InputError, PlanError, StaleError
-from moesaic.quantize import SCOPES, Quantizing, quantize
+from moesaic.recipes.quantize import SCOPES, Quantizing, quantize
 
 
 def stored(path: Path) -> dict[str, bytes]:

@@ -14,19 +14,18 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
 
-import moesaic.render.experts as experts_module
-import moesaic.render.work as work_module
-from moesaic import overlay
+import moesaic.export.sequential.experts as experts_module
+import moesaic.export.sequential.layer as work_module
 from moesaic.checkpoint import Checkpoint
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
-from moesaic.plan import Plan
-from moesaic.render import render
-from moesaic.render.experts import POOL
+from moesaic.export.sequential import render
+from moesaic.export.sequential.experts import POOL
+from moesaic.plan import Plan, overlay
 from moesaic.rounding import Inputs
 from moesaic.rounding import autoround as autoround_module
 from moesaic.stream import LayerRun, LinearPass, Observer, Routing, State
-from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
 
@@ -108,7 +107,7 @@ def test_an_experts_hessians_are_those_of_its_tokens(m2, tmp_path, monkeypatch) 
     found, tokens, plan = [], some_tokens(m2), a_plan(m2, "int3_g32")
     original = work_module.round_members
     monkeypatch.setattr(
-        "moesaic.render.experts.round_members",
+        "moesaic.export.sequential.experts.round_members",
         lambda rounding, batch, rows, format: found.append(batch) or original(rounding, batch, rows, format),
     )
     render(m2, plan, tokens, tmp_path / "rounded", quiet=True)

@@ -21,19 +21,19 @@ from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import CheckError, InputError, StaleError
 from moesaic.export import export
+from moesaic.export.repair import RIDGE, correction, made_from, repair
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
-from moesaic.prune import Pruning, prune
-from moesaic.repair import RIDGE, correction, made_from, repair
+from moesaic.plan.blueprint import Target
+from moesaic.recipes.prune import Pruning, prune
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
 from moesaic.stream import STATES, LayerRun, Standing, State
 from moesaic.stream.sweep import save
-from moesaic.target import Target
-from moesaic.tokens import TokenSet, sha256_of
 from moesaic.verify import verify
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}

@@ -18,12 +18,12 @@ from test_evaluate import changed, noisy, text_rows
 
 from moesaic.artifact import write_json
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, Reading, Score, Scores, evaluate
 from moesaic.plan import Plan
-from moesaic.prune import Cuts, Pruning, Ranking, preview_cuts, prune
-from moesaic.quantize import Quantizing, quantize
+from moesaic.recipes.prune import Cuts, Pruning, Ranking, preview_cuts, prune
+from moesaic.recipes.quantize import Quantizing, quantize
 from moesaic.report import Facts, gather, grids, mosaic, page, picture, report, words
 from moesaic.report.blocks import Section
 from moesaic.report.facts import places

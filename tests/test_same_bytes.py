@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import moesaic.prune as prune_module
+import moesaic.recipes.prune as prune_module
 import moesaic.stream.experts as experts_module
 import moesaic.stream.layer as layer_module
 from moesaic.cli import main, parsed

@@ -13,8 +13,8 @@ from folders import saved
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import FamilyError
 from moesaic.families import family_of
-from moesaic.quantize import Quantizing, quantize
-from moesaic.rope import plain_rope
+from moesaic.families.rope import plain_rope
+from moesaic.recipes.quantize import Quantizing, quantize
 from moesaic.stream import LayerRun, State
 from moesaic.stream.layer import text_config
 

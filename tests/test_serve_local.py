@@ -25,11 +25,11 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import CheckpointError, InputError
 from moesaic.generate import Decoder, Sampling, end_tokens, generate
 from moesaic.serve.local import Room, local, read_key
 from moesaic.stream import LayerRun, State
-from moesaic.tokenizer import Tokenizer
 
 MEMORY = 64 << 20
 PROMPT = "def add(a, b):\n    "

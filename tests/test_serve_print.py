@@ -16,8 +16,8 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError
 from moesaic.fit import Machine, fit
 from moesaic.plan import Plan
+from moesaic.plan.blueprint import Target
 from moesaic.serve.vllm import RENDERERS, Deployment, deployment, render
-from moesaic.target import Target
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = ("MiniMax-M3-64e", 'it\'s a "model" $HOME $(id) `id` #1')

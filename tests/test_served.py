@@ -19,15 +19,15 @@ from test_evaluate import text_rows
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import Conditions, Reading, evaluate
-from moesaic.evaluate.needle import haystacks
+from moesaic.evaluate.samples import PROMPTS
+from moesaic.evaluate.scores.needle import haystacks
+from moesaic.evaluate.server import Server, read, score, writer
+from moesaic.evaluate.server import swept as swept_values
 from moesaic.serve.local import local
-from moesaic.served import Server, read, score, writer
-from moesaic.served import swept as swept_values
-from moesaic.spots import PROMPTS
 from moesaic.stream import LayerRun, State
-from moesaic.tokenizer import Tokenizer
 
 Answer = Callable[[str, dict[str, Any] | None], Any]
 

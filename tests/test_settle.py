@@ -10,13 +10,13 @@ import pytest
 import torch
 from children import contents
 
-import moesaic.settle as settle_module
+import moesaic.calibrate.until_stable as settle_module
 from moesaic.calibrate import Statistics, calibrate
+from moesaic.calibrate.selection import select_experts
+from moesaic.calibrate.until_stable import Step, halving, rungs, score_error, settle, spread, table
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
-from moesaic.select import select_experts
-from moesaic.settle import Step, halving, rungs, score_error, settle, spread, table
-from moesaic.tokens import TokenSet, sha256_of
+from moesaic.data.corpus import Corpus
+from moesaic.data.tokens import TokenSet, sha256_of
 
 
 def pool_of(rows: list[int], length: int = 10) -> TokenSet:
@@ -96,7 +96,7 @@ def test_a_run_stops_when_a_doubling_moves_nothing(m2, corpus, tmp_path, monkeyp
 
 def test_the_steps_are_what_they_say(m2, corpus, tmp_path, monkeypatch):
     """Redone from the rows of each rung by plain calibration; the text may end before anything is still."""
-    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 16 * 64)
+    monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 64)
     settled = settle(m2, corpus, tmp_path / "work", [4, 6], quiet=True)
     assert not settled.stable or settled.steps[-1].still
     pool, read, before = corpus.pool(m2, tmp_path / "pool.safetensors"), [], None
@@ -121,11 +121,11 @@ def test_the_steps_are_what_they_say(m2, corpus, tmp_path, monkeypatch):
 def test_a_text_that_ends_is_said(m2, corpus, tmp_path, monkeypatch):
     real = settle_module.compared
     monkeypatch.setattr(settle_module, "compared", lambda *a: dataclasses.replace(real(*a), jaccard=0.5))
-    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 16 * 16)
+    monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 16)
     settled = settle(m2, corpus, tmp_path / "a", [4], quiet=True)
     assert not settled.stable and settled.statistics.tokens == 256
     assert settled.verdict == "the choice still moves with 256 tokens, all that the text holds; give more"
-    monkeypatch.setattr("moesaic.corpus.POOL_TOKENS", 16 * 20)
+    monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 20)
     settled = settle(m2, corpus, tmp_path / "b", [4], quiet=True)
     assert not settled.stable and [(s.before, s.tokens) for s in settled.steps] == [(64, 128), (128, 256), (256, 320)]
     assert settled.verdict.startswith("the text ends with 320 tokens, before a doubling could tell")

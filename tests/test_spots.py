@@ -6,9 +6,9 @@ import pytest
 from test_evaluate import changed, noisy
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.spots import PROBES, PROMPTS, Prompt, compare, judge, local
-from moesaic.spots.probe import asked
-from moesaic.tokenizer import Tokenizer
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.evaluate.samples import PROBES, PROMPTS, Prompt, compare, judge, local
+from moesaic.evaluate.samples.writing import asked
 
 RIGHT = {
     "train": "It came 60 + 160 = 220 miles in 3.5 hours: 62.86 mph.",

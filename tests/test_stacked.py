@@ -16,13 +16,13 @@ from torch import Tensor
 
 import moesaic.families as families_module
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.inspect import inspect
 from moesaic.errors import CheckpointError
 from moesaic.export import export
 from moesaic.families import Architecture, Linear, Stack, family_of
 from moesaic.families.mixtral import MIXTRAL
-from moesaic.inspect import inspect
+from moesaic.families.stated import Config
 from moesaic.plan import Plan
-from moesaic.stated import Config
 from moesaic.stream import LayerRun
 from moesaic.verify import verify
 

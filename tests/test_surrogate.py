@@ -11,12 +11,12 @@ from reference import Reference
 from test_measure import CONTAINER, rows
 from torch import Tensor
 
-import moesaic.measure.reverse as reverse_module
+import moesaic.measure.slopes as reverse_module
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import PlanError, StaleError
 from moesaic.families import Linear
 from moesaic.measure import Options, Price, Prices, Trial, anchored, offers, price, sense, surrogate, trace
-from moesaic.measure.anchor import between, ends
+from moesaic.measure.anchored import between, ends
 from moesaic.measure.branch import Branch, changes
 from moesaic.plan import SOURCE
 from moesaic.stream import LayerRun, Observer, Routing, State

@@ -21,22 +21,22 @@ import torch
 from children import child, contents, dying
 
 import moesaic.stream.sweep as sweep_module
-from moesaic.activations import observe
 from moesaic.artifact import read_tensors
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
+from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import Conditions, Reading, evaluate
+from moesaic.export.activations import observe
+from moesaic.export.repair import repair
+from moesaic.export.sequential import render
 from moesaic.measure import Branch, Options, Trial, measure, sense
+from moesaic.measure.preview import Candidate, preview
 from moesaic.plan import Plan
-from moesaic.preview import Candidate, preview
+from moesaic.plan.blueprint import Target
 from moesaic.registry import collect
-from moesaic.render import render
-from moesaic.repair import repair
 from moesaic.stream import STATE_COPIES, LayerRun, Standing, State, Sweep
 from moesaic.stream.sweep import EACH_LAYER, load, packed, save
-from moesaic.target import Target
-from moesaic.tokens import TokenSet, sha256_of
 
 CPU = torch.device("cpu")
 INPUTS = {"source": "a", "tokens": "b"}

@@ -13,18 +13,18 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2ForCausa
 
 from moesaic.artifact import read_tensors
 from moesaic.checkpoint import Checkpoint
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import InputError
 from moesaic.evaluate import Conditions, evaluate
 from moesaic.stream import LayerRun, State
-from moesaic.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install moesaic[tasks]")
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from moesaic.tasks import ask, mark
-from moesaic.tasks.marks import answers, mcnemar
+from moesaic.evaluate.tasks import ask, mark
+from moesaic.evaluate.tasks.marks import answers, mcnemar
 
 CHOICE = """
 task: squares

@@ -14,13 +14,13 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic import documents
-from moesaic.corpus import Corpus
-from moesaic.documents import Spool, Stored, Text, pieces_of, spans
+from moesaic.data import documents
+from moesaic.data.corpus import Corpus
+from moesaic.data.documents import Spool, Stored, Text, pieces_of, spans
+from moesaic.data.texts import read_texts, split
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokens import TokenSet
 from moesaic.errors import InputError
-from moesaic.texts import read_texts, split
-from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet
 
 SENTENCE = "The quick brown fox jumps over the lazy dog near the river bank. "
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers, processors
 
-from moesaic.documents import Text, pieces_of
+from moesaic.data.documents import Text, pieces_of
+from moesaic.data.texts import python_texts, read_texts, split
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokens import TokenSet, allot
 from moesaic.errors import InputError, StaleError
-from moesaic.texts import python_texts, read_texts, split
-from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet, allot
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

@@ -13,12 +13,12 @@ from folders import deal, write_folder
 from transformers import AutoConfig
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.containers import CONTAINERS
+from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
 from moesaic.families import FAMILIES
 from moesaic.plan import Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 
 CT = CONTAINERS["compressed_tensors"]
 EVERY = {

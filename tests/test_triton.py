@@ -11,15 +11,15 @@ import torch
 from requantized import assert_equal_to_reference, awkward, real_like, same_bits, stored_as
 
 from moesaic import kernels
-from moesaic.containers import siblings
+from moesaic.checkpoint.containers import siblings
 from moesaic.errors import PlanError
 from moesaic.export import through_kernels
 from moesaic.formats import FORMATS
 from moesaic.formats.base import no_candidates
 from moesaic.kernels import cpu
 from moesaic.plan import Plan
-from moesaic.quantize import formats_of
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
+from moesaic.recipes.quantize import formats_of
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy warns of what F32 is meant to do

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from moesaic.cli import main
-from moesaic.corpus import TRYING_OUT, Corpus
+from moesaic.data.corpus import TRYING_OUT, Corpus
 from moesaic.report import Naming, gather
 from moesaic.report.card import card
 from moesaic.report.page import page

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from moesaic.artifact import read_json, write_json
 from moesaic.checkpoint import INDEX, Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
+from moesaic.data.images import read_samples
+from moesaic.data.texts import read_texts
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.errors import InputError
-from moesaic.evaluate.perplexity import windows
+from moesaic.evaluate.scores.perplexity import windows
 from moesaic.files import CHUNK, json_lines, pieces, read_utf8
-from moesaic.images import read_samples
 from moesaic.serve.local import read_key
-from moesaic.texts import read_texts
-from moesaic.tokenizer import Tokenizer
 
 BOM = b"\xef\xbb\xbf"
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"  # where str.splitlines breaks too, and JSON Lines do not

@@ -19,18 +19,18 @@ from torch import Tensor
 
 import moesaic.verify as verify_module
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.cli import main
-from moesaic.containers import CONTAINERS
 from moesaic.errors import InputError
 from moesaic.export import export
 from moesaic.families import Linear
 from moesaic.kernels import cpu
 from moesaic.plan import Plan
-from moesaic.quantize import formats_of
+from moesaic.recipes.quantize import formats_of
 from moesaic.rounding import round_siblings
-from moesaic.verdict import Verdict
 from moesaic.verify import linears, verify
 from moesaic.verify.linears import check_values, not_finite
+from moesaic.verify.verdict import Verdict
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}
 MOE = "language_model.model.layers.1.block_sparse_moe"

@@ -17,23 +17,23 @@ import torch
 from children import child, dying
 from test_render import a_plan, some_tokens
 
-import moesaic.render.work as work_module
+import moesaic.export.sequential.layer as work_module
 from moesaic.artifact import read_json
 from moesaic.calibrate import Statistics, calibrate
 from moesaic.checkpoint import Checkpoint
-from moesaic.divergence import Contender, Rows, lockstep
 from moesaic.errors import StaleError
 from moesaic.export import export
+from moesaic.export.repair import repair
+from moesaic.export.sequential import render
 from moesaic.formats import FORMATS
 from moesaic.measure import Options, Trial, price, trace
 from moesaic.measure import prices as prices_module
-from moesaic.pieces import NOTE
+from moesaic.measure.divergence import Contender, Rows, lockstep
 from moesaic.plan import Plan
-from moesaic.render import render
-from moesaic.repair import repair
+from moesaic.plan.blueprint import Target
+from moesaic.plan.pieces import NOTE
 from moesaic.rounding import ROUNDINGS
 from moesaic.stream import LayerRun, Sweep
-from moesaic.target import Target
 from moesaic.verify import verify
 
 

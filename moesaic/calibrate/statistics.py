@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..artifact import read_tensors
 from ..checkpoint import Checkpoint
-from ..criteria import Totals
+from ..data.tokens import TokenSet
 from ..errors import InputError
-from ..tokens import TokenSet
+from .criteria.base import Totals
 from .sums import SUMS
 
 KIND = "statistics"

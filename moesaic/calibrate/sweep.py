@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..artifact import sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
+from ..data.tokens import IMAGE, IMAGE_TOKENS, TokenSet
 from ..errors import InputError
 from ..progress import progress
 from ..stream import STATES, LayerRun, Standing, State, Sweep
 from ..stream.state import ignore
-from ..tokens import IMAGE, IMAGE_TOKENS, TokenSet
 from .statistics import KIND, TEXT, VERSION, Statistics, layer_file
 from .sums import LayerSums
 from .weights import WEIGHTS, weigh

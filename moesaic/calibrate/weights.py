@@ -10,9 +10,9 @@ import torch
 
 from ..artifact import read_tensors, sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
-from ..criteria import WEIGHT_SUMS
 from ..progress import progress
 from ..stream.memory import ahead
+from .criteria.base import WEIGHT_SUMS
 from .statistics import VERSION, layer_file
 
 KIND = "weight-sums"

@@ -18,14 +18,14 @@ from .resources import held_bytes
 from .telling import plus_minus, show, sizes, tell_rounding, told, trying_out
 
 if TYPE_CHECKING:
-    from ..compress import Recipe
-    from ..corpus import Corpus
+    from ..calibrate.selection import Ranking
+    from ..data.corpus import Corpus
     from ..fit import Layout
-    from ..select import Ranking
+    from ..recipes.compress import Recipe
 
 
 def corpus(a: arguments.TextArguments) -> Corpus:
-    from ..corpus import Corpus
+    from ..data.corpus import Corpus
 
     return Corpus(data=a.data, heldout=a.heldout, tokens=a.tokens, length=a.length, seed=a.seed)
 
@@ -37,13 +37,13 @@ def layout(a: arguments.ParallelArguments) -> Layout | None:
 
 
 def ranking(a: arguments.RankingArguments, run: Path | None = None) -> Ranking:
-    from ..select import Ranking
+    from ..calibrate.selection import Ranking
 
     return Ranking(criterion=a.criterion, policy=a.policy, domains=a.domains, until_stable=a.until_stable, run=run)
 
 
 def run_inspect(a: arguments.Inspect) -> dict[str, Any]:
-    from ..inspect import inspect, table
+    from ..checkpoint.inspect import inspect, table
 
     facts = inspect(a.model, a.base)
     show(table(facts))
@@ -53,7 +53,7 @@ def run_inspect(a: arguments.Inspect) -> dict[str, Any]:
 
 
 def run_prune(a: arguments.Prune) -> dict[str, Any]:
-    from ..prune import Pruning, prune
+    from ..recipes.prune import Pruning, prune
 
     if a.loops and not a.preview:
         raise InputError("--loops probes what --preview compares; give --preview too")
@@ -74,8 +74,8 @@ def run_prune(a: arguments.Prune) -> dict[str, Any]:
 
 def reads_library(a: arguments.Prune) -> bool:
     """Whether the choice of experts, or a repair, depends on the standard library's text; of a run, on what it read."""
-    from ..corpus import recorded_text
-    from ..criteria import CRITERIA
+    from ..calibrate.criteria import CRITERIA
+    from ..data.corpus import recorded_text
 
     reads = a.criterion not in CRITERIA or CRITERIA[a.criterion].reads_text
     own = a.data is not None
@@ -85,7 +85,7 @@ def reads_library(a: arguments.Prune) -> bool:
 
 
 def told_pruning(facts: dict[str, Any]) -> dict[str, Any]:
-    from ..repair import sentence
+    from ..export.repair import sentence
 
     margins = sorted(facts["margins"].values())
     print(
@@ -106,8 +106,8 @@ def told_pruning(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_preview(a: arguments.Prune) -> dict[str, Any]:
-    from ..preview import table
-    from ..prune import Cuts, preview_cuts, probe_cuts
+    from ..measure.preview import table
+    from ..recipes.prune import Cuts, preview_cuts, probe_cuts
 
     cuts = Cuts(counts=a.experts, ranking=ranking(a, a.run), memory_bytes=held_bytes(a))
     outlooks = preview_cuts(a.model, a.out, cuts, corpus(a), quiet=a.quiet)
@@ -122,7 +122,7 @@ def run_preview(a: arguments.Prune) -> dict[str, Any]:
 
 
 def run_quantize(a: arguments.Quantize) -> dict[str, Any]:
-    from ..quantize import Quantizing, quantize
+    from ..recipes.quantize import Quantizing, quantize
     from ..rounding import ROUNDINGS
 
     asked = Quantizing(
@@ -146,7 +146,7 @@ def told_rounding(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_export(a: arguments.Export) -> dict[str, Any]:
-    from ..convert import convert, export_run, is_run
+    from ..recipes.convert import convert, export_run, is_run
 
     if is_run(a.model):
         facts = export_run(a.model, a.out, a.container, layout(a), check=a.check, quiet=a.quiet)
@@ -185,10 +185,10 @@ def run_verify(a: arguments.Verify) -> dict[str, Any]:
 
 def run_calibrate(a: arguments.Calibrate) -> dict[str, Any]:
     from ..calibrate import Statistics, calibrate, check_unread, chunks
+    from ..calibrate.selection import FEW_TOKENS
+    from ..calibrate.until_stable import settle, table
     from ..checkpoint import Checkpoint
-    from ..images import pictured
-    from ..select import FEW_TOKENS
-    from ..settle import settle, table
+    from ..data.images import pictured
 
     source, stats = Checkpoint.open(a.model), a.run / "stats"
     source.check_values()
@@ -222,7 +222,7 @@ def run_calibrate(a: arguments.Calibrate) -> dict[str, Any]:
 
 
 def run_compress(a: arguments.Compress) -> dict[str, Any]:
-    from ..compress import compress
+    from ..recipes.compress import compress
 
     asked = replace(recipe(a), format=a.format, rest=a.rest, evaluation_tokens=a.evaluation_tokens)
     with trying_out(a.data is None):
@@ -231,9 +231,9 @@ def run_compress(a: arguments.Compress) -> dict[str, Any]:
 
 def recipe(a: arguments.Search) -> Recipe:
     """What the options of a search say; a size that --devices leaves is asked of `fit`."""
-    from ..candidates import FORMATS_OFFERED, Limit, Offer, Pricing
-    from ..compress import Recipe
-    from ..inspect import size
+    from ..allocate import FORMATS_OFFERED, Limit, Offer, Pricing
+    from ..checkpoint.inspect import size
+    from ..recipes.compress import Recipe
 
     budget_bytes, served = a.budget_bytes, layout(a)
     if a.devices:
@@ -261,7 +261,7 @@ def room_on(model: Path, devices: str, context: int | None) -> tuple[int, Layout
 
 
 def run_measure(a: arguments.Search) -> dict[str, Any]:
-    from ..compress import price_run
+    from ..recipes.compress import price_run
 
     facts = price_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
     print("nats a token, each option alone, summed over the layers that can have it;", end=" ")
@@ -273,7 +273,7 @@ def run_measure(a: arguments.Search) -> dict[str, Any]:
 
 
 def run_allocate(a: arguments.Search) -> dict[str, Any]:
-    from ..compress import allocate_run
+    from ..recipes.compress import allocate_run
 
     facts = allocate_run(a.model, a.run, recipe(a), corpus(a), a.quiet)
     print(f"{'bytes':>18}  bits   experts  KL predicted, off by a factor {math.exp(facts['rule_error']):.2f} (rms)")
@@ -289,7 +289,7 @@ def run_allocate(a: arguments.Search) -> dict[str, Any]:
 
 
 def run_demo(a: arguments.Demo) -> dict[str, Any]:
-    from ..demo import demo
+    from ..recipes.demo import demo
 
     return told(demo(a.run, a.quiet))
 
@@ -343,7 +343,7 @@ def run_local(a: arguments.Serve) -> dict[str, Any]:
 
 
 def run_report(a: arguments.Report) -> dict[str, Any]:
-    from ..inspect import size
+    from ..checkpoint.inspect import size
     from ..report import Naming, gather, push, report, uploads, write_card
 
     page = report(a.run, devices=a.devices or "", context=a.context)

@@ -19,7 +19,7 @@ from .telling import plus_minus
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..evaluate import Reading, Scores
-    from ..tasks import Asked
+    from ..evaluate.tasks import Asked
 
 TEXT = ("kld", "perplexity", "router")  # scored on the same readings at no further cost
 SCORES = (*TEXT, "needle", "tasks", "spots")
@@ -77,13 +77,13 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
         conditions = Conditions(activations=a.activations, seed=a.seed, cache=a.cache)
         scores = evaluate(source, export, readings, out, conditions, a.quiet)
     if asked and scores:
-        from ..tasks import mark
+        from ..evaluate.tasks import mark
 
         more, facts = mark(asked, out, list(ways(export, a.activations)), a.seed)
         scores = scores.add(more, {"tasks": facts}, out / "scores.json")
     if "spots" in wanted:
-        from ..spots import compare, local
-        from ..tokens import Tokenizer
+        from ..data.tokens import Tokenizer
+        from ..evaluate.samples import compare, local
 
         held = held_bytes(a)  # of one writer at a time
         writers = {"source": local(source, held), "export": local(export, held)}
@@ -94,7 +94,7 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
         raise InputError("the tasks ask for nothing; give others")
     if "kld" in wanted:
         from ..artifact import atomic
-        from ..evaluate.kld import llama_text
+        from ..evaluate.scores.kld import llama_text
 
         with atomic(out / "kld.txt") as partial:
             partial.write_text(llama_text(scores) + "\n", encoding="utf-8")
@@ -104,11 +104,11 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
 def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
     """The same readings through a server, beside what a sweep of the export left."""
     from ..checkpoint import Checkpoint
+    from ..data.tokens import Tokenizer
     from ..evaluate import Scores
+    from ..evaluate.samples import compare
+    from ..evaluate.server import Server, read, score, swept, writer
     from ..serve.local import read_key
-    from ..served import Server, read, score, swept, writer
-    from ..spots import compare
-    from ..tokens import Tokenizer
 
     wanted = chosen(a, SERVED, ("perplexity",))
     export, tokenizer = Checkpoint.open(a.export), Tokenizer.open(a.export)
@@ -136,10 +136,10 @@ def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
 
 def read_what(a: arguments.Evaluate, model: Checkpoint, out: Path, wanted: tuple[str, ...]) -> list[Reading]:
     """The readings of text and of haystacks."""
+    from ..data.tokens import Tokenizer
     from ..evaluate import Reading
-    from ..evaluate.needle import haystacks
-    from ..evaluate.perplexity import windows
-    from ..tokens import Tokenizer
+    from ..evaluate.scores.needle import haystacks
+    from ..evaluate.scores.perplexity import windows
 
     tokenizer, architecture = Tokenizer.open(model.path), model.architecture
     found: list[Reading] = []
@@ -160,8 +160,8 @@ def ask(a: arguments.Evaluate, source: Checkpoint) -> Asked:
         raise InputError("tasks are lm-evaluation-harness's, and it is not installed; pip install moesaic[tasks]")
     if not a.tasks:
         raise InputError("no task is named; give --tasks hellaswag,…")
-    from ..tasks import ask
-    from ..tokens import Tokenizer
+    from ..data.tokens import Tokenizer
+    from ..evaluate.tasks import ask
 
     tokenizer, architecture = Tokenizer.open(source.path), source.architecture
     return ask(

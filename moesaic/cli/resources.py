@@ -53,8 +53,8 @@ def check_memory(a: arguments.ResourceArguments, memory_bytes: int) -> None:
     """Raises `InputError` where a sweep of the command's tokens needs more than --memory, however little it holds at once."""
     from ..calibrate import CHUNK_TOKENS
     from ..checkpoint import Checkpoint
+    from ..checkpoint.inspect import size
     from ..errors import InputError
-    from ..inspect import size
     from ..stream import needed_bytes
 
     match a:

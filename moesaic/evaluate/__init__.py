@@ -1,4 +1,4 @@
-"""Evaluations, one file each, all fed by one sweep of source and export. `EVALUATIONS["kld"]` is evaluate/kld.py.
+"""An export against its source: one sweep of both, that feeds every score. `EVALUATIONS["kld"]` is scores/kld.py.
 
 In that sweep the export may ride more than once (activations left alone, and rounded as an engine
 does), and the source beside itself with the noise of BF16: what no measurement can see below.
@@ -19,16 +19,14 @@ from safetensors import safe_open
 from .. import __version__
 from ..artifact import identity, write_tensors
 from ..checkpoint import Checkpoint
-from ..divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, lockstep
-from ..divergence.activations import intakes, told
+from ..checkpoint.kept import Kept, kept_of
 from ..errors import CheckpointError, InputError
-from ..kept import Kept, kept_of
+from ..measure.divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, lockstep
+from ..measure.divergence.activations import intakes, told
 from ..progress import progress
-from ..registry import collect
 from ..stream import LayerRun, Sweep
-from .base import Evaluation, Reading, Score, Scores, Scoring
+from .scores import EVALUATIONS, Reading, Score, Scores, Scoring
 
-EVALUATIONS = collect(__name__, Evaluation)
 FLOOR, TOKENS = "floor", "scores.safetensors"
 VERSIONS = {"moesaic": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 NOISE = 2.0**-9  # about what rounding to BF16 does to a number, as a standard deviation relative to it

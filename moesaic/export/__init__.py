@@ -18,22 +18,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import kernels, overlay
+from .. import kernels
 from ..artifact import atomic, writing
 from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, sample
-from ..containers import siblings
-from ..containers.base import DTYPES
-from ..digests import Journal, of_bytes, of_file
+from ..checkpoint.containers import siblings
+from ..checkpoint.containers.base import DTYPES
+from ..checkpoint.digests import Journal, of_bytes, of_file
+from ..checkpoint.shards import SHARD_BYTES, index_of, plan_shards, write_shards
 from ..errors import InputError, PlanError, StaleError
 from ..families import Linear
 from ..files import open_file
-from ..pieces import NOTE, Makers, carried, sorted_pieces
-from ..plan import Plan
+from ..formats.recode import recode
+from ..plan import Plan, overlay
+from ..plan.blueprint import Target, bound, is_made_of_source, keeps_bytes, keeps_values
+from ..plan.pieces import NOTE, Makers, carried, sorted_pieces
 from ..progress import progress
-from ..recode import recode
 from ..rounding import Rounding, round_siblings, rounding_named
-from ..shards import SHARD_BYTES, index_of, plan_shards, write_shards
-from ..target import Target, bound, is_made_of_source, keeps_bytes, keeps_values
 from .claim import claim
 
 Read = Callable[[Linear], dict[str, Tensor]]  # of a matrix of the source: its tensors by meaning

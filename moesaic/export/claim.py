@@ -5,9 +5,9 @@ from pathlib import Path
 from ..artifact import read_json
 from ..checkpoint import Checkpoint
 from ..errors import InputError, StaleError
-from ..pieces import NOTE, noted
 from ..plan import Plan
-from ..target import Target
+from ..plan.blueprint import Target
+from ..plan.pieces import NOTE, noted
 
 
 def claim(out: Path, target: Target) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from ..errors import FamilyError
 from ..registry import collect
-from ..stated import expert_counts, with_experts
 from .base import (
     DTYPE_BYTES,
     Architecture,
@@ -24,8 +23,9 @@ from .base import (
     Vision,
     Wiring,
 )
+from .stated import expert_counts, with_experts
 
-FAMILIES = collect(__name__, Family)
+FAMILIES = collect(__name__, Family, "rope", "stated")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..stated import Config
+from .stated import Config
 
 DTYPE_BYTES = {
     "F64": 8,

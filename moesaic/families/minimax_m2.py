@@ -7,8 +7,6 @@ from typing import Any
 
 from torch.nn.functional import silu
 
-from ..rope import plain_rope
-from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 from .base import (
     Architecture,
     Arithmetic,
@@ -25,6 +23,8 @@ from .base import (
     attended,
     gated,
 )
+from .rope import plain_rope
+from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 
 PREFIX = "model.layers."
 

@@ -8,8 +8,6 @@ holds a tensor of them, so none is expected.
 from typing import Any
 
 from ..errors import FamilyError
-from ..rope import plain_rope
-from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect, schedule, section
 from .base import (
     Architecture,
     Arithmetic,
@@ -28,6 +26,8 @@ from .base import (
     attended,
     gated,
 )
+from .rope import plain_rope
+from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect, schedule, section
 
 PREFIX = "language_model.model.layers."
 INDEXER_REFUSALS = (

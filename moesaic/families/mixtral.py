@@ -5,8 +5,6 @@ Released in BF16, router included. The Instruct models have no words for thought
 
 from torch.nn.functional import silu
 
-from ..rope import plain_rope
-from ..stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 from .base import (
     Architecture,
     Arithmetic,
@@ -21,6 +19,8 @@ from .base import (
     attended,
     gated,
 )
+from .rope import plain_rope
+from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 
 PREFIX = "model.layers."
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
-from ..containers import Container, Packing
+from ..checkpoint.containers import Container, Packing
 from ..errors import PlanError
 from ..families import FAMILIES, Linear
 from ..formats import FORMATS

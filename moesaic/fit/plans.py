@@ -7,7 +7,7 @@ what each choice costs in quality, which only measuring tells.
 from bisect import bisect
 from typing import Any
 
-from ..containers import CONTAINERS
+from ..checkpoint.containers import CONTAINERS
 from ..errors import InputError, PlanError
 from .footprint import Footprint
 from .machine import Machine

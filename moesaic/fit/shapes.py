@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint
-from ..containers import Packing, Part
+from ..checkpoint.containers import Packing, Part
 from ..families import DTYPE_BYTES, FAMILIES, Serving, TensorInfo
-from ..target import Target
+from ..plan.blueprint import Target
 
 Model = Checkpoint | Target  # on disk, or planned
 

@@ -3,6 +3,6 @@
 from ..registry import collect
 from .base import NumberFormat, Scales, Steps
 
-FORMATS = collect(__name__, NumberFormat)
+FORMATS = collect(__name__, NumberFormat, "recode")
 
 __all__ = ["FORMATS", "NumberFormat", "Scales", "Steps"]

@@ -6,12 +6,12 @@ prices.py asks for every option alone; surrogate.py has their prices from one sw
 anchor.py measures a few and puts the rest between them; trace.py has another tool's, to compare; composition.py fits the rule.
 """
 
-from .anchor import anchored
+from .anchored import anchored
 from .branch import Branch, Effort, Trial, affordable_tokens, effort, some_rows
+from .branches import Figures, Measured, measure, ridden
 from .composition import Rule
 from .prices import ANCHORED, MEASURED, SURROGATE, TRACE, Options, Price, Prices, default_counts, offers, price
-from .reverse import reverse_work
-from .ride import Figures, Measured, measure, ridden
+from .slopes import reverse_work
 from .surrogate import Sensed, sense, surrogate
 from .trace import trace
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..artifact import identity
 from ..checkpoint import Checkpoint
-from ..containers import siblings
+from ..checkpoint.containers import siblings
+from ..data.tokens import TokenSet
 from ..errors import PlanError
 from ..families import Architecture, Linear
 from ..formats import FORMATS, NumberFormat
@@ -26,7 +27,6 @@ from ..plan import SOURCE, Plan
 from ..rounding import Rounding, round_siblings, rounding_named
 from ..stream import STATE_COPIES, Change, LayerRun, State
 from ..stream.sweep import packed
-from ..tokens import TokenSet
 
 
 @dataclass(frozen=True)

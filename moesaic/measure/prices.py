@@ -13,13 +13,13 @@ import numpy as np
 
 from ..artifact import identity, read_json, write_json
 from ..checkpoint import Checkpoint
-from ..containers import Container
+from ..checkpoint.containers import Container
 from ..errors import PlanError
 from ..formats import FORMATS
 from ..plan import SOURCE
 from ..rounding import arithmetic
 from .branch import Branch, Trial
-from .ride import VERSION, measure
+from .branches import VERSION, measure
 
 KIND = "costs"
 MEASURED, SURROGATE, ANCHORED, TRACE = "measured", "surrogate", "anchored", "trace"

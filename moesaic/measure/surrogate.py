@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
+from ..data.tokens import TokenSet
 from ..errors import InputError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun, Routing
 from ..stream.backward import GatePass, Listener, UnitPass
 from ..stream.router import route
-from ..tokens import TokenSet
 from .branch import Trial, changes
 from .prices import SURROGATE, Key, Options, Price, Prices, inputs_of
-from .reverse import reverse
+from .slopes import reverse
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..stream import Change, LayerRun
 from ..stream.backward import Listener, UnitPass
 from .branch import Trial, changes
 from .prices import TRACE, Key, Options, Price, Prices, inputs_of
-from .reverse import reverse
+from .slopes import reverse
 
 ALPHA = 0.15  # as shipped
 PROJECTIONS = 3

@@ -13,11 +13,11 @@ import numpy as np
 
 from ..artifact import read_json, read_tensors
 from ..checkpoint import Checkpoint
-from ..corpus import recorded_text
+from ..checkpoint.inspect import inspect
+from ..data.corpus import recorded_text
 from ..errors import InputError, MoesaicError
 from ..evaluate import Scores
 from ..fit import Machine, fit
-from ..inspect import inspect
 from ..plan import SOURCE, Plan
 
 DROPPED = "dropped"

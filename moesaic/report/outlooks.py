@@ -6,7 +6,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..preview import Outlook
+from ..measure.preview import Outlook
 from . import mosaic
 from .plots import ACCENT, INK, MUTED, WIDE, svg
 

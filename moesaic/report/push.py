@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint import Checkpoint
 from ..errors import InputError
 from ..files import walk
-from ..pieces import NOTE
+from ..plan.pieces import NOTE
 from ..verify import verify
 from .card import eval_results
 from .facts import WORK, Facts, places

@@ -18,19 +18,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..containers import siblings
-from ..damage import not_finite
+from ..checkpoint.containers import siblings
+from ..checkpoint.damage import not_finite
+from ..checkpoint.reader import Reader
 from ..errors import InputError, MoesaicError
 from ..export import prepare_kernels
 from ..export.claim import outdated
 from ..families import Linear
-from ..pieces import NOTE
+from ..plan.blueprint import Target, keeps_bytes
+from ..plan.pieces import NOTE
 from ..progress import Meter, progress
-from ..reader import Reader
-from ..target import Target, keeps_bytes
-from ..verdict import Verdict
 from .folder import check_digests, check_folder, target_of
 from .linears import Sides, check_digest, check_linears, check_overlaid, raw, same_bytes
+from .verdict import Verdict
 
 THREADS = 2
 REFERENCE_EVERY = 16  # one group in so many is rounded by the reference, the others by the kernels held to it

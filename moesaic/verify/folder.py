@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import INDEX, Checkpoint, read_object
-from ..containers.base import inventory
-from ..digests import NOTE as DIGESTS
-from ..digests import Digests, load, of_file
+from ..checkpoint.containers.base import inventory
+from ..checkpoint.digests import NOTE as DIGESTS
+from ..checkpoint.digests import Digests, load, of_file
 from ..errors import InputError, MoesaicError
 from ..families import expert_counts
 from ..files import same_files
-from ..pieces import NOTE, carried
 from ..plan import Plan
+from ..plan.blueprint import Target
+from ..plan.pieces import NOTE, carried
 from ..rounding import rounding_named
-from ..target import Target
-from ..verdict import Verdict
+from .verdict import Verdict
 
 
 def check_digests(export: Checkpoint, has_source: bool, verdict: Verdict) -> Digests:

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import overlay
 from ..checkpoint import PLAUSIBLE_RMS
-from ..containers import Packing
-from ..damage import not_finite
-from ..digests import NOTE as DIGESTS
-from ..digests import Digests
+from ..checkpoint.containers import Packing
+from ..checkpoint.damage import not_finite
+from ..checkpoint.digests import NOTE as DIGESTS
+from ..checkpoint.digests import Digests
+from ..checkpoint.reader import Reader
 from ..errors import MoesaicError
 from ..export import in_kernels, recoded, requantized, round_together
 from ..families import Linear
 from ..formats import Scales
+from ..plan import overlay
+from ..plan.blueprint import Target, is_made_of_source, keeps_bytes, keeps_values
 from ..progress import Meter
-from ..reader import Reader
 from ..rounding import ROUNDINGS, round_siblings, rounding_named
-from ..target import Target, is_made_of_source, keeps_bytes, keeps_values
-from ..verdict import Verdict
+from .verdict import Verdict
 
 RMS_RATIO = (0.5, 2.0)  # decoded over source; rounding moves it by per cents, a wrong scale by powers
 FAR = 4.0  # times the error of rounding to nearest: GPTQ at 2 bits stays below it

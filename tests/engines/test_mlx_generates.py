@@ -13,10 +13,10 @@ import pytest
 from conftest import SHARED
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.export import export
 from moesaic.generate import Decoder, Sampling, generate
 from moesaic.plan import Plan
-from moesaic.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.engines
 TESTBED = SHARED / "testbed"

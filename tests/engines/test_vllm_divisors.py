@@ -22,7 +22,7 @@ from moesaic.errors import PlanError
 from moesaic.export import export
 from moesaic.families import Linear
 from moesaic.plan import SOURCE, Plan
-from moesaic.target import Target
+from moesaic.plan.blueprint import Target
 
 pytestmark = pytest.mark.engines
 ENGINE, CONTAINER = "vLLM 0.32", "compressed_tensors"

@@ -19,7 +19,7 @@ from conftest import SHARED
 from folders import write_twin
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.corpus import Corpus
+from moesaic.data.corpus import Corpus
 from moesaic.export import export
 from moesaic.plan import Plan
 from moesaic.stream import LayerRun, State

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...checkpoint import Checkpoint, read_object
-from ...conversations import Conversation
+from ...data.conversations import Conversation
+from ...data.tokenizer import Tokenizer
 from ...errors import InputError
 from ...generate import end_tokens
-from ...tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 

@@ -1,0 +1,98 @@
+"""A model in another container, its values untouched: bytes copied where both containers agree, codes carried over elsewhere.
+
+Nothing is rounded. What the other container cannot hold exactly is refused, by the name of its unit and with the
+containers that can. Leaves out changing formats (quantize) and choosing them (compress).
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..artifact import read_json, write_json
+from ..checkpoint import Checkpoint
+from ..checkpoint.containers import CONTAINERS
+from ..errors import InputError
+from ..export import export
+from ..export.claim import check_free
+from ..fit import Layout, check_layout
+from ..plan import Plan
+from ..plan.blueprint import Target, keeps_bytes, keeps_values
+from ..verify import verify
+
+PLAN, DESCRIPTION = "plan.json", "source.json"  # of a run
+
+
+def convert(
+    model: Path, out: Path, container: str, layout: Layout | None = None, check: bool = True, quiet: bool = False
+) -> dict[str, Any]:
+    """Write the existing `model` to `out` in `container`; returns JSON-able facts. Interrupted, it continues.
+
+    `layout` is how it will be served: what an engine would not load so is refused.
+    Raises `PlanError` (and for names `InputError`) before the first byte for what cannot be carried over,
+    `CheckError` when the result does not verify.
+    """
+    if container not in CONTAINERS:
+        raise InputError(f"no container {container!r}; there are {', '.join(CONTAINERS)}")
+    source = Checkpoint.open(model)
+    if source.container.name == container:
+        raise InputError(f"{model} is in {container} already; name another container")
+    check_free(out, source)
+    return written(Target.of(source, Plan(container)), out, None, layout, check, quiet)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / PLAN).exists() and (folder / DESCRIPTION).exists()
+
+
+def export_run(
+    run: Path,
+    out: Path | None,
+    container: str | None,
+    layout: Layout | None = None,
+    check: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Carry out the plan of the run folder `run`: to run/model, and from there to `container` if that is another."""
+    source = Checkpoint.open(read_json(run / DESCRIPTION, "source")["model"])
+    plan, model = Plan.load(run / PLAN, {"source": source.identity}), run / "model"
+    if container is not None and container != plan.container:
+        if not (model / "config.json").exists():
+            export_run(run, None, None, None, check, quiet)
+        return convert(model, out or run / f"model-{container}", container, layout, check, quiet)
+    check_free(out or model, source)
+    return written(Target.of(source, plan), out or model, run, layout, check, quiet)
+
+
+def written(
+    target: Target, out: Path, overlays: Path | None, layout: Layout | None, check: bool, quiet: bool
+) -> dict[str, Any]:
+    source = target.source
+    if layout is not None:
+        check_layout(target, layout)
+    result = export(source, target.plan, out, quiet, overlays)
+    facts: dict[str, Any] = {
+        "model": str(source.path),
+        "out": str(out),
+        "from": source.container.name,
+        "container": target.container.name,
+        "matrices": dict(Counter(way(target, name) for name in target.formats)),
+        "source_bytes": sum(t.bytes for t in source.inventory),
+        "bytes": sum(t.bytes for t in result.inventory),
+    }
+    if check:
+        verdict = verify(out, source, quiet)
+        facts["verified"] = dict(verdict.compared)
+        verdict.require(out, "remove it and export again")
+    write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})
+    return facts
+
+
+def way(target: Target, name: str) -> str:
+    """How a matrix came over: "mxfp4 copied", "nvfp4 repacked", "int4_g128 as affine4_g128", "fp8_block rounded to mxfp4"."""
+    linear = target.architecture.by_name[name]
+    before, after = target.source.formats[target.origin[name].name], target.formats[name]
+    if not keeps_values(target, linear):
+        return f"{before} rounded to {after}"
+    if before != after:
+        return f"{before} as {after}"
+    return f"{after} {'copied' if keeps_bytes(target, linear) else 'repacked'}"
