@@ -33,7 +33,7 @@ from moesaic.errors import PlanError
 from moesaic.measure import TRACE, Measured, Options, Prices, Rule
 from moesaic.measure.trace import drops
 from moesaic.plan import SOURCE, Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 SHARES = (0.04, 0.16, 0.3, 0.45, 0.6, 0.8)  # of the way from the smallest plan to the source, as budgets
 RATIOS = (0.0, 0.125, 0.1875, 0.25, 0.3125, 0.375)  # of experts dropped, as the card says
@@ -58,7 +58,7 @@ def contests(rivals: "Rivals", rule: Rule, choice: TokenSet, judge: TokenSet) ->
     facts = []
     for budget, of, c in zip(budgets, entries, chosen):
         measured = {name: next(judged) for name in of}
-        facts.append(contest(budget, {name: folder_bytes(Target.of(source, p)) for name, p in of.items()}, measured))
+        facts.append(contest(budget, {name: folder_bytes(Blueprint.of(source, p)) for name, p in of.items()}, measured))
         facts[-1]["predicted"] = c.predicted_nats
     summed_up(facts)
     return facts
@@ -110,7 +110,7 @@ class Rivals:
         return plan_of(self.setting, prices, formats, kept)
 
     def fits(self, plan: Plan, budget: int) -> bool:
-        return folder_bytes(Target.of(self.setting.source, plan)) <= budget
+        return folder_bytes(Blueprint.of(self.setting.source, plan)) <= budget
 
     def pruned(self, budget: int) -> Plan | None:
         """Down to as many experts as a token needs."""

@@ -23,7 +23,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.export import export
 from moesaic.plan import SOURCE, Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 CASES = {  # name -> (container, format of experts, whether from the INT4 export instead of the source)
     "mxfp4": ("compressed_tensors", "mxfp4", False),
@@ -52,7 +52,7 @@ def measure(name: str, source: Checkpoint, out: Path) -> dict[str, float]:
     """One export, in this process."""
     container, format, _ = CASES[name]
     plan = plan_of(source, container, format)
-    first = Target.of(source, plan)
+    first = Blueprint.of(source, plan)
     read, written = sum(s.info.bytes for s in source.stored.values()), first.payload_bytes
     wall, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     export(source, plan, out, quiet=True)

@@ -20,7 +20,7 @@ import torch
 from moesaic.checkpoint import Checkpoint
 from moesaic.export.sequential.layer import Work
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.recipes.quantize import formats_of
 from moesaic.rounding import ROUNDINGS
 from moesaic.stream import LayerRun, Observer, Routing, State
@@ -64,7 +64,7 @@ def main() -> None:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(Target.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
+        work = Work(Blueprint.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
         watched = State(began.hidden_BTD, observer=Observer(route=partial(take, work)))
         for _ in run.sweep([watched]):
             pass

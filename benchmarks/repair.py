@@ -28,7 +28,7 @@ from moesaic.data.tokens import TokenSet
 from moesaic.export.repair import repair
 from moesaic.measure.divergence import Bootstrap, Estimate, against
 from moesaic.plan import Plan, dropped
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.stream import LayerRun, Observer, Routing, State
 
 STEPS, PACE = 300, 0.3  # of matching loads
@@ -130,8 +130,8 @@ def main() -> None:
             kept = select_experts(statistics, "reap", keep).cut.kept
             plan, what = Plan(source.container.name, kept), f"{a.model.name} {keep} kept"
             if source.family.wiring.shared:
-                target = Target.of(source, plan)
-                _, facts = repair(target, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
+                blueprint = Blueprint.of(source, plan)
+                _, facts = repair(blueprint, fitted, rows, folder / f"repaired-{keep}", a.seed, quiet=True)
                 figures = (Estimate(**facts[name]) for name in ("cut_nats", "repaired_nats", "change_nats"))
                 tell(f"{what}, shared", *figures)
             tell(f"{what}, bias", *rebiased(source, plan, fitted, rows, folder / f"biases-{keep}", a.seed))

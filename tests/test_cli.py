@@ -32,7 +32,7 @@ from moesaic.data.corpus import TRYING_OUT
 from moesaic.errors import MoesaicError
 from moesaic.evaluate.repetition import probe
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.verify import verify
 
 Told = tuple[dict[str, Any], str]  # facts of --json, and the text before them
@@ -232,7 +232,7 @@ def test_measure_and_allocate_are_compress_stopped_early(tell, model, text, tmp_
     assert [row["bytes"] for row in curve] == sorted(row["bytes"] for row in curve)
     assert [row["predicted_nats"] for row in curve] == sorted((r["predicted_nats"] for r in curve), reverse=True)
     assert sum(row["knee"] for row in curve) == 1 and "<- knee" in said
-    assert folder_bytes(Target.of(Checkpoint.open(model), Plan.load(tmp_path / "plan.json"))) == best["bytes"]
+    assert folder_bytes(Blueprint.of(Checkpoint.open(model), Plan.load(tmp_path / "plan.json"))) == best["bytes"]
     facts, said = tell("compress", *words, "--fit", str(int(0.8 * whole)), "--evaluation-tokens", 192)
     assert (tmp_path / "costs.json").stat().st_mtime_ns == written
     assert facts["chosen"]["bytes"] == stored_bytes(tmp_path / "model") <= int(0.8 * whole)

@@ -25,7 +25,7 @@ from moesaic.checkpoint import Checkpoint, digests
 from moesaic.cli import main
 from moesaic.export import export
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.verify import verify
 
 KEPT = {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}
@@ -136,7 +136,7 @@ def test_its_bytes_are_counted_before_they_are_written(exports, m3, name, monkey
     monkeypatch.setattr(export_module, "SHARD_BYTES", 1_500_000)
     monkeypatch.setattr("moesaic.allocate.sizes.SHARD_BYTES", 1_500_000)
     plan = Plan.load(exports[name] / "moesaic/plan.json")
-    assert folder_bytes(Target.of(m3, plan)) == stored_bytes(exports[name])
+    assert folder_bytes(Blueprint.of(m3, plan)) == stored_bytes(exports[name])
 
 
 # What is found --------------------------------------------------------------------------------------------------------

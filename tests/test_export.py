@@ -36,7 +36,7 @@ from moesaic.export.claim import claim
 from moesaic.families import TensorInfo
 from moesaic.kernels import cpu
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.plan.pieces import carried
 from moesaic.progress import Meter
 from moesaic.rounding import ROUNDINGS
@@ -251,7 +251,7 @@ def test_a_bare_config_can_be_planned_and_not_exported(tmp_path):
     shutil.copy(tiny.CONFIGS / "m2.7.json", tmp_path / "config.json")
     source = Checkpoint.open(tmp_path)
     plan = Plan("fp8", {layer: tuple(range(128)) for layer in source.architecture.moe_layers})
-    half = Target.of(source, plan).payload_bytes
+    half = Blueprint.of(source, plan).payload_bytes
     dropped = (
         62 * 128 * (3 * 3072 * 1536 + 3 * 24 * 12 * 4) + 62 * 128 * (3072 + 1) * 4
     )  # matrices, scales, router rows
@@ -411,7 +411,7 @@ def test_what_says_that_it_is_whole_is_on_the_disk_first(larger, mixed, tmp_path
 def test_leftovers_do_not_count_as_used(larger, mixed, whole, tmp_path, monkeypatch):
     """A killed export's half shard gives its bytes back before the room is measured."""
     out = tmp_path / "out"
-    claim(out, Target.of(larger, mixed))
+    claim(out, Blueprint.of(larger, mixed))
     (out / ".model-00001-of-00009.safetensors.partial").write_bytes(b"x" * 10_000_000)
     measured = []
     usage = shutil.disk_usage
@@ -593,9 +593,9 @@ def test_scalars_and_columns_are_written_as_they_are(tmp_path):
 
 def test_containers_of_the_sources_write_only_their_own(m2):
     with pytest.raises(PlanError, match="mxfp8 container writes models that are mxfp8 throughout"):
-        Target.of(m2, Plan("mxfp8", formats=dict.fromkeys(m2.architecture.units, "mxfp8")))
+        Blueprint.of(m2, Plan("mxfp8", formats=dict.fromkeys(m2.architecture.units, "mxfp8")))
     assert (
-        Target.of(m2, Plan("unquantized", formats=dict.fromkeys(m2.architecture.units, "bf16"))).container
+        Blueprint.of(m2, Plan("unquantized", formats=dict.fromkeys(m2.architecture.units, "bf16"))).container
         is CONTAINERS["unquantized"]
     )
 
@@ -619,11 +619,11 @@ def test_kernels_write_the_bytes_of_the_reference(minimax: Checkpoint, container
     plan = Plan(
         container.name, formats=formats, activations={f"layers.1.experts.{p}": 3.0 for p in ("gate_up", "down")}
     )
-    target, rtn = Target.of(minimax, plan), ROUNDINGS["rtn"]
-    for group in siblings([n for n in target.architecture.linears if n.layer == 1 and n.expert == 3]):
-        assert export_module.in_kernels(target, group)
-        ours = list(export_module.through_kernels(target, group, False))
-        slow = list(export_module.through_values(target, group, rtn))
+    blueprint, rtn = Blueprint.of(minimax, plan), ROUNDINGS["rtn"]
+    for group in siblings([n for n in blueprint.architecture.linears if n.layer == 1 and n.expert == 3]):
+        assert export_module.in_kernels(blueprint, group)
+        ours = list(export_module.through_kernels(blueprint, group, False))
+        slow = list(export_module.through_values(blueprint, group, rtn))
         assert len(ours) == len(slow)
         assert all(same_bits(a, b) for a, b in zip(ours, slow))
 
@@ -635,7 +635,7 @@ def test_kernels_read_what_lies_in_other_containers(m3: Checkpoint, tmp_path: Pa
     made = []
     for name in ("mxfp8", "mlx", "compressed_tensors"):
         here = m3 if name == "mxfp8" else export(m3, Plan(name), tmp_path / name, quiet=True)
-        target = Target.of(here, Plan("compressed_tensors", formats=dict.fromkeys(moe, "nvfp4")))
-        assert export_module.in_kernels(target, first)
-        made.append(list(export_module.through_kernels(target, first, False)))
+        blueprint = Blueprint.of(here, Plan("compressed_tensors", formats=dict.fromkeys(moe, "nvfp4")))
+        assert export_module.in_kernels(blueprint, first)
+        made.append(list(export_module.through_kernels(blueprint, first, False)))
     assert all(same_bits(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True))

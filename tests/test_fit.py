@@ -16,7 +16,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError, PlanError
 from moesaic.fit import Footprint, Layout, Machine, Shapes, budget, explain, fit, table
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 CONFIGS = Path(__file__).parent / "configs"
 GIB = 2**30
@@ -34,12 +34,12 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return found
 
 
-def planned(source: Checkpoint, kept: int | None = None, **formats: str) -> Target:
+def planned(source: Checkpoint, kept: int | None = None, **formats: str) -> Blueprint:
     """`source` with the first `kept` experts, and formats by role: experts="mxfp4"."""
     a = source.architecture
     chosen = {unit: formats[m[0].role] for unit, m in a.units.items() if m[0].role in formats}
     container = "compressed_tensors" if formats else source.container.name
-    return Target.of(source, Plan(container, {n: tuple(range(kept)) for n in a.moe_layers} if kept else {}, chosen))
+    return Blueprint.of(source, Plan(container, {n: tuple(range(kept)) for n in a.moe_layers} if kept else {}, chosen))
 
 
 # Sizes -----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_seed_001_size(released, fused, outputs):
     names = {f"layers.{n}.experts" for n in range(4)} | {f"layers.{n}.qkv" for n in range(fused)}
     names |= {f"layers.{n}.o" for n in range(outputs)}
     formats = {unit: "source" if unit in names else "nvfp4" for unit in source.architecture.units}
-    small = Target.of(source, Plan("compressed_tensors", {n: tuple(range(kept)) for n in range(62)}, formats))
+    small = Blueprint.of(source, Plan("compressed_tensors", {n: tuple(range(kept)) for n in range(62)}, formats))
     counts = [sum(f == format for f in small.formats.values()) for format in ("nvfp4", "fp8_block")]
     assert counts == [30_780, 2_204]
     found = Shapes.of(small).disk.value
@@ -114,12 +114,12 @@ def test_seed_001_size(released, fused, outputs):
 def test_shapes_count_as_a_plan_does(released, name, kept, format):
     """Pruned and rounded as shapes alone, or as a plan of 48,000 matrices."""
     source = released[name]
-    target = planned(source, kept, **({} if format == "source" else {"experts": format}))
+    blueprint = planned(source, kept, **({} if format == "source" else {"experts": format}))
     shapes = Shapes.of(source).pruned(kept)
     if format != "source":
-        shapes = shapes.rounded(target.container.packing(format))
-    assert shapes.disk.value == target.payload_bytes
-    assert {k.format: k.count for k in shapes.kinds} == {k.format: k.count for k in Shapes.of(target).kinds}
+        shapes = shapes.rounded(blueprint.container.packing(format))
+    assert shapes.disk.value == blueprint.payload_bytes
+    assert {k.format: k.count for k in shapes.kinds} == {k.format: k.count for k in Shapes.of(blueprint).kinds}
 
 
 # A device's weights ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from moesaic.errors import PlanError
 from moesaic.fit import Layout, check_layout, layout_of, servable
 from moesaic.measure import offers
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return found
 
 
-def planned(source: Checkpoint, container: str, experts: str, rest: str) -> Target:
+def planned(source: Checkpoint, container: str, experts: str, rest: str) -> Blueprint:
     units = source.architecture.units.items()
-    return Target.of(source, Plan(container, {}, {u: experts if m[0].role == "experts" else rest for u, m in units}))
+    return Blueprint.of(source, Plan(container, {}, {u: experts if m[0].role == "experts" else rest for u, m in units}))
 
 
 # M2.7: an expert's 1,536 over 8 are 192. container, experts, rest, layout, what is said (nothing: it loads)
@@ -62,12 +62,12 @@ SAID = [
 def test_what_would_not_load_is_refused_with_what_would(
     container: str, experts: str, rest: str, layout: Layout, said: str, released: dict[str, Checkpoint]
 ) -> None:
-    target = planned(released["m2.7"], container, experts, rest)
+    blueprint = planned(released["m2.7"], container, experts, rest)
     if not said:
-        check_layout(target, layout)
+        check_layout(blueprint, layout)
         return
     with pytest.raises(PlanError, match=said):
-        check_layout(target, layout)
+        check_layout(blueprint, layout)
 
 
 def test_the_alternative_named_is_one(released: dict[str, Checkpoint]) -> None:

@@ -46,7 +46,7 @@ from moesaic.measure.composition import line
 from moesaic.measure.divergence import against
 from moesaic.measure.kl import excess
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.stream import LayerRun, State
 
 CONTAINER = CONTAINERS["compressed_tensors"]
@@ -339,10 +339,10 @@ def test_bytes_are_those_of_the_folder(priced, tmp_path, kept):
     for i, format in enumerate(("int3_g64", "source")):
         formats, size, _ = uniform(menu, format, [6, 8].index(kept))
         plan = plan_of(Setting(source, tmp_path), prices, formats, kept)
-        target = Target.of(source, plan)
+        blueprint = Blueprint.of(source, plan)
         export(source, plan, tmp_path / str(i), quiet=True)
         there = stored_bytes(tmp_path / str(i))
-        assert folder_bytes(target) == there
+        assert folder_bytes(blueprint) == there
         assert there <= size < 1.02 * there + 20_000
 
 

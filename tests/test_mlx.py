@@ -15,7 +15,7 @@ from moesaic.checkpoint.shards import plan_shards
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.plan.pieces import sorted_pieces
 from moesaic.verify import verify
 
@@ -168,10 +168,10 @@ def test_a_stack_stays_in_one_file(source: Checkpoint, tmp_path: Path) -> None:
     """Whatever the limit: its rows come from all over the source, and a header can only list it once."""
     kept = {layer: (1, 3, 6) for layer in source.architecture.moe_layers}
     formats = {unit: "affine3_g32" for unit in source.architecture.units}
-    target = Target.of(source, Plan("mlx", kept, formats))
-    shards = plan_shards(sorted_pieces(target), 20_000)
+    blueprint = Blueprint.of(source, Plan("mlx", kept, formats))
+    shards = plan_shards(sorted_pieces(blueprint), 20_000)
     names = [entry.name for shard in shards for entry in shard.entries]
     assert len(shards) > 5 and len(names) == len(set(names))
-    assert sum(shard.payload_bytes for shard in shards) == target.payload_bytes
+    assert sum(shard.payload_bytes for shard in shards) == blueprint.payload_bytes
     stack = next(e for shard in shards for e in shard.entries if e.name.endswith("switch_mlp.up_proj.weight"))
     assert stack.shape[0] == 3

@@ -1,4 +1,4 @@
-"""Overlays of planted tensors: any tensor of a target, through export and verify, damaged, moved, killed and continued.
+"""Overlays of planted tensors: any tensor of a blueprint, through export and verify, damaged, moved, killed and continued.
 
 Nothing here is rounded on text or fitted: export and verify must not know who made an overlay. Leaves out the makers
 (test_render.py, test_repair.py).
@@ -22,7 +22,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
 from moesaic.plan import Plan, overlay
-from moesaic.plan.blueprint import Target, bound
+from moesaic.plan.blueprint import Blueprint, bound
 from moesaic.recipes.convert import export_run
 from moesaic.verify import verify
 
@@ -37,9 +37,9 @@ def small_of(source: Checkpoint) -> tuple[str, str]:
 
 def plant(source: Checkpoint, plan: Plan, folder: Path, items: dict[str, Callable[[], list[Tensor]]]) -> Plan:
     """Write an overlay of what `items` give, and the plan that names it."""
-    target, inputs = Target.of(source, plan), bound(source, plan)
+    blueprint, inputs = Blueprint.of(source, plan), bound(source, plan)
     digests = {
-        item: overlay.put(folder, item, dict(zip((t.name for t in target.item(item)), make())), inputs)
+        item: overlay.put(folder, item, dict(zip((t.name for t in blueprint.item(item)), make())), inputs)
         for item, make in items.items()
     }
     overlay.finish(folder, digests, inputs, {})
@@ -48,15 +48,15 @@ def plant(source: Checkpoint, plan: Plan, folder: Path, items: dict[str, Callabl
 
 def tuned(source: Checkpoint, plan: Plan) -> dict[str, Callable[[], list[Tensor]]]:
     """A router [kept, D] in F32, a norm in BF16, and a packed matrix, each unlike the source's."""
-    target = Target.of(source, plan)
+    blueprint = Blueprint.of(source, plan)
     router, norm = small_of(source)
-    down = next(n for n in target.architecture.linears if n.role == "shared" and n.projection == "down")
+    down = next(n for n in blueprint.architecture.linears if n.role == "shared" and n.projection == "down")
     w_OI = source.decode(down.name) * 0.75
-    format = target.packing(down).number_format
+    format = blueprint.packing(down).number_format
 
     def packed() -> list[Tensor]:
         scales = format.scales(w_OI)
-        return list(target.pack(down, format.encode(w_OI, scales), scales).values())
+        return list(blueprint.pack(down, format.encode(w_OI, scales), scales).values())
 
     kept = list(plan.kept[2]) if plan.kept else slice(None)
     return {
@@ -81,7 +81,7 @@ def test_any_tensor_goes_through_export_and_verify(m3, planted, tmp_path):
     down = next(n.name for n in result.architecture.linears if n.role == "shared" and n.projection == "down")
     assert torch.allclose(result.decode(down), 0.75 * m3.decode(down), rtol=0.07, atol=1e-3)
     verdict = verify(tmp_path / "out", m3, quiet=True)
-    assert verdict.holds and verdict.compared["overlay"] == 2 + len(Target.of(m3, planted).item(down))
+    assert verdict.holds and verdict.compared["overlay"] == 2 + len(Blueprint.of(m3, planted).item(down))
     plain = export(m3, replace(planted, overlays={}), tmp_path / "plain", quiet=True)
     changed = {n for n in plain.stored if not torch.equal(*(x.read(n).view(torch.uint8) for x in (plain, result)))}
     assert {n.removesuffix("_scale_inv").removesuffix(".weight") for n in changed} == {
@@ -92,13 +92,13 @@ def test_any_tensor_goes_through_export_and_verify(m3, planted, tmp_path):
 def test_an_overlay_stands_in_for_a_rounding(m2, tmp_path):
     """Some of a unit's matrices from an overlay, the others rounded, in a container that stacks experts."""
     plan = Plan("mlx", formats={unit: "affine4_g64" for unit in m2.architecture.units})
-    target = Target.of(m2, plan)
-    up = target.architecture.experts_of[1, 3]["up"]
-    format, w_OI = target.packing(up).number_format, m2.decode(up.name) * 0.9
+    blueprint = Blueprint.of(m2, plan)
+    up = blueprint.architecture.experts_of[1, 3]["up"]
+    format, w_OI = blueprint.packing(up).number_format, m2.decode(up.name) * 0.9
 
     def packed() -> list[Tensor]:
         scales = format.scales(w_OI)
-        return list(target.pack(up, format.encode(w_OI, scales), scales).values())
+        return list(blueprint.pack(up, format.encode(w_OI, scales), scales).values())
 
     made = plant(m2, plan, tmp_path / "mine", {up.name: packed})
     result = export(m2, made, tmp_path / "out", quiet=True, overlays=tmp_path)
@@ -111,7 +111,7 @@ def test_a_flipped_bit_is_found_by_verify_and_by_export(m3, planted, tmp_path):
     export(m3, planted, tmp_path / "out", quiet=True, overlays=tmp_path)
     for item in planted.overlaid:
         broken = Path(shutil.copytree(tmp_path / "out", tmp_path / "broken", dirs_exist_ok=True))
-        flip(broken, Target.of(m3, planted).item(item)[0].name)
+        flip(broken, Blueprint.of(m3, planted).item(item)[0].name)
         found = [(f.check, f.where) for f in verify(broken, m3, quiet=True).findings if f.check != "digest"]
         assert found == [("overlay", item)]
         bad = Path(shutil.copytree(tmp_path / "healed", tmp_path / "again" / "healed", dirs_exist_ok=True))
@@ -160,11 +160,11 @@ def test_plans_whose_overlays_cannot_be_are_refused(m3, m2, planted):
     with pytest.raises(PlanError, match="wanted the plain name of a folder"):
         replace(planted, overlays={"../healed": items})
     with pytest.raises(PlanError, match="which the model does not have"):
-        Target.of(m3, replace(planted, overlays={"healed": {"model.layers.77.norm": "0"}}))
+        Blueprint.of(m3, replace(planted, overlays={"healed": {"model.layers.77.norm": "0"}}))
     gate = m2.architecture.experts_of[0, 0]["gate"].name
     shares = Plan("compressed_tensors", formats={"layers.0.experts": "nvfp4"}, overlays={"mine": {gate: "0"}})
     with pytest.raises(PlanError, match="which share a scale; put all of them into it"):
-        Target.of(m2, shares)
+        Blueprint.of(m2, shares)
 
 
 def test_a_killed_export_with_overlays_continues(m3, planted, tmp_path):

@@ -28,7 +28,7 @@ from moesaic.export import export
 from moesaic.export.repair import RIDGE, correction, made_from, repair
 from moesaic.formats import FORMATS
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.recipes.prune import Pruning, prune
 from moesaic.report.facts import gather
 from moesaic.report.sections import done
@@ -48,7 +48,7 @@ def some_tokens(source: Checkpoint, rows: int, seed: int) -> TokenSet:
 
 def repaired(source: Checkpoint, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     plan = Plan(source.container.name, KEPT)
-    return repair(Target.of(source, plan), some_tokens(source, 20, 0), some_tokens(source, 8, 1), folder, quiet=True)
+    return repair(Blueprint.of(source, plan), some_tokens(source, 20, 0), some_tokens(source, 8, 1), folder, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_too_few_rows_to_tell_leave_it_out(m3, fitted, tmp_path):
     folder = Path(shutil.copytree(fitted[0], tmp_path / "repaired"))
     (folder / "repair.json").unlink()
     plan, rows = Plan("mxfp8", KEPT), some_tokens(m3, 3, 1)
-    digests, facts = repair(Target.of(m3, plan), some_tokens(m3, 20, 0), rows, folder, quiet=True)
+    digests, facts = repair(Blueprint.of(m3, plan), some_tokens(m3, 20, 0), rows, folder, quiet=True)
     assert digests == {} and not facts["kept"] and facts["change_nats"]["value"] < 0
 
 
@@ -165,7 +165,7 @@ def test_a_layer_that_was_passed_over_is_noticed(m3, tmp_path):
     behind = Standing({"cut": State(LayerRun(m3).embed(tokens.ids_BT))}, {"groups": []}, done=2)
     save(tmp_path / STATES, behind, inputs)
     with pytest.raises(CheckError, match="1 of 2 shared experts were fitted; report this as a bug"):
-        repair(Target.of(m3, plan), tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
+        repair(Blueprint.of(m3, plan), tokens, some_tokens(m3, 3, 1), tmp_path, quiet=True)
 
 
 # Verify -----------------------------------------------------------------------------------------------------------

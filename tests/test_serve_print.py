@@ -16,7 +16,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import InputError
 from moesaic.fit import Machine, fit
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.serve.vllm import RENDERERS, Deployment, deployment, render
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -38,8 +38,8 @@ def opened(name: str, folder: Path) -> Checkpoint:
     found = Checkpoint.open(folder)
     if format:
         units = (unit for unit, members in found.architecture.units.items() if members[0].role == "experts")
-        target = Target.of(found, Plan("compressed_tensors", formats=dict.fromkeys(units, format)))
-        (folder / "config.json").write_text(json.dumps(target.config))
+        blueprint = Blueprint.of(found, Plan("compressed_tensors", formats=dict.fromkeys(units, format)))
+        (folder / "config.json").write_text(json.dumps(blueprint.config))
     return Checkpoint.open(folder)
 
 
@@ -153,7 +153,9 @@ def test_compose(case):
         assert (gpus["driver"], gpus["count"]) == ("nvidia", found.devices)
         [volume] = service["volumes"]
         assert (
-            volume["source"] == str(found.model) and volume["target"] == service["command"][0] and volume["read_only"]
+            volume["source"] == str(found.model)
+            and volume["target"] == service["command"][0]
+            and volume["read_only"]
         )
         if found.nodes == 1:
             assert service["ports"] == ["127.0.0.1:8000:8000"]

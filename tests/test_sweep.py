@@ -33,7 +33,7 @@ from moesaic.export.sequential import render
 from moesaic.measure import Branch, Options, Trial, measure, sense
 from moesaic.measure.preview import Candidate, preview
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.registry import collect
 from moesaic.stream import STATE_COPIES, LayerRun, Standing, State, Sweep
 from moesaic.stream.sweep import EACH_LAYER, load, packed, save
@@ -165,8 +165,8 @@ def rendered(model: Checkpoint, folder: Path) -> Any:
 def mended(model: Checkpoint, folder: Path) -> Any:
     """Two sweeps: one that fits, and one that judges."""
     kept = {layer: (0, 2, 3, 5, 6) for layer in model.architecture.moe_layers}
-    target = Target.of(model, Plan(model.container.name, kept))
-    return repair(target, rows(6), rows(5, seed=1), folder, quiet=True)
+    blueprint = Blueprint.of(model, Plan(model.container.name, kept))
+    return repair(blueprint, rows(6), rows(5, seed=1), folder, quiet=True)
 
 
 def slopes(model: Checkpoint, folder: Path) -> Any:

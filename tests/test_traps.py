@@ -18,7 +18,7 @@ from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
 from moesaic.families import FAMILIES
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 CT = CONTAINERS["compressed_tensors"]
 EVERY = {
@@ -92,7 +92,7 @@ def test_one_count_of_experts_in_every_layer(m2: Checkpoint) -> None:
     with pytest.raises(PlanError, match=r"keeps \[3, 4\] experts in different layers"):
         Plan("compressed_tensors", {0: (0, 1, 2), 1: (0, 1, 2, 3)})
     kept = {layer: (0, 1, 2) for layer in m2.architecture.moe_layers}
-    assert Target.of(m2, Plan("compressed_tensors", kept)).config["num_local_experts"] == 3
+    assert Blueprint.of(m2, Plan("compressed_tensors", kept)).config["num_local_experts"] == 3
 
 
 def test_keys_that_vllm_asks_for_stay(minimax: Checkpoint, tmp_path: Path) -> None:

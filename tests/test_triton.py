@@ -18,7 +18,7 @@ from moesaic.formats import FORMATS
 from moesaic.formats.base import no_candidates
 from moesaic.kernels import cpu
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.recipes.quantize import formats_of
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
@@ -105,15 +105,15 @@ def test_what_is_not_finite_is_refused(source):
 
 def test_export_takes_the_kernels_of_the_device(m3, monkeypatch):
     """Two matrices of one expert share a second scale."""
-    target = Target.of(m3, Plan("compressed_tensors", formats=formats_of(m3, "nvfp4", "experts", "source")))
-    group = next(g for g in siblings(target.architecture.linears) if g[0].expert == 0 and len(g) == 2)
+    blueprint = Blueprint.of(m3, Plan("compressed_tensors", formats=formats_of(m3, "nvfp4", "experts", "source")))
+    group = next(g for g in siblings(blueprint.architecture.linears) if g[0].expert == 0 and len(g) == 2)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "device", lambda: torch.device("cpu"))
-        by_cpu = list(through_kernels(target, group, False))
+        by_cpu = list(through_kernels(blueprint, group, False))
     asked = []
     monkeypatch.setattr(kernels, "device", lambda: CARD)
     monkeypatch.setattr(kernels, "of", lambda device: asked.append(device) or Card.twin)
-    by_card = list(through_kernels(target, group, False))
+    by_card = list(through_kernels(blueprint, group, False))
     assert len(by_cpu) == len(by_card) > 0 and all(map(same_bits, by_cpu, by_card)) and asked == [CARD]
 
 

@@ -30,7 +30,7 @@ from moesaic.measure import Options, Trial, price, trace
 from moesaic.measure import prices as prices_module
 from moesaic.measure.divergence import Contender, Rows, lockstep
 from moesaic.plan import Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 from moesaic.plan.pieces import NOTE
 from moesaic.rounding import ROUNDINGS
 from moesaic.stream import LayerRun, Sweep
@@ -192,11 +192,11 @@ def test_a_trace_of_another_saliency_is_not_reused(m2, tmp_path):
 
 
 def test_a_repair_judged_by_another_seed_is_not_reused(m3, tmp_path):
-    target = Target.of(m3, Plan("mxfp8", {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}))
+    blueprint = Blueprint.of(m3, Plan("mxfp8", {1: (0, 2, 3, 6), 2: (1, 4, 5, 7)}))
     both = some_tokens(m3, 8, seed=1), some_tokens(m3, 4, seed=2)
-    repair(target, *both, tmp_path / "repaired", seed=0, quiet=True)
+    repair(blueprint, *both, tmp_path / "repaired", seed=0, quiet=True)
     with pytest.raises(StaleError, match="was made from seed 0, and this is 1"):
-        repair(target, *both, tmp_path / "repaired", seed=1, quiet=True)
+        repair(blueprint, *both, tmp_path / "repaired", seed=1, quiet=True)
 
 
 def test_a_sweep_with_noise_is_not_continued_with_another_seed(m2, tmp_path, monkeypatch):

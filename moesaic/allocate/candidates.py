@@ -14,7 +14,7 @@ from ..checkpoint.containers import Container
 from ..errors import PlanError
 from ..measure import Prices, Rule
 from ..plan import SOURCE, Plan
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from .setting import Setting
 from .sizes import fixed_bytes, folder_bytes, listed_bytes, option_bytes
 from .solver.frontier import Allocation, Frontier
@@ -198,5 +198,5 @@ def exact(setting: Setting, traced: Traced, found: Allocation) -> Candidate:
 
 
 def candidate(name: str, source: Checkpoint, plan: Plan, harm: float, rule: Rule) -> Candidate:
-    size = folder_bytes(Target.of(source, plan))
+    size = folder_bytes(Blueprint.of(source, plan))
     return Candidate(name, plan, plan.experts(source.architecture.experts), size, harm, float(rule.predict(harm)))

@@ -19,7 +19,7 @@ from ..checkpoint.digests import NONE
 from ..checkpoint.shards import PAGE, SHARD_BYTES, SMALL, index_of, plan_shards
 from ..families import TensorInfo
 from ..plan import SOURCE
-from ..plan.blueprint import Target, is_made_of_source
+from ..plan.blueprint import Blueprint, is_made_of_source
 from ..plan.overlay import ON_TEXT
 from ..plan.pieces import carried, digest_names, noted, sorted_pieces
 from ..rounding import rounding_named
@@ -78,27 +78,27 @@ def fixed_bytes(source: Checkpoint, kept: Sequence[int]) -> Ints:
     return still + row * np.array(kept, np.int64)
 
 
-def folder_bytes(target: Target) -> int:
+def folder_bytes(blueprint: Blueprint) -> int:
     """Bytes of the folder that `export` writes for a plan, as `stored_bytes` counts, before it is written."""
-    listed, inputs = as_listed(target), {"source": target.source.identity}
-    shards = plan_shards(sorted_pieces(target), SHARD_BYTES)
+    listed, inputs = as_listed(blueprint), {"source": blueprint.source.identity}
+    shards = plan_shards(sorted_pieces(blueprint), SHARD_BYTES)
     tensors = sum(len(s.layout()[0]) + s.payload_bytes for s in shards)
     texts = [
         json.dumps(index_of(shards), indent=2) + "\n",
-        json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
+        json.dumps(blueprint.config, indent=2, ensure_ascii=False) + "\n",
         json_text("plan", listed.plan.body, noted(listed)),
-        json_text(digests.KIND, digest_names(target.source.path, shards), inputs),
+        json_text(digests.KIND, digest_names(blueprint.source.path, shards), inputs),
     ]
-    files = sum((target.source.path / f).stat().st_size for f in carried(target.source.path))
-    return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(target.source)
+    files = sum((blueprint.source.path / f).stat().st_size for f in carried(blueprint.source.path))
+    return tensors + sum(len(text.encode()) for text in texts) + files + FOLDER_BYTES * folders(blueprint.source)
 
 
-def as_listed(target: Target) -> Target:
-    """The target as it is exported: what its rounding needs text for will be in an overlay."""
-    rounded = [n.name for n in target.architecture.linears if is_made_of_source(target, n)]
-    if not (rounded and rounding_named(target.plan.rounding).needs):
-        return target
-    return replace(target, plan=replace(target.plan, overlays={ON_TEXT: dict.fromkeys(rounded, "0" * 64)}))
+def as_listed(blueprint: Blueprint) -> Blueprint:
+    """The blueprint as it is exported: what its rounding needs text for will be in an overlay."""
+    rounded = [n.name for n in blueprint.architecture.linears if is_made_of_source(blueprint, n)]
+    if not (rounded and rounding_named(blueprint.plan.rounding).needs):
+        return blueprint
+    return replace(blueprint, plan=replace(blueprint.plan, overlays={ON_TEXT: dict.fromkeys(rounded, "0" * 64)}))
 
 
 def folders(source: Checkpoint) -> int:

@@ -30,7 +30,7 @@ from ..families import Linear
 from ..files import open_file
 from ..formats.recode import recode
 from ..plan import Plan, overlay
-from ..plan.blueprint import Target, bound, is_made_of_source, keeps_bytes, keeps_values
+from ..plan.blueprint import Blueprint, bound, is_made_of_source, keeps_bytes, keeps_values
 from ..plan.pieces import NOTE, Makers, carried, sorted_pieces
 from ..progress import progress
 from ..rounding import Rounding, round_siblings, rounding_named
@@ -47,36 +47,36 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     when the plan cannot be carried out, `InputError` when `out` holds something else or the disk is
     too small. Interrupted at any byte, the same call continues.
     """
-    target, rounding = Target.of(source, plan), rounding_named(plan.rounding)
+    blueprint, rounding = Blueprint.of(source, plan), rounding_named(plan.rounding)
     source.check_values()
     along = carried(source.path)
-    if rounding.needs and any(is_made_of_source(target, n) for n in target.architecture.linears):
+    if rounding.needs and any(is_made_of_source(blueprint, n) for n in blueprint.architecture.linears):
         raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
-    if unknown := target.uncalibrated:
+    if unknown := blueprint.uncalibrated:
         raise PlanError(
             f"the plan rounds activations as they come, and does not know how large {sample(unknown)} get; "
             "compress measures that on text"
         )
-    try_recoding(target)
+    try_recoding(blueprint)
     makers = Makers(
-        taken=from_overlays(target, overlays or out / "moesaic", (out / "config.json").exists()),
-        rounded=partial(round_together, target, rounding=rounding),
-        recoded=partial(recoded, target),
+        taken=from_overlays(blueprint, overlays or out / "moesaic", (out / "config.json").exists()),
+        rounded=partial(round_together, blueprint, rounding=rounding),
+        recoded=partial(recoded, blueprint),
     )
-    shards = plan_shards(sorted_pieces(target, makers), SHARD_BYTES)
-    claim(out, target)
-    prepare_kernels(target, quiet)
+    shards = plan_shards(sorted_pieces(blueprint, makers), SHARD_BYTES)
+    claim(out, blueprint)
+    prepare_kernels(blueprint, quiet)
     with progress("export", sum(s.payload_bytes for s in shards), "B", quiet) as meter:
         journal = Journal(out, {"source": source.identity})
         written = write_shards(out, shards, meter, journal)
-        if not written == meter.done == target.payload_bytes:
+        if not written == meter.done == blueprint.payload_bytes:
             raise PlanError(
-                f"{written:,} bytes were written, the plan's are {target.payload_bytes:,}; report this as a bug"
+                f"{written:,} bytes were written, the plan's are {blueprint.payload_bytes:,}; report this as a bug"
             )
     files = carry_along(source.path, along, out)
     texts = {
         INDEX: json.dumps(index_of(shards), indent=2) + "\n",
-        "config.json": json.dumps(target.config, indent=2, ensure_ascii=False) + "\n",
+        "config.json": json.dumps(blueprint.config, indent=2, ensure_ascii=False) + "\n",
     }
     files |= {name: of_bytes(text.encode()) for name, text in texts.items()} | {NOTE: of_file(out / NOTE)}
     journal.finish([shard.file for shard in shards], files)
@@ -85,14 +85,14 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     return Checkpoint.open(out)
 
 
-def from_overlays(target: Target, folder: Path, is_whole: bool) -> Callable[[Sequence[str]], Iterator[Tensor]]:
+def from_overlays(blueprint: Blueprint, folder: Path, is_whole: bool) -> Callable[[Sequence[str]], Iterator[Tensor]]:
     """What the plan's overlays in `folder` hold. Of an export that `is_whole`, their tensors may be gone.
 
     Raises `InputError` for an overlay that is not there or incomplete, `StaleError` for one of another plan or source;
     and so does each tensor when its turn comes.
     """
-    inputs, folders = bound(target.source, target.plan), dict[str, Path]()
-    for name, digests in target.plan.overlays.items():
+    inputs, folders = bound(blueprint.source, blueprint.plan), dict[str, Path]()
+    for name, digests in blueprint.plan.overlays.items():
         found = overlay.listing(folder / name, inputs)["items"]
         if found != digests:
             other = sorted(k for k in {*found, *digests} if found.get(k) != digests.get(k))
@@ -107,8 +107,8 @@ def from_overlays(target: Target, folder: Path, is_whole: bool) -> Callable[[Seq
 
     def take(items: Sequence[str]) -> Iterator[Tensor]:
         for item in items:
-            wanted = target.item(item)
-            tensors = overlay.get(folders[item], item, [t.name for t in wanted], inputs, target.plan.overlaid[item])
+            wanted = blueprint.item(item)
+            tensors = overlay.get(folders[item], item, [t.name for t in wanted], inputs, blueprint.plan.overlaid[item])
             for info, tensor in zip(wanted, tensors):
                 if (tensor.dtype, tuple(tensor.shape)) != (DTYPES[info.dtype], info.shape):
                     found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -118,85 +118,85 @@ def from_overlays(target: Target, folder: Path, is_whole: bool) -> Callable[[Seq
     return take
 
 
-def try_recoding(target: Target) -> None:
+def try_recoding(blueprint: Blueprint) -> None:
     """Recode one group of each kind: what a container cannot hold, it mostly cannot hold anywhere. Raises `PlanError`."""
-    kept = [n for n in target.architecture.linears if keeps_values(target, n) and not keeps_bytes(target, n)]
+    kept = [n for n in blueprint.architecture.linears if keeps_values(blueprint, n) and not keeps_bytes(blueprint, n)]
     kinds = {
-        (group[0].role, group[0].projection, *(target.formats[n.name] for n in group)): group
+        (group[0].role, group[0].projection, *(blueprint.formats[n.name] for n in group)): group
         for group in siblings(kept)
     }
     for group in kinds.values():
-        for _ in recoded(target, group):
+        for _ in recoded(blueprint, group):
             pass
 
 
-def recoded(target: Target, group: tuple[Linear, ...]) -> Iterator[Tensor]:
-    """The same values under other codes, or other bytes. Raises `PlanError` where the target cannot hold them."""
-    source = target.source
+def recoded(blueprint: Blueprint, group: tuple[Linear, ...]) -> Iterator[Tensor]:
+    """The same values under other codes, or other bytes. Raises `PlanError` where the blueprint cannot hold them."""
+    source = blueprint.source
     shared: list[Tensor] = []
     for linear in group:
-        origin, packing = target.origin[linear.name], target.packing(linear)
+        origin, packing = blueprint.origin[linear.name], blueprint.packing(linear)
         format = source.formats[origin.name]
         stored = source.parts(origin)
         source.check_parts(origin, stored)
         codes_OI, scales = source.container.packing(format).unpack(stored, origin.shape)
         what = f"{linear.unit} ({origin.name})"
-        packed = packing.pack(*recode(what, format, target.formats[linear.name], codes_OI, scales))
+        packed = packing.pack(*recode(what, format, blueprint.formats[linear.name], codes_OI, scales))
         if scales.shared is not None:
             shared += [s for s in (scales.shared, packing.unpack(packed, linear.shape)[1].shared) if s is not None]
             if not all(torch.equal(s, shared[0]) for s in shared):
                 raise PlanError(
-                    f"{what} has a second scale that {target.container.name} cannot give it and the matrices fused with it; "
+                    f"{what} has a second scale that {blueprint.container.name} cannot give it and the matrices fused with it; "
                     f"keep it in {source.container.name}"
                 )
         yield from (packed[key] for key in packing.parts(linear.shape))
 
 
-def round_together(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
+def round_together(blueprint: Blueprint, group: tuple[Linear, ...], rounding: Rounding) -> Iterable[Tensor]:
     """Round and pack matrices that a server fuses; they share a second level of scale. A kernel does it where one can."""
-    if rounding.kernel and in_kernels(target, group):
-        return through_kernels(target, group, rounding.kernel == "searched")
-    return through_values(target, group, rounding)
+    if rounding.kernel and in_kernels(blueprint, group):
+        return through_kernels(blueprint, group, rounding.kernel == "searched")
+    return through_values(blueprint, group, rounding)
 
 
-def in_kernels(target: Target, group: tuple[Linear, ...]) -> bool:
+def in_kernels(blueprint: Blueprint, group: tuple[Linear, ...]) -> bool:
     """Whether kernels know these matrices' formats, as read and as written."""
-    read = (target.source.formats[target.origin[n.name].name] for n in group)
+    read = (blueprint.source.formats[blueprint.origin[n.name].name] for n in group)
     written = kernels.of(kernels.device()).TARGETS
-    return all(f in kernels.SOURCES for f in read) and all(target.packing(n).format in written for n in group)
+    return all(f in kernels.SOURCES for f in read) and all(blueprint.packing(n).format in written for n in group)
 
 
-def prepare_kernels(target: Target, quiet: bool) -> None:
+def prepare_kernels(blueprint: Blueprint, quiet: bool) -> None:
     """Compile before a meter runs what will be needed while it does."""
-    changed = (n for n in target.architecture.linears if is_made_of_source(target, n))
-    written = {target.packing(n).format for n in changed if in_kernels(target, (n,))}
-    if rounding_named(target.plan.rounding).kernel and written:
+    changed = (n for n in blueprint.architecture.linears if is_made_of_source(blueprint, n))
+    written = {blueprint.packing(n).format for n in changed if in_kernels(blueprint, (n,))}
+    if rounding_named(blueprint.plan.rounding).kernel and written:
         kernels.of(kernels.device()).prepare(written, quiet)
 
 
-def through_values(target: Target, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:
+def through_values(blueprint: Blueprint, group: tuple[Linear, ...], rounding: Rounding) -> Iterator[Tensor]:
     """Decode, round, pack: the reference, and the way of every rounding that looks at data."""
-    weights = [target.source.decode(target.origin[n.name].name) for n in group]
-    for linear, rounded in zip(group, round_siblings(rounding, weights, target.packing(group[0]).number_format)):
-        packed = target.pack(linear, *rounded)
-        yield from (packed[key] for key in target.packing(linear).parts(linear.shape))
+    weights = [blueprint.source.decode(blueprint.origin[n.name].name) for n in group]
+    for linear, rounded in zip(group, round_siblings(rounding, weights, blueprint.packing(group[0]).number_format)):
+        packed = blueprint.pack(linear, *rounded)
+        yield from (packed[key] for key in blueprint.packing(linear).parts(linear.shape))
 
 
-def through_kernels(target: Target, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
+def through_kernels(blueprint: Blueprint, group: tuple[Linear, ...], search: bool) -> Iterator[Tensor]:
     """Stored bytes to stored bytes, to the bit what `through_values` gives, without the matrix in between."""
-    for packed, _ in requantized(target, group, search, target.source.parts):
+    for packed, _ in requantized(blueprint, group, search, blueprint.source.parts):
         yield from packed.values()
 
 
 def requantized(
-    target: Target, group: tuple[Linear, ...], search: bool, read: Read, measure: bool = False
+    blueprint: Blueprint, group: tuple[Linear, ...], search: bool, read: Read, measure: bool = False
 ) -> Iterator[tuple[dict[str, Tensor], kernels.Requantized]]:
     """What kernels make of what `read` gives of each matrix: tensors by meaning, and (with `measure`) sums of squares."""
-    source, device = target.source, kernels.device()
-    twin, origins = kernels.of(device), [target.origin[n.name] for n in group]
+    source, device = blueprint.source, kernels.device()
+    twin, origins = kernels.of(device), [blueprint.origin[n.name] for n in group]
     formats = [source.formats[origin.name] for origin in origins]
     stored = [kernel_input(source, origin, read(origin), device) for origin in origins]
-    number_format, shared = target.packing(group[0]).number_format, None
+    number_format, shared = blueprint.packing(group[0]).number_format, None
     with naming_damage(source, origins):
         if number_format.share:
             amax = [twin.amax(f, *parts) for f, parts in zip(formats, stored)]
@@ -209,8 +209,8 @@ def requantized(
         if made.amax and not low * linear.elements**0.5 < made.amax < high:  # that bounds the root mean square too
             squared_weight = rounded(measure=True).squared_weight or 0.0
             source.check_magnitude(origin, source.parts(origin), (squared_weight / linear.elements) ** 0.5)
-        packing = target.packing(linear)
-        packed = packing.write(made.stream_OS, made.scales, linear.shape) | target.inputs(linear)
+        packing = blueprint.packing(linear)
+        packed = packing.write(made.stream_OS, made.scales, linear.shape) | blueprint.inputs(linear)
         yield {key: packed[key].cpu() for key in packing.parts(linear.shape)}, made
 
 

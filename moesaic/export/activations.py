@@ -18,7 +18,7 @@ from ..data.tokens import TokenSet
 from ..errors import InputError
 from ..families import Architecture
 from ..plan import Plan, dropped
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..progress import progress
 from ..stream import STATES, ExpertPass, LayerRun, LinearPass, Observer, Standing, State, Sweep
 
@@ -62,7 +62,7 @@ def calibrated(source: Checkpoint, plan: Plan, tokens: TokenSet, folder: Path, q
     Sees what the source would with the plan's experts. Interrupted, the same call continues.
     Raises `InputError` where an input was never seen, or is not finite.
     """
-    asked = Target.of(source, plan).uncalibrated
+    asked = Blueprint.of(source, plan).uncalibrated
     if not asked:
         return plan
     found = observe(source, plan.kept, tokens, folder, quiet)

@@ -6,29 +6,29 @@ from ..artifact import read_json
 from ..checkpoint import Checkpoint
 from ..errors import InputError, StaleError
 from ..plan import Plan
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..plan.pieces import NOTE, noted
 
 
-def claim(out: Path, target: Target) -> None:
+def claim(out: Path, blueprint: Blueprint) -> None:
     """Make `out` this export's folder, or find that it already is. Raises `StaleError` rather than mix two exports."""
-    source, plan = target.source, target.plan
+    source, plan = blueprint.source, blueprint.plan
     check_free(out, source)
     if not (out / NOTE).exists():
-        plan.save(out / NOTE, noted(target))
+        plan.save(out / NOTE, noted(blueprint))
         return
     if Plan.load(out / NOTE) != plan:
         raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
-    if (told := outdated(out / NOTE, target)) and not (out / "config.json").exists():
+    if (told := outdated(out / NOTE, blueprint)) and not (out / "config.json").exists():
         raise StaleError(f"{out} was begun by another arithmetic: {told[0]}; finish it with that, or remove the folder")
 
 
-def outdated(note: Path, target: Target) -> tuple[str, frozenset[str]] | None:
+def outdated(note: Path, blueprint: Blueprint) -> tuple[str, frozenset[str]] | None:
     """How versions in an export's note differ from what its matrices would now be rounded by, and in which formats.
 
     None where they do not, or where the note is of a time when there were none: then codes will tell.
     """
-    found, wanted = read_json(note, "plan"), target.arithmetic
+    found, wanted = read_json(note, "plan"), blueprint.arithmetic
     made, formats = found["inputs"], versions(wanted.get("formats", ""))
     if "rounding" not in made or not wanted:
         return None

@@ -22,7 +22,7 @@ from ..errors import CheckError, InputError
 from ..families import Linear
 from ..measure.divergence import Bootstrap, against
 from ..plan import Plan, dropped, overlay
-from ..plan.blueprint import Target, bound
+from ..plan.blueprint import Blueprint, bound
 from ..progress import progress
 from ..rounding import ROUNDINGS, arithmetic, round_siblings
 from ..stream import STATES, LayerRun, LinearPass, Observer, Standing, State, Sweep
@@ -43,13 +43,13 @@ class Repair:
     """One repair: the source as it runs, what its plan makes of it, and the overlay, which depends on `inputs`."""
 
     run: LayerRun
-    target: Target
+    blueprint: Blueprint
     folder: Path
     inputs: Mapping[str, str]
 
 
 def repair(
-    target: Target, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
+    blueprint: Blueprint, tokens: TokenSet, heldout: TokenSet, folder: Path, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Fit the shared experts of a cut; returns the items of the overlay in `folder`, none where it does not help, and
     JSON-able facts of what it changed.
@@ -59,9 +59,9 @@ def repair(
     `LayerRun` for two branches on at most `FIT_TOKENS` of `tokens`, [T, I] of what one matrix multiplies, and two
     matrices in F64. Raises `InputError` where there is nothing to repair.
     """
-    check_repairable(target.source)
+    check_repairable(blueprint.source)
     fitted = tokens.take(range(0, tokens.rows, -(-tokens.tokens // FIT_TOKENS)))
-    of = Repair(LayerRun(target.source), target, folder, made_from(target.source, target.plan, fitted))
+    of = Repair(LayerRun(blueprint.source), blueprint, folder, made_from(blueprint.source, blueprint.plan, fitted))
     if not overlay.is_finished(folder):
         fit(of, fitted, quiet)
     (folder / STATES).unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def fit(of: Repair, tokens: TokenSet, quiet: bool) -> None:
 
     def end(at: Standing) -> None:
         groups = at.notes["groups"]
-        if len(groups) != (wanted := sum(map(is_repairable, of.target.architecture.linears))):
+        if len(groups) != (wanted := sum(map(is_repairable, of.blueprint.architecture.linears))):
             raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
         digests = {name: digest for g in groups for name, digest in g["sha256"].items()}
         overlay.finish(of.folder, digests, of.inputs, {})
@@ -126,7 +126,7 @@ def embedded(run: LayerRun, tokens: TokenSet) -> Standing:
 
 def fit_step(of: Repair, layer: int, at: Standing) -> Standing:
     """One layer of the cut and repaired model; its matrix, where it has one, goes into the overlay."""
-    down = next((n for n in of.target.architecture.linears if n.layer == layer and is_repairable(n)), None)
+    down = next((n for n in of.blueprint.architecture.linears if n.layer == layer and is_repairable(n)), None)
     if down is None:
         (after,) = of.run.advance(layer, [at.states[CUT]])
         return replace(at, states={CUT: after})
@@ -137,14 +137,14 @@ def fit_step(of: Repair, layer: int, at: Standing) -> Standing:
 @torch.no_grad()
 def fit_layer(of: Repair, down: Linear, hidden_BTD: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Hidden states after the cut and repaired layer, and what its matrix's file notes."""
-    run, target = of.run, of.target
+    run, blueprint = of.run, of.blueprint
     seen: list[Tensor] = []
 
     def see(found: LinearPass) -> None:
         if down in found.linears:
             seen.append(found.x_nI)
 
-    cut = State(hidden_BTD, dropped(target.plan.kept, target.source.architecture.experts), Observer(linear=see))
+    cut = State(hidden_BTD, dropped(blueprint.plan.kept, blueprint.source.architecture.experts), Observer(linear=see))
     (middle_BTD,) = run.attention(down.layer, [State(hidden_BTD)])
     full_BTD, cut_BTD = run.feed_forward(down.layer, [State(hidden_BTD), cut], [middle_BTD.clone(), middle_BTD])
     h_TI, cut_TD = torch.cat(seen), cut_BTD.flatten(0, 1)
@@ -154,13 +154,13 @@ def fit_layer(of: Repair, down: Linear, hidden_BTD: Tensor) -> tuple[Tensor, dic
             f"layer {down.layer} gives values that are no numbers on this text, so that no shared expert can be "
             "fitted to it; leave out --repair"
         )
-    w_OI, format = weights_of(target, (down,), run.device), format_of(target, (down,))
+    w_OI, format = weights_of(blueprint, (down,), run.device), format_of(blueprint, (down,))
     ((codes_OI, scales),) = round_siblings(ROUNDINGS["rtn"], [w_OI + delta_OI], format)
     step_OI = format.decode(codes_OI, scales) - w_OI
     for span in spans(len(h_TI), 4 * sum(down.shape), run.block_bytes):
         cut_TD[span] += h_TI[span] @ step_OI.mT
     facts = {"group": down.name, "layer": down.layer, "tokens": len(h_TI)}
-    return cut_BTD, write_group(of.folder, target, (down,), [(codes_OI, scales)], of.inputs, facts)
+    return cut_BTD, write_group(of.folder, blueprint, (down,), [(codes_OI, scales)], of.inputs, facts)
 
 
 def correction(h_TI: Tensor, lacking_TO: Tensor, block_bytes: int) -> Tensor:
@@ -179,18 +179,18 @@ def correction(h_TI: Tensor, lacking_TO: Tensor, block_bytes: int) -> Tensor:
 # Judging ----------------------------------------------------------------------------------------------------------
 
 
-def fitted(target: Target, folder: Path, linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
+def fitted(blueprint: Blueprint, folder: Path, linears: Sequence[Linear], values: Sequence[Tensor]) -> list[Tensor]:
     """A `Change`: the shared experts as their files in `folder` have them."""
     found = {n.name: w_OI for n, w_OI in zip(linears, values)}
     for linear in filter(is_repairable, linears):
-        found |= read_values(folder, target, (linear,), bound(target.source, target.plan))
+        found |= read_values(folder, blueprint, (linear,), bound(blueprint.source, blueprint.plan))
     return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
 
 
 def measured(of: Repair, rows: TokenSet, seed: int, quiet: bool) -> dict[str, Any]:
     """KL of the cut and of the repaired model, their difference, and whether that is to be believed; one sweep for all."""
     run = of.run
-    left_out = dropped(of.target.plan.kept, run.architecture.experts)
+    left_out = dropped(of.blueprint.plan.kept, run.architecture.experts)
     under_way = Sweep(range(run.architecture.layers), of.folder / JUDGED, of.inputs, run.device)
 
     def begin() -> Standing:
@@ -205,8 +205,8 @@ def measured(of: Repair, rows: TokenSet, seed: int, quiet: bool) -> dict[str, An
 
 def judge_step(of: Repair, layer: int, at: Standing) -> Standing:
     """One layer of the source, of the cut, and of the cut with the matrices that the overlay has."""
-    change = partial(fitted, of.target, of.folder)
-    changed = {n.unit: change for n in of.target.architecture.linears if is_repairable(n)}
+    change = partial(fitted, of.blueprint, of.folder)
+    changed = {n.unit: change for n in of.blueprint.architecture.linears if is_repairable(n)}
     states = {**at.states, REPAIRED: replace(at.states[REPAIRED], changed=changed)}
     after = zip(states, of.run.advance(layer, list(states.values())))
     return replace(at, states={name: replace(state, changed={}) for name, state in after})

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from ..checkpoint import Checkpoint
 from ..checkpoint.containers import Packing, Part
 from ..families import DTYPE_BYTES, FAMILIES, Serving, TensorInfo
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 
-Model = Checkpoint | Target  # on disk, or planned
+Model = Checkpoint | Blueprint  # on disk, or planned
 
 VOCABULARY_MULTIPLE = 64  # vLLM pads to it, whatever the number of devices
 

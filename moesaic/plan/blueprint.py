@@ -23,7 +23,7 @@ from .plan import SOURCE, Plan
 
 
 @dataclass(frozen=True)
-class Target:
+class Blueprint:
     """The model that a plan is to put on disk."""
 
     source: Checkpoint
@@ -31,12 +31,12 @@ class Target:
     container: Container
     config: dict[str, Any]
     architecture: Architecture
-    formats: dict[str, str]  # linear of the target -> format
-    origin: dict[str, Linear]  # linear of the target -> linear of the source
+    formats: dict[str, str]  # linear of the blueprint -> format
+    origin: dict[str, Linear]  # linear of the blueprint -> linear of the source
     keeping: frozenset[str]  # units whose values are the source's
 
     @staticmethod
-    def of(source: Checkpoint, plan: Plan) -> "Target":
+    def of(source: Checkpoint, plan: Plan) -> "Blueprint":
         """Raises `PlanError` where the plan does not fit the source, or its container cannot carry what it asks for."""
         old = source.architecture
         check_kept(old, plan)
@@ -72,7 +72,7 @@ class Target:
             config.pop(key, None)
         if (quantization := container.config(new, formats, source.config)) is not None:
             config |= dict.fromkeys(container.keys, quantization)
-        target = Target(
+        blueprint = Blueprint(
             source=source,
             plan=plan,
             container=container,
@@ -82,8 +82,8 @@ class Target:
             origin=origin,
             keeping=frozenset(keeping),
         )
-        check_overlaid(target)
-        return target
+        check_overlaid(blueprint)
+        return blueprint
 
     def packing(self, linear: Linear) -> Packing:
         return self.container.packing(self.formats[linear.name])
@@ -154,16 +154,18 @@ def check_kept(architecture: Architecture, plan: Plan) -> None:
         )
 
 
-def check_overlaid(target: Target) -> None:
-    """Raises `PlanError` for an overlay that the target has no place for, or that cuts a scale that matrices share."""
-    overlaid = target.plan.overlaid
-    if foreign := [item for item in overlaid if item not in target.plain and item not in target.architecture.by_name]:
+def check_overlaid(blueprint: Blueprint) -> None:
+    """Raises `PlanError` for an overlay that the blueprint has no place for, or that cuts a scale that matrices share."""
+    overlaid = blueprint.plan.overlaid
+    if foreign := [
+        item for item in overlaid if item not in blueprint.plain and item not in blueprint.architecture.by_name
+    ]:
         raise PlanError(f"an overlay of the plan holds {sample(foreign)}, which the model does not have")
     if not overlaid:
         return
-    for group in siblings(target.architecture.linears):
+    for group in siblings(blueprint.architecture.linears):
         inside = [n.name for n in group if n.name in overlaid]
-        if inside and len(inside) < len(group) and target.packing(group[0]).number_format.share is not None:
+        if inside and len(inside) < len(group) and blueprint.packing(group[0]).number_format.share is not None:
             raise PlanError(
                 f"an overlay of the plan holds {sample(inside)} without all of {', '.join(n.name for n in group)}, "
                 "which share a scale; put all of them into it"
@@ -199,25 +201,25 @@ def bound(source: Checkpoint, plan: Plan) -> dict[str, str]:
     return {"source": source.identity, "plan": plan.identity}
 
 
-def keeps_values(target: Target, linear: Linear) -> bool:
-    """Whether the target's weights are the source's to the bit, whatever they are packed as."""
-    return linear.unit in target.keeping and linear.name not in target.plan.overlaid
+def keeps_values(blueprint: Blueprint, linear: Linear) -> bool:
+    """Whether the blueprint's weights are the source's to the bit, whatever they are packed as."""
+    return linear.unit in blueprint.keeping and linear.name not in blueprint.plan.overlaid
 
 
-def is_made_of_source(target: Target, linear: Linear) -> bool:
+def is_made_of_source(blueprint: Blueprint, linear: Linear) -> bool:
     """Whether a matrix is rounded anew, and not in an overlay."""
-    return not keeps_values(target, linear) and linear.name not in target.plan.overlaid
+    return not keeps_values(blueprint, linear) and linear.name not in blueprint.plan.overlaid
 
 
-def keeps_bytes(target: Target, linear: Linear) -> bool:
-    """Whether the target's tensors of a matrix are the source's, but for their names."""
-    source, origin = target.source, target.origin[linear.name]
-    format = target.formats[linear.name]
-    if not keeps_values(target, linear) or source.formats[origin.name] != format:
+def keeps_bytes(blueprint: Blueprint, linear: Linear) -> bool:
+    """Whether the blueprint's tensors of a matrix are the source's, but for their names."""
+    source, origin = blueprint.source, blueprint.origin[linear.name]
+    format = blueprint.formats[linear.name]
+    if not keeps_values(blueprint, linear) or source.formats[origin.name] != format:
         return False
     if not source.container.place(source.architecture, origin).is_run:
         return False
-    return source.container.packing(format).layout == target.container.packing(format).layout
+    return source.container.packing(format).layout == blueprint.container.packing(format).layout
 
 
 def formats_by_unit(checkpoint: Checkpoint) -> Mapping[str, str]:

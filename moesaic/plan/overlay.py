@@ -1,9 +1,9 @@
 """Overlays: tensors made elsewhere, with digests, that an export takes in place of what the source would give.
 
-An overlay is a folder with a file for each item: a matrix of the target as its container packs it, or a plain tensor
+An overlay is a folder with a file for each item: a matrix of the blueprint as its container packs it, or a plain tensor
 such as a router or a norm. Its listing is written last. A plan names the folder and has the digest of every item, so
 that `export` takes those bytes and no others, and `verify` holds the export to them, whoever made them: a rounding on
-text, a repair, a tuning. Leaves out which tensors an item has (target).
+text, a repair, a tuning. Leaves out which tensors an item has (blueprint).
 """
 
 import hashlib

@@ -18,7 +18,7 @@ from ..checkpoint.digests import NONE, listing
 from ..checkpoint.shards import Piece, Shard
 from ..families import Linear, TensorInfo
 from ..files import check_size, walk
-from .blueprint import Target, keeps_bytes, keeps_values
+from .blueprint import Blueprint, keeps_bytes, keeps_values
 
 NOTE = "moesaic/plan.json"
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial")
@@ -38,19 +38,19 @@ class Makers:
     recoded: Callable[[Group], Iterable[Tensor]]  # the source's values in other codes or bytes
 
 
-def sorted_pieces(target: Target, makers: Makers | None = None) -> list[Piece]:
+def sorted_pieces(blueprint: Blueprint, makers: Makers | None = None) -> list[Piece]:
     """All pieces, in the order in which their bytes lie in the source, so that disks read forwards.
 
     Without `makers` they tell sizes, and only what is copied can be written.
     """
-    found = list(small_pieces(target, makers)) + list(linear_pieces(target, makers))
+    found = list(small_pieces(blueprint, makers)) + list(linear_pieces(blueprint, makers))
     return [piece for _, piece in sorted(found, key=lambda p: p[0])]
 
 
-def small_pieces(target: Target, makers: Makers | None) -> Iterator[Placed]:
-    source, plan = target.source, target.plan
-    rows = {name: plan.kept[layer] for name, layer in target.architecture.rows_of.items() if plan.kept}
-    for info in target.architecture.tensors:
+def small_pieces(blueprint: Blueprint, makers: Makers | None) -> Iterator[Placed]:
+    source, plan = blueprint.source, blueprint.plan
+    rows = {name: plan.kept[layer] for name, layer in blueprint.architecture.rows_of.items() if plan.kept}
+    for info in blueprint.architecture.tensors:
         stored, make = source.where(info.name), None
         is_copied = info.name not in plan.overlaid and info.name not in rows
         if info.name in plan.overlaid:
@@ -65,39 +65,39 @@ def slice_rows(source: Checkpoint, name: str, rows: tuple[int, ...]) -> Iterable
     return (source.read(name)[list(rows)],)
 
 
-def linear_pieces(target: Target, makers: Makers | None) -> Iterator[Placed]:
-    changed = [n for n in target.architecture.linears if not keeps_bytes(target, n)]
-    for linear in target.architecture.linears:
-        if keeps_bytes(target, linear):
-            yield from copies(target, linear)
-    for group in apart(target, siblings(changed)):
-        place = target.container.place(target.architecture, group[0])
-        tensors = tuple(info for n in group for info in tensors_of(target, n).values())
-        first = next(iter(stored_parts(target, group[0]).values()))
+def linear_pieces(blueprint: Blueprint, makers: Makers | None) -> Iterator[Placed]:
+    changed = [n for n in blueprint.architecture.linears if not keeps_bytes(blueprint, n)]
+    for linear in blueprint.architecture.linears:
+        if keeps_bytes(blueprint, linear):
+            yield from copies(blueprint, linear)
+    for group in apart(blueprint, siblings(changed)):
+        place = blueprint.container.place(blueprint.architecture, group[0])
+        tensors = tuple(info for n in group for info in tensors_of(blueprint, n).values())
+        first = next(iter(stored_parts(blueprint, group[0]).values()))
         if makers is None:
             make = None
-        elif group[0].name in target.plan.overlaid:
+        elif group[0].name in blueprint.plan.overlaid:
             make = partial(makers.taken, [n.name for n in group])
-        elif keeps_values(target, group[0]):
+        elif keeps_values(blueprint, group[0]):
             make = partial(makers.recoded, group)
         else:
             make = partial(makers.rounded, group)
         yield (first.file, first.offset), Piece(tensors, make=make, row=place.row, rows=place.rows)
 
 
-def apart(target: Target, groups: Iterable[tuple[Linear, ...]]) -> Iterator[tuple[Linear, ...]]:
+def apart(blueprint: Blueprint, groups: Iterable[tuple[Linear, ...]]) -> Iterator[tuple[Linear, ...]]:
     """Groups with what overlays hold apart from what they do not."""
     for group in groups:
         for inside in (True, False):
-            if part := tuple(n for n in group if (n.name in target.plan.overlaid) == inside):
+            if part := tuple(n for n in group if (n.name in blueprint.plan.overlaid) == inside):
                 yield part
 
 
-def copies(target: Target, linear: Linear) -> Iterator[Placed]:
-    theirs, place = stored_parts(target, linear), target.container.place(target.architecture, linear)
-    for key, info in tensors_of(target, linear).items():
-        copy = (target.source.path, theirs[key])
-        check = None if key == "codes" else partial(check_copied, target.source, target.origin[linear.name], key)
+def copies(blueprint: Blueprint, linear: Linear) -> Iterator[Placed]:
+    theirs, place = stored_parts(blueprint, linear), blueprint.container.place(blueprint.architecture, linear)
+    for key, info in tensors_of(blueprint, linear).items():
+        copy = (blueprint.source.path, theirs[key])
+        check = None if key == "codes" else partial(check_copied, blueprint.source, blueprint.origin[linear.name], key)
         yield (theirs[key].file, theirs[key].offset), Piece((info,), copy, None, place.row, place.rows, check)
 
 
@@ -109,18 +109,18 @@ def check_copied(source: Checkpoint, linear: Linear, key: str) -> None:
     source.check_scales(linear, {key: part})
 
 
-def tensors_of(target: Target, linear: Linear) -> dict[str, TensorInfo]:
-    """What the target has of one matrix, by meaning: a tensor each, or a row of one."""
+def tensors_of(blueprint: Blueprint, linear: Linear) -> dict[str, TensorInfo]:
+    """What the blueprint has of one matrix, by meaning: a tensor each, or a row of one."""
     module, parts = (
-        target.container.place(target.architecture, linear).module,
-        target.packing(linear).parts(linear.shape),
+        blueprint.container.place(blueprint.architecture, linear).module,
+        blueprint.packing(linear).parts(linear.shape),
     )
     return {key: TensorInfo(f"{module}.{part.suffix}", part.dtype, part.shape) for key, part in parts.items()}
 
 
-def stored_parts(target: Target, linear: Linear) -> dict[str, Stored]:
-    """Where the source has the tensors of a matrix of the target, by meaning."""
-    return target.source.located(target.origin[linear.name])
+def stored_parts(blueprint: Blueprint, linear: Linear) -> dict[str, Stored]:
+    """Where the source has the tensors of a matrix of the blueprint, by meaning."""
+    return blueprint.source.located(blueprint.origin[linear.name])
 
 
 def digest_names(source: Path, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -143,6 +143,6 @@ def carried(source: Path) -> list[Path]:
     return found
 
 
-def noted(target: Target) -> dict[str, str]:
+def noted(blueprint: Blueprint) -> dict[str, str]:
     """What an export is made from, in its note: the source, and versions of what rounds it."""
-    return {"source": target.source.identity} | target.arithmetic
+    return {"source": blueprint.source.identity} | blueprint.arithmetic

@@ -26,7 +26,7 @@ class Plan:
     container  the container to write
     rounding   the rounding that chooses codes, for units that change format
     activations  input (`Linear.input`) -> its largest |x| on text, where a format rounds activations by that
-    overlays   name of a folder -> {matrix or tensor of the target -> SHA-256 of its tensors as written}: what was made
+    overlays   name of a folder -> {matrix or tensor of the blueprint -> SHA-256 of its tensors as written}: what was made
                elsewhere and takes the place of what the source would give (`overlay`)
     """
 
@@ -58,7 +58,7 @@ class Plan:
 
     @cached_property
     def overlaid(self) -> dict[str, str]:
-        """Matrix or tensor of the target -> digest, of all overlays."""
+        """Matrix or tensor of the blueprint -> digest, of all overlays."""
         return {item: digest for of in self.overlays.values() for item, digest in of.items()}
 
     @property

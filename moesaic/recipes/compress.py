@@ -45,7 +45,7 @@ from ..fit import check_layout
 from ..formats import FORMATS
 from ..measure import Prices
 from ..plan import SOURCE, Plan, overlay
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..report import report
 from ..rounding import ROUNDINGS, informed
 from ..verify import verify
@@ -112,7 +112,7 @@ def compress(
     if recipe.limit:
         check_limit(recipe.setting(source, run, True))
     elif recipe.offer.layout is not None:
-        check_layout(Target.of(source, as_told(source, recipe, None)), recipe.offer.layout)
+        check_layout(Blueprint.of(source, as_told(source, recipe, None)), recipe.offer.layout)
     source.check_values()
     sweep_partials(run)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": recipe.facts()}, {})
@@ -130,7 +130,7 @@ def compress(
     def text() -> TokenSet:
         return corpus.calibration(source, run / "tokens.safetensors")
 
-    if Target.of(source, plan).uncalibrated:
+    if Blueprint.of(source, plan).uncalibrated:
         plan = calibrated(source, plan, text(), run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
     plan, rounded = rendered(source, plan, run / "model", run, text, quiet)

@@ -16,7 +16,7 @@ from ..export import export
 from ..export.claim import check_free
 from ..fit import Layout, check_layout
 from ..plan import Plan
-from ..plan.blueprint import Target, keeps_bytes, keeps_values
+from ..plan.blueprint import Blueprint, keeps_bytes, keeps_values
 from ..verify import verify
 
 PLAN, DESCRIPTION = "plan.json", "source.json"  # of a run
@@ -37,7 +37,7 @@ def convert(
     if source.container.name == container:
         raise InputError(f"{model} is in {container} already; name another container")
     check_free(out, source)
-    return written(Target.of(source, Plan(container)), out, None, layout, check, quiet)
+    return written(Blueprint.of(source, Plan(container)), out, None, layout, check, quiet)
 
 
 def is_run(folder: Path) -> bool:
@@ -60,22 +60,22 @@ def export_run(
             export_run(run, None, None, None, check, quiet)
         return convert(model, out or run / f"model-{container}", container, layout, check, quiet)
     check_free(out or model, source)
-    return written(Target.of(source, plan), out or model, run, layout, check, quiet)
+    return written(Blueprint.of(source, plan), out or model, run, layout, check, quiet)
 
 
 def written(
-    target: Target, out: Path, overlays: Path | None, layout: Layout | None, check: bool, quiet: bool
+    blueprint: Blueprint, out: Path, overlays: Path | None, layout: Layout | None, check: bool, quiet: bool
 ) -> dict[str, Any]:
-    source = target.source
+    source = blueprint.source
     if layout is not None:
-        check_layout(target, layout)
-    result = export(source, target.plan, out, quiet, overlays)
+        check_layout(blueprint, layout)
+    result = export(source, blueprint.plan, out, quiet, overlays)
     facts: dict[str, Any] = {
         "model": str(source.path),
         "out": str(out),
         "from": source.container.name,
-        "container": target.container.name,
-        "matrices": dict(Counter(way(target, name) for name in target.formats)),
+        "container": blueprint.container.name,
+        "matrices": dict(Counter(way(blueprint, name) for name in blueprint.formats)),
         "source_bytes": sum(t.bytes for t in source.inventory),
         "bytes": sum(t.bytes for t in result.inventory),
     }
@@ -87,12 +87,12 @@ def written(
     return facts
 
 
-def way(target: Target, name: str) -> str:
+def way(blueprint: Blueprint, name: str) -> str:
     """How a matrix came over: "mxfp4 copied", "nvfp4 repacked", "int4_g128 as affine4_g128", "fp8_block rounded to mxfp4"."""
-    linear = target.architecture.by_name[name]
-    before, after = target.source.formats[target.origin[name].name], target.formats[name]
-    if not keeps_values(target, linear):
+    linear = blueprint.architecture.by_name[name]
+    before, after = blueprint.source.formats[blueprint.origin[name].name], blueprint.formats[name]
+    if not keeps_values(blueprint, linear):
         return f"{before} rounded to {after}"
     if before != after:
         return f"{before} as {after}"
-    return f"{after} {'copied' if keeps_bytes(target, linear) else 'repacked'}"
+    return f"{after} {'copied' if keeps_bytes(blueprint, linear) else 'repacked'}"

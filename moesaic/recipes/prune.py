@@ -26,7 +26,7 @@ from ..export.repair import check_repairable, repair
 from ..measure import Trial
 from ..measure.preview import Candidate, Kept, Outlook, candidates, preview
 from ..plan import Plan, overlay
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..plan.pieces import NOTE
 from ..progress import progress
 from ..report.outlooks import plot
@@ -139,7 +139,7 @@ def repaired(setting: Setting, plan: Plan) -> tuple[Plan, dict[str, Any]]:
         shutil.rmtree(folder)  # the export that had taken it in is gone
     rows = corpus.evaluation(source, work / "preview.safetensors", PREVIEW_TOKENS, at_most=True)
     tokens = corpus.calibration(source, work / "tokens.safetensors")
-    found, facts = repair(Target.of(source, plan), tokens, rows, folder, seed=corpus.seed, quiet=setting.quiet)
+    found, facts = repair(Blueprint.of(source, plan), tokens, rows, folder, seed=corpus.seed, quiet=setting.quiet)
     return replace(plan, overlays={REPAIRED: found} if found else {}), facts
 
 

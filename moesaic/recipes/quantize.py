@@ -19,7 +19,7 @@ from ..export.sequential import rendered
 from ..fit import Layout, check_layout
 from ..formats import FORMATS
 from ..plan import SOURCE, Plan, overlay
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..rounding import ROUNDINGS, informed
 from ..verify import verify
 from ..verify.verdict import expert_errors
@@ -67,7 +67,7 @@ def quantize(
     formats = formats_of(source, asked.format, asked.only, asked.rest)
     plan = Plan(asked.container, formats=formats, rounding=informed(asked.rounding, corpus.is_own))
     if asked.layout is not None:
-        check_layout(Target.of(source, plan), asked.layout)
+        check_layout(Blueprint.of(source, plan), asked.layout)
     source.check_values()
 
     def text() -> TokenSet:

@@ -25,10 +25,10 @@ from ..errors import InputError, MoesaicError
 from ..export import prepare_kernels
 from ..export.claim import outdated
 from ..families import Linear
-from ..plan.blueprint import Target, keeps_bytes
+from ..plan.blueprint import Blueprint, keeps_bytes
 from ..plan.pieces import NOTE
 from ..progress import Meter, progress
-from .folder import check_digests, check_folder, target_of
+from .folder import blueprint_of, check_digests, check_folder
 from .linears import Sides, check_digest, check_linears, check_overlaid, raw, same_bytes
 from .verdict import Verdict
 
@@ -58,11 +58,11 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     verdict.compared["structure"] = len(export.inventory)
     check_folder(export, verdict)
     digests = check_digests(export, source is not None, verdict)
-    target = target_of(export, source, bad, verdict) if source is not None else None
-    if target is not None:
-        prepare_kernels(target, quiet)
-    reader = Reader(source) if source is not None and target is not None else None
-    sides = Sides(Reader(export), reader, target, bad, check_versions(export, target, verdict), digests)
+    blueprint = blueprint_of(export, source, bad, verdict) if source is not None else None
+    if blueprint is not None:
+        prepare_kernels(blueprint, quiet)
+    reader = Reader(source) if source is not None and blueprint is not None else None
+    sides = Sides(Reader(export), reader, blueprint, bad, check_versions(export, blueprint, verdict), digests)
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -73,9 +73,9 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     return verdict
 
 
-def check_versions(export: Checkpoint, target: Target | None, verdict: Verdict) -> frozenset[str]:
+def check_versions(export: Checkpoint, blueprint: Blueprint | None, verdict: Verdict) -> frozenset[str]:
     """Formats that cannot be rounded again here, because the export was rounded by another version; and a note of that."""
-    if target is None or (told := outdated(export.path / NOTE, target)) is None:
+    if blueprint is None or (told := outdated(export.path / NOTE, blueprint)) is None:
         return frozenset()
     what, formats = told
     verdict.notes.append(
@@ -103,11 +103,11 @@ def check_tensors(sides: Sides, verdict: Verdict, meter: Meter) -> None:
 
 def together(sides: Sides) -> Iterator[tuple[Linear, ...]]:
     """Matrices that were rounded together, and the others one by one: so much is in memory at a time."""
-    target = sides.target
+    blueprint = sides.blueprint
     for group in siblings(sides.export.checkpoint.architecture.linears):
-        alone = [n for n in group if target is None or n.name in target.plan.overlaid]
+        alone = [n for n in group if blueprint is None or n.name in blueprint.plan.overlaid]
         rest = tuple(n for n in group if n not in alone)
-        if target is None or any(n.name not in target.origin or keeps_bytes(target, n) for n in rest):
+        if blueprint is None or any(n.name not in blueprint.origin or keeps_bytes(blueprint, n) for n in rest):
             alone, rest = list(group), ()
         yield from ((n,) for n in alone)
         if rest:
@@ -117,8 +117,8 @@ def together(sides: Sides) -> Iterator[tuple[Linear, ...]]:
 def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
     """A norm, embedding, router or vision tensor: finite, and the source's own bytes or rows."""
     verdict, bad, same, source = Verdict(), 0, True, sides.source
-    rows = None if sides.target is None else kept_rows(sides.target, name)
-    wanted_digest = None if sides.target is None else sides.target.plan.overlaid.get(name)
+    rows = None if sides.blueprint is None else kept_rows(sides.blueprint, name)
+    wanted_digest = None if sides.blueprint is None else sides.blueprint.plan.overlaid.get(name)
     if wanted_digest is not None:
         source = None
         check_overlaid(name, sides.export.blocks(name), 1, wanted_digest, verdict)
@@ -155,9 +155,9 @@ def side_by_side(
         yield from itertools.zip_longest(export.blocks(name), source.blocks(name), fillvalue=torch.empty(0))
 
 
-def kept_rows(target: Target, name: str) -> tuple[int, ...] | None:
+def kept_rows(blueprint: Blueprint, name: str) -> tuple[int, ...] | None:
     """Which rows of the source's tensor stand in the export's; None: all."""
-    plan, rows_of = target.plan, target.architecture.rows_of
+    plan, rows_of = blueprint.plan, blueprint.architecture.rows_of
     return plan.kept[rows_of[name]] if plan.kept and name in rows_of else None
 
 
@@ -166,7 +166,7 @@ def check_coverage(sides: Sides, verdict: Verdict) -> None:
     model, compared = sides.export.checkpoint, verdict.compared
     there = len(model.architecture.tensors) + sum(len(sides.export.names(n)) for n in model.architecture.linears)
     looked = {"looked at": compared["finite"]}
-    if sides.target is not None:
+    if sides.blueprint is not None:
         looked["compared with the source"] = sum(compared[check] for check in AGAINST_SOURCE)
     for what, count in looked.items() if not sides.bad else ():
         if count != there and not any(f.check == "structure" for f in verdict.findings):

@@ -15,7 +15,7 @@ from ..errors import InputError, MoesaicError
 from ..families import expert_counts
 from ..files import same_files
 from ..plan import Plan
-from ..plan.blueprint import Target
+from ..plan.blueprint import Blueprint
 from ..plan.pieces import NOTE, carried
 from ..rounding import rounding_named
 from .verdict import Verdict
@@ -69,24 +69,24 @@ def check_folder(export: Checkpoint, verdict: Verdict) -> None:
         verdict.add("index", INDEX, "is missing, and the model has several shards")
 
 
-def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdict: Verdict) -> Target | None:
+def blueprint_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdict: Verdict) -> Blueprint | None:
     """What the export should be, by the plan that travels in it. None where that plan cannot be believed."""
     note = export.path / NOTE
     if not note.exists():
         raise InputError(f"{export.path} has no {NOTE}, so what it should be is unknown; verify it without a source")
     try:
-        target = Target.of(source, Plan.load(note, {"source": source.identity}))
-        rounding_named(target.plan.rounding)
+        blueprint = Blueprint.of(source, Plan.load(note, {"source": source.identity}))
+        rounding_named(blueprint.plan.rounding)
     except MoesaicError as error:
         verdict.add("plan", NOTE, f"is not this export's: {error}")
         return None
-    wanted = {t.name for t in inventory(target.architecture, target.container, target.formats)}
+    wanted = {t.name for t in inventory(blueprint.architecture, blueprint.container, blueprint.formats)}
     for name in sorted((wanted ^ set(export.stored)) - set(bad)):
         bad[name] = (
             "is missing, and the plan makes it" if name in wanted else "is not in what the plan makes of the source"
         )
         verdict.add("structure", name, bad[name])
-    for key in differing(target.config, export.config):
+    for key in differing(blueprint.config, export.config):
         verdict.add("counts", f"config.json {key}", "is not what the plan makes of the source's")
     for file in carried(source.path):
         verdict.compared["files"] += 1
@@ -94,7 +94,7 @@ def target_of(export: Checkpoint, source: Checkpoint, bad: dict[str, str], verdi
             verdict.add("files", str(file), "was not carried along from the source")
         elif not same_files(source.path / file, export.path / file):
             verdict.add("files", str(file), "differs from the source's")
-    return target
+    return blueprint
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -21,7 +21,7 @@ from ..export import in_kernels, recoded, requantized, round_together
 from ..families import Linear
 from ..formats import Scales
 from ..plan import overlay
-from ..plan.blueprint import Target, is_made_of_source, keeps_bytes, keeps_values
+from ..plan.blueprint import Blueprint, is_made_of_source, keeps_bytes, keeps_values
 from ..progress import Meter
 from ..rounding import ROUNDINGS, round_siblings, rounding_named
 from .verdict import Verdict
@@ -39,7 +39,7 @@ class Sides:
 
     export: Reader
     source: Reader | None
-    target: Target | None
+    blueprint: Blueprint | None
     bad: Mapping[str, str]  # tensors whose header entry already has a finding
     outdated: frozenset[str]  # formats that the export was rounded to by another version of today's arithmetic
     digests: Digests  # of every tensor as it was written; empty where the export has none
@@ -47,28 +47,28 @@ class Sides:
 
 def check_linears(sides: Sides, group: tuple[Linear, ...], by_reference: bool, meter: Meter) -> Verdict:
     """Matrices that share a second level of scale: finite, of a weight's magnitude, and what the plan says they are."""
-    verdict, target = Verdict(), sides.target
+    verdict, blueprint = Verdict(), sides.blueprint
     whole = [n for n in group if not any(name in sides.bad for name in sides.export.names(n))]
     stored = {linear.name: sides.export.parts(linear) for linear in whole}
     proven = len(whole) == len(group) and not by_reference and made_again(sides, group, stored, verdict)
     sound = [] if proven else [check_values(n, sides.export.packing(n), stored[n.name], verdict) for n in whole]
-    if not proven and sides.source is not None and target is not None:
+    if not proven and sides.source is not None and blueprint is not None:
         for linear in whole:
-            if keeps_bytes(target, linear):
-                wanted = sides.source.parts(target.origin[linear.name])
+            if keeps_bytes(blueprint, linear):
+                wanted = sides.source.parts(blueprint.origin[linear.name])
                 verdict.compared["bytes"] += len(stored[linear.name])
                 for key in differing_parts(stored[linear.name], wanted):
                     verdict.add("bytes", f"{linear.name} ({key})", "differs from the source's")
                 if is_not_finite(verdict, linear) and not differing_parts(stored[linear.name], wanted):
-                    file = sides.source.checkpoint.located(target.origin[linear.name])["codes"].file
+                    file = sides.source.checkpoint.located(blueprint.origin[linear.name])["codes"].file
                     verdict.add("finite", linear.name, f"is so in the source too: fetch its {file} again")
-        if len(whole) == len(group) and all(sound) and not any(keeps_bytes(target, n) for n in group):
-            if group[0].name in target.plan.overlaid:
-                check_taken(sides.source, target, group[0], stored[group[0].name], verdict)
-            elif keeps_values(target, group[0]):
-                check_recoded(sides.source, target, group, stored, verdict)
+        if len(whole) == len(group) and all(sound) and not any(keeps_bytes(blueprint, n) for n in group):
+            if group[0].name in blueprint.plan.overlaid:
+                check_taken(sides.source, blueprint, group[0], stored[group[0].name], verdict)
+            elif keeps_values(blueprint, group[0]):
+                check_recoded(sides.source, blueprint, group, stored, verdict)
             else:
-                check_rounded(sides, target, group, stored, by_reference, verdict)
+                check_rounded(sides, blueprint, group, stored, by_reference, verdict)
     for linear in whole if sides.digests else ():
         check_written(sides, linear, stored[linear.name], verdict)
     meter.advance(sum(t.nbytes for parts in stored.values() for t in parts.values()))
@@ -102,14 +102,14 @@ def is_not_finite(verdict: Verdict, linear: Linear) -> bool:
 
 def made_again(sides: Sides, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> bool:
     """Whether kernels make these very bytes of the source, close to its weights: then no value has to be looked at."""
-    source, target = sides.source, sides.target
-    if source is None or target is None or any(keeps_values(target, n) for n in group):
+    source, blueprint = sides.source, sides.blueprint
+    if source is None or blueprint is None or any(keeps_values(blueprint, n) for n in group):
         return False
-    rounding, (low, high) = rounding_named(target.plan.rounding), PLAUSIBLE_RMS
-    is_known = rounding.kernel and target.formats[group[0].name] not in sides.outdated
-    if not (is_known and is_made_of_source(target, group[0]) and in_kernels(target, group)):
+    rounding, (low, high) = rounding_named(blueprint.plan.rounding), PLAUSIBLE_RMS
+    is_known = rounding.kernel and blueprint.formats[group[0].name] not in sides.outdated
+    if not (is_known and is_made_of_source(blueprint, group[0]) and in_kernels(blueprint, group)):
         return False
-    again = list(requantized(target, group, rounding.kernel == "searched", source.parts, measure=True))
+    again = list(requantized(blueprint, group, rounding.kernel == "searched", source.parts, measure=True))
     squares = {n.name: (made.squared_error or 0.0, made.squared_weight or 0.0) for n, (_, made) in zip(group, again)}
     for linear, (wanted, _) in zip(group, again):
         error, weight = squares[linear.name]
@@ -138,11 +138,13 @@ def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor],
     return True
 
 
-def check_recoded(source: Reader, target: Target, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict) -> None:
+def check_recoded(
+    source: Reader, blueprint: Blueprint, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict
+) -> None:
     """The very values of the source under other codes: both sides decoded, and recoding done again."""
-    made = iter(recoded(target, group))
+    made = iter(recoded(blueprint, group))
     for linear in group:
-        packing, parts, origin = target.packing(linear), stored[linear.name], target.origin[linear.name]
+        packing, parts, origin = blueprint.packing(linear), stored[linear.name], blueprint.origin[linear.name]
         wanted = {key: next(made) for key in packing.parts(linear.shape)}
         w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
         verdict.compared["values"] += 1
@@ -154,7 +156,7 @@ def check_recoded(source: Reader, target: Target, group: tuple[Linear, ...], sto
 
 
 def check_rounded(
-    sides: Sides, target: Target, group: tuple[Linear, ...], stored: Tensors, by_reference: bool, verdict: Verdict
+    sides: Sides, blueprint: Blueprint, group: tuple[Linear, ...], stored: Tensors, by_reference: bool, verdict: Verdict
 ) -> None:
     """Round the source again and compare codes and scales: exact for a rounding that needs no data.
 
@@ -162,11 +164,11 @@ def check_rounded(
     """
     source = sides.source
     assert source is not None
-    weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (target.origin[n.name] for n in group)]
-    is_near = bool(rounding_named(target.plan.rounding).needs) or target.formats[group[0].name] in sides.outdated
-    again = nearest(target, group, weights) if is_near else rounded_again(target, group, weights, by_reference)
+    weights = [source.packing(o).decode(source.parts(o), o.shape) for o in (blueprint.origin[n.name] for n in group)]
+    is_near = bool(rounding_named(blueprint.plan.rounding).needs) or blueprint.formats[group[0].name] in sides.outdated
+    again = nearest(blueprint, group, weights) if is_near else rounded_again(blueprint, group, weights, by_reference)
     for i, (linear, w_OI) in enumerate(zip(group, weights)):
-        packing, parts = target.packing(linear), stored[linear.name]
+        packing, parts = blueprint.packing(linear), stored[linear.name]
         mine = packing.decode(parts, linear.shape)
         compare(linear, mine, w_OI, verdict)
         wanted = again[i]
@@ -192,13 +194,15 @@ def compare(linear: Linear, mine_OI: Tensor, w_OI: Tensor, verdict: Verdict) -> 
     verdict.errors[linear.name] = sum_of_squares(mine_OI - w_OI), sum_of_squares(w_OI)
 
 
-def check_taken(source: Reader, target: Target, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict) -> None:
+def check_taken(
+    source: Reader, blueprint: Blueprint, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict
+) -> None:
     """A matrix of an overlay: what the plan has the digest of, and where it was rounded, about as large as the source's."""
-    packing = target.packing(linear)
+    packing = blueprint.packing(linear)
     tensors = [stored[key] for key in packing.parts(linear.shape)]
-    check_overlaid(linear.name, tensors, len(tensors), target.plan.overlaid[linear.name], verdict)
-    if linear.unit not in target.keeping:
-        origin = target.origin[linear.name]
+    check_overlaid(linear.name, tensors, len(tensors), blueprint.plan.overlaid[linear.name], verdict)
+    if linear.unit not in blueprint.keeping:
+        origin = blueprint.origin[linear.name]
         w_OI = source.packing(origin).decode(source.parts(origin), origin.shape)
         compare(linear, packing.decode(stored, linear.shape), w_OI, verdict)
 
@@ -210,25 +214,27 @@ def check_overlaid(name: str, tensors: Iterable[Tensor], count: int, wanted: str
 
 
 def rounded_again(
-    target: Target, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
+    blueprint: Blueprint, group: tuple[Linear, ...], weights: list[Tensor], by_reference: bool
 ) -> list[dict[str, Tensor]]:
     """The tensors that rounding the source gives, by kernels where there are some."""
-    rounding, packings = rounding_named(target.plan.rounding), [target.packing(n) for n in group]
+    rounding, packings = rounding_named(blueprint.plan.rounding), [blueprint.packing(n) for n in group]
     if by_reference:
-        return packed(target, group, round_siblings(rounding, weights, packings[0].number_format))
-    made = iter(round_together(target, group, rounding))
+        return packed(blueprint, group, round_siblings(rounding, weights, packings[0].number_format))
+    made = iter(round_together(blueprint, group, rounding))
     return [{key: next(made) for key in packing.parts(n.shape)} for n, packing in zip(group, packings)]
 
 
-def nearest(target: Target, group: tuple[Linear, ...], weights: list[Tensor]) -> list[dict[str, Tensor]]:
+def nearest(blueprint: Blueprint, group: tuple[Linear, ...], weights: list[Tensor]) -> list[dict[str, Tensor]]:
     """The tensors that rounding to nearest gives."""
-    return packed(target, group, round_siblings(ROUNDINGS["rtn"], weights, target.packing(group[0]).number_format))
+    return packed(
+        blueprint, group, round_siblings(ROUNDINGS["rtn"], weights, blueprint.packing(group[0]).number_format)
+    )
 
 
 def packed(
-    target: Target, group: tuple[Linear, ...], pairs: Sequence[tuple[Tensor, Scales]]
+    blueprint: Blueprint, group: tuple[Linear, ...], pairs: Sequence[tuple[Tensor, Scales]]
 ) -> list[dict[str, Tensor]]:
-    return [target.pack(n, *pair) for n, pair in zip(group, pairs)]
+    return [blueprint.pack(n, *pair) for n, pair in zip(group, pairs)]
 
 
 def differing_parts(mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -22,7 +22,7 @@ from moesaic.errors import PlanError
 from moesaic.export import export
 from moesaic.families import Linear
 from moesaic.plan import SOURCE, Plan
-from moesaic.plan.blueprint import Target
+from moesaic.plan.blueprint import Blueprint
 
 pytestmark = pytest.mark.engines
 ENGINE, CONTAINER = "vLLM 0.32", "compressed_tensors"
@@ -39,7 +39,7 @@ def plan_of(source: Checkpoint, experts: list[str], rest: str) -> Plan:
     moe = [unit for unit, members in units if members[0].role == "experts"]
     formats = {unit: experts[moe.index(unit) % len(experts)] if unit in moe else rest for unit, _ in units}
     plan = Plan(CONTAINER, formats=formats)
-    asked = Target.of(source, plan).uncalibrated
+    asked = Blueprint.of(source, plan).uncalibrated
     return replace(plan, activations={name: 3.0 + 0.7 * i for i, name in enumerate(asked)})
 
 

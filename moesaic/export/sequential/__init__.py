@@ -19,7 +19,7 @@ from ...checkpoint import Checkpoint, sample
 from ...data.tokens import TokenSet
 from ...errors import PlanError
 from ...plan import Plan, dropped, overlay
-from ...plan.blueprint import Target, bound
+from ...plan.blueprint import Blueprint, bound
 from ...progress import progress
 from ...rounding import rounding_named
 from ...stream import STATES, LayerRun, Standing, State, Sweep
@@ -42,7 +42,7 @@ def rendered(
     """
     if not rounding_named(plan.rounding).needs:
         return plan, None
-    Target.of(source, plan)  # refuses before the hours
+    Blueprint.of(source, plan)  # refuses before the hours
     check_plan(out, source, plan)
     folder = overlays / overlay.ON_TEXT
     if overlay.is_dropped(folder) and not (out / "config.json").exists():
@@ -65,13 +65,13 @@ def render(
     rounding = rounding_named(plan.rounding)
     if plan.overlays:
         raise PlanError(f"the plan has the overlays {', '.join(plan.overlays)} already; render it before they are made")
-    target = Target.of(source, plan)
-    inputs = bound(source, plan) | {"tokens": tokens.identity, "rendering": VERSION} | target.arithmetic
+    blueprint = Blueprint.of(source, plan)
+    inputs = bound(source, plan) | {"tokens": tokens.identity, "rendering": VERSION} | blueprint.arithmetic
     if overlay.is_finished(folder):
         (folder / STATES).unlink(missing_ok=True)
         return overlay.listing(folder, inputs)
     run = LayerRun(source, device)
-    work = Work(target, rounding, run, folder, inputs)
+    work = Work(blueprint, rounding, run, folder, inputs)
     layers = range(max((g[0].layer for g in work.groups), default=-1) + 1)
     under_way = Sweep(layers, folder / STATES, inputs, run.device, EACH_LAYER)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...plan.blueprint import Target
+from ...plan.blueprint import Blueprint
 from ...rounding import Batch, Block, Inputs, Rounding, round_members, split
 from ...stream import LayerRun, Routing
 from ...stream.memory import spans
@@ -52,7 +52,7 @@ def batch_of(groups: Sequence[Group], w_EOI: Tensor, inputs: Sequence[Inputs], p
 
 @dataclass(frozen=True)
 class Experts:
-    target: Target
+    blueprint: Blueprint
     rounding: Rounding
     run: LayerRun
     seen: Routing
@@ -82,7 +82,7 @@ class Experts:
         gate_ups, downs = zip(*experts)
         tokens = [self.routed(group) for group in downs]
         first = self.round_groups(gate_ups, tokens, [torch.Tensor.float] * len(tokens), [self.pool])
-        format = format_of(self.target, gate_ups[0])
+        format = format_of(self.blueprint, gate_ups[0])
         through = [
             partial(self.hidden, torch.cat([format.decode(*member) for member in members]), self.bias(group))
             for group, members, _ in first
@@ -94,9 +94,9 @@ class Experts:
     def round_groups(
         self, groups: Sequence[Group], tokens: Sequence[Tokens], through: Sequence[ToInput], pools: Sequence[Inputs]
     ) -> list[Result]:
-        w_EOI = torch.stack([weights_of(self.target, group, self.run.device) for group in groups])
+        w_EOI = torch.stack([weights_of(self.blueprint, group, self.run.device) for group in groups])
         inputs = [self.inputs(w_EOI.shape[2], mine, to_input) for mine, to_input in zip(tokens, through)]
-        rows, format = [n.shape[0] for n in groups[0]], format_of(self.target, groups[0])
+        rows, format = [n.shape[0] for n in groups[0]], format_of(self.blueprint, groups[0])
         members, facts = round_members(self.rounding, batch_of(groups, w_EOI, inputs, pools), rows, format)
         counts = [{"tokens": len(t.index_n), "effective": i.tokens} for t, i in zip(tokens, inputs)]
         return [
@@ -113,10 +113,10 @@ class Experts:
         x_EnD = torch.stack([self.seen.x_TD[F.pad(t.index_n, (0, length - len(t.index_n)))] for t in tokens]).float()
         weight_En = torch.stack([F.pad(t.weight_n, (0, length - len(t.weight_n))) for t in tokens])
         weights = tuple(
-            torch.stack([weights_of(self.target, group, self.run.device) for group in groups])
+            torch.stack([weights_of(self.blueprint, group, self.run.device) for group in groups])
             for groups in zip(*experts)
         )
-        format = format_of(self.target, experts[0][0])
+        format = format_of(self.blueprint, experts[0][0])
         biases = [
             torch.stack([b for b in map(self.bias, groups) if b is not None])[:, None] if groups[0][0].bias else None
             for groups in zip(*experts)
@@ -141,7 +141,7 @@ class Experts:
         """That of matrices stacked by rows, of the source's experts that they are."""
         if not group[0].bias:
             return None
-        return torch.cat([self.run.bias(self.target.origin[n.name]) for n in group])
+        return torch.cat([self.run.bias(self.blueprint.origin[n.name]) for n in group])
 
     def activated(self, both_nO: Tensor) -> Tensor:
         gate_nI, up_nI = both_nO.chunk(2, -1)
@@ -158,7 +158,7 @@ class Experts:
 
     def routed(self, group: Group) -> Tokens:
         """The tokens that chose an expert."""
-        chosen_Tk = self.seen.experts_Tk.eq(self.target.origin[group[0].name].expert or 0)
+        chosen_Tk = self.seen.experts_Tk.eq(self.blueprint.origin[group[0].name].expert or 0)
         index_n = chosen_Tk.any(1).nonzero().flatten()
         return Tokens(index_n, (self.seen.gates_Tk * chosen_Tk).sum(1)[index_n].square())
 

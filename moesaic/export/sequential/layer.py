@@ -12,7 +12,7 @@ from torch import Tensor
 from ...checkpoint.containers import siblings
 from ...errors import PlanError
 from ...families import Linear
-from ...plan.blueprint import Target, keeps_values
+from ...plan.blueprint import Blueprint, keeps_values
 from ...rounding import Inputs, Rounding, round_members
 from ...stream import LayerRun, LinearPass, Observer, Routing, Standing, State
 from ...stream.state import ignore
@@ -33,7 +33,7 @@ def round_layer(work: "Work", layer: int, at: Standing, *, told: Callable[[int],
 class Work:
     """What is to be rounded, by what, and what came of it so far."""
 
-    target: Target
+    blueprint: Blueprint
     rounding: Rounding
     run: LayerRun
     folder: Path
@@ -42,9 +42,9 @@ class Work:
     told: Callable[[int], None] = ignore  # how many weights have been rounded
 
     def __post_init__(self) -> None:
-        changed = [n for n in self.target.architecture.linears if not keeps_values(self.target, n)]
+        changed = [n for n in self.blueprint.architecture.linears if not keeps_values(self.blueprint, n)]
         self.groups = siblings(changed)
-        self.by_origin = {self.target.origin[n.name].name: group for group in self.groups for n in group}
+        self.by_origin = {self.blueprint.origin[n.name].name: group for group in self.groups for n in group}
 
     @torch.no_grad()
     def advance(self, layer: int, state: State) -> State:
@@ -76,7 +76,7 @@ class Work:
         by_expert: dict[int | None, list[Group]] = {}
         for group in self.of_layer(seen.layer, "experts"):
             by_expert.setdefault(group[0].expert, []).append(group)
-        experts = Experts(self.target, self.rounding, self.run, seen)
+        experts = Experts(self.blueprint, self.rounding, self.run, seen)
         for batch in experts.batches(list(by_expert.values())):
             if all([self.is_done(group) for groups in batch for group in groups]):
                 continue
@@ -89,12 +89,12 @@ class Work:
         for group in groups:
             if self.is_done(group):
                 continue
-            inputs, first = Inputs.empty(group[0].shape[1], self.run.device), self.target.origin[group[0].name]
+            inputs, first = Inputs.empty(group[0].shape[1], self.run.device), self.blueprint.origin[group[0].name]
             forward(replace(state, observer=Observer(linear=partial(self.see, first, inputs))))
             if not inputs.vectors:
                 raise PlanError(f"no input of {first.name} was seen; report this as a bug")
-            batch = batch_of([group], weights_of(self.target, group, self.run.device)[None], [inputs])
-            format = format_of(self.target, group)
+            batch = batch_of([group], weights_of(self.blueprint, group, self.run.device)[None], [inputs])
+            format = format_of(self.blueprint, group)
             (members,), facts = round_members(self.rounding, batch, [n.shape[0] for n in group], format)
             mine = {name: values[0] for name, values in facts.items()}
             self.write(group, members, {"tokens": int(inputs.vectors), "effective": inputs.tokens} | mine)
@@ -114,7 +114,7 @@ class Work:
     def write(self, group: Group, members: Members, facts: Mapping[str, Any]) -> None:
         first, weights = group[0], sum(n.elements for n in group)
         whole = {"group": first.name, "layer": first.layer, "expert": first.expert, "weights": weights, **facts}
-        self.record(write_group(self.folder, self.target, group, members, self.inputs, whole))
+        self.record(write_group(self.folder, self.blueprint, group, members, self.inputs, whole))
 
     def record(self, facts: dict[str, Any]) -> None:
         self.facts.append(facts)
@@ -125,5 +125,5 @@ class Work:
         found = {n.name: w_OI for n, w_OI in zip(linears, values)}
         for group in dict.fromkeys(self.by_origin[n.name] for n in linears if n.name in self.by_origin):
             if is_written(self.folder, group):
-                found |= read_values(self.folder, self.target, group, self.inputs)
+                found |= read_values(self.folder, self.blueprint, group, self.inputs)
         return [found[n.name].to(w_OI.device) for n, w_OI in zip(linears, values)]
