@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from stream import final
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.export.sequential.layer import Work
@@ -66,8 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Blueprint.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
         watched = State(began.hidden_BTD, observer=Observer(route=partial(take, work)))
-        for _ in run.sweep([watched]):
-            pass
+        final(run, [watched])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from stream import final
 from torch import Tensor
 
 from moesaic.calibrate import calibrate
@@ -81,12 +82,6 @@ def patched(source: Checkpoint, biases: Mapping[int, Tensor], folder: Path) -> C
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
-def swept(run: LayerRun, states: list[State]) -> list[Tensor]:
-    for _, after in run.sweep(states):
-        states = after
-    return [s.hidden_BTD for s in states]
-
-
 def rebiased(
     source: Checkpoint, plan: Plan, tokens: TokenSet, rows: TokenSet, folder: Path, seed: int
 ) -> list[Estimate]:
@@ -94,8 +89,8 @@ def rebiased(
     run = LayerRun(source)
     moved = LayerRun(patched(source, moved_biases(run, tokens.ids_BT, plan.kept), folder))
     left_out = dropped(plan.kept, source.architecture.experts)
-    base, cut = swept(run, [State(run.embed(rows.ids_BT)), State(run.embed(rows.ids_BT), left_out)])
-    (after,) = swept(moved, [State(moved.embed(rows.ids_BT), left_out)])
+    base, cut = final(run, [State(run.embed(rows.ids_BT)), State(run.embed(rows.ids_BT), left_out)])
+    (after,) = final(moved, [State(moved.embed(rows.ids_BT), left_out)])
     before, found = against(run, base, [cut, after], rows.ids_BT)
     kl_cut, kl = before["kl_nats"], found["kl_nats"]
     return [Bootstrap(found, seed).mean(x_BS) for x_BS in (kl_cut, kl, kl - kl_cut)]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stream import final
 from torch import Tensor
 
 from moesaic.checkpoint import Checkpoint
@@ -35,10 +36,7 @@ WAYS = ("rtn", "search", "weighted", "gptq", "descent", "autoround")
 @torch.no_grad()
 def last_hidden(model: Checkpoint, rows: TokenSet) -> tuple[LayerRun, Tensor]:
     run = LayerRun(model)
-    states = [State(run.embed(rows.ids_BT))]
-    for _, after in run.sweep(states):
-        states = after
-    return run, states[0].hidden_BTD
+    return run, final(run, [State(run.embed(rows.ids_BT))])[0]
 
 
 def kl_of_rows(

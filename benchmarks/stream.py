@@ -16,7 +16,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.stream import LayerRun, State
+from moesaic.stream import LayerRun, Standing, State, Sweep, advanced
 
 BATCH = 8  # rows that transformers sees at a time
 
@@ -41,14 +42,19 @@ def text_rows(model: Path, rows: int, length: int) -> Tensor:
     raise SystemExit(f"the standard library has {len(ids)} tokens, wanted {rows * length}; ask for fewer rows")
 
 
+def final(run: LayerRun, states: Sequence[State]) -> list[Tensor]:
+    """Hidden states [B, T, D] after the last layer."""
+    begin = Standing({str(i): state for i, state in enumerate(states)})
+    return Sweep(range(run.architecture.layers), None, {}, run.device).through(
+        lambda: begin, partial(advanced, run), lambda at: [state.hidden_BTD for state in at.states.values()]
+    )
+
+
 def streamed(model: Path) -> Callable[[Tensor], float]:
     run = LayerRun(Checkpoint.open(model), device="cpu")
 
     def forward(tokens_BT: Tensor) -> float:
-        states = [State(run.embed(tokens_BT))]
-        for _, after in run.sweep(states):
-            states = after
-        hidden_TD = states[0].hidden_BTD.flatten(0, 1)
+        hidden_TD = final(run, [State(run.embed(tokens_BT))])[0].flatten(0, 1)
         return sum(float(run.logits(hidden_TD[span]).sum()) for span in run.logit_spans(len(hidden_TD)))
 
     return forward

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from children import child, contents, dying
+from forward import final
 from reference import Reference
 from safetensors import safe_open
 from torch import Tensor
@@ -174,9 +175,7 @@ def test_squares_of_inputs_are_those_of_the_tokens_that_chose_an_expert(model, t
     """By a slow loop over what experts were seen to multiply; they and the pairs are all that is kept beside sums."""
     s, layer, passes = calibrate(model, tokens_of(0), tmp_path, quiet=True), model.architecture.moe_layers[0], []
     run = LayerRun(model)
-    for at, _ in run.sweep([State(run.embed(tokens_of(0).ids_BT), observer=Observer(expert=passes.append))]):
-        if at == layer:
-            break
+    final(run, [State(run.embed(tokens_of(0).ids_BT), observer=Observer(expert=passes.append))])
     for seen in (p for p in passes if p.layer == layer):
         for name, x_nI in (("inputs_ED", seen.x_nD), ("inner_EI", seen.inner_nI)):
             assert s.layer(layer, name)[seen.expert] == pytest.approx(sum(x_I.square() for x_I in x_nI), rel=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from children import child, contents, dying
+from forward import final
 
 from moesaic.allocate import Offer, stored_bytes
 from moesaic.calibrate import calibrate
@@ -180,10 +181,8 @@ def test_overlap_is_one_less_total_variation(model: Checkpoint, data: Path, tmp_
 
 def swept(model: Checkpoint, ids_BT: torch.Tensor) -> tuple[LayerRun, torch.Tensor]:
     run = LayerRun(model)
-    states = [State(run.embed(ids_BT))]
-    for _, after in run.sweep(states):
-        states = after
-    return run, states[0].hidden_BTD
+    (state,) = final(run, [State(run.embed(ids_BT))])
+    return run, state.hidden_BTD
 
 
 def test_text_to_judge_by_was_not_calibrated_on(model: Checkpoint, data: Path, tmp_path: Path) -> None:

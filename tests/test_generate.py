@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from forward import final
 from reference import Reference
 from torch import Tensor
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2ForCausalLM
@@ -40,8 +41,7 @@ def full(checkpoint: Checkpoint, tokens: Sequence[int], **differs: object) -> Te
     """Logits [T, V] of a whole row by the streaming forward."""
     run = LayerRun(checkpoint, device="cpu")
     states = [State(run.embed(torch.tensor([tokens])), **differs)]  # type: ignore[arg-type]
-    *_, (_, last) = run.sweep(states)
-    return run.logits(last[0].hidden_BTD[0])
+    return run.logits(final(run, states)[0].hidden_BTD[0])
 
 
 def in_steps(decoder: Decoder, rows: Sequence[Sequence[int]], caches: Sequence[Cache] | None = None) -> list[Tensor]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import forward
 import numpy as np
 import pytest
 import torch
@@ -60,10 +61,8 @@ def rows(count: int, length: int = 24, seed: int = 0) -> TokenSet:
 
 
 def final(run: LayerRun, state: State) -> Tensor:
-    states = [state]
-    for _, after in run.sweep(states):
-        states = after
-    return states[0].hidden_BTD
+    (after,) = forward.final(run, [state])
+    return after.hidden_BTD
 
 
 def ridden(source: Checkpoint, branch: Branch, tokens: TokenSet) -> Tensor:

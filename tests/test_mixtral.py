@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forward import final
 from local_server import serving
 from reference import Reference
 
@@ -40,7 +41,7 @@ def go(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
 
 def logits(checkpoint: Checkpoint, tokens_BT: torch.Tensor) -> torch.Tensor:
     run = LayerRun(checkpoint)
-    *_, (_, (state,)) = run.sweep([State(run.embed(tokens_BT))])
+    (state,) = final(run, [State(run.embed(tokens_BT))])
     return run.logits(state.hidden_BTD.flatten(0, 1)).view(*tokens_BT.shape, -1)
 
 
@@ -81,7 +82,7 @@ def test_a_cut_is_what_its_mask_computes(mixtral, data, tmp_path, capsys):
     kept = go(capsys, "inspect", cut.path, "--base", mixtral.path)["kept"]
     run = LayerRun(mixtral)
     gone = {int(layer): [e for e in range(8) if e not in ids] for layer, ids in kept.items()}
-    *_, (_, (state,)) = run.sweep([State(run.embed(tokens_BT), dropped=gone)])
+    (state,) = final(run, [State(run.embed(tokens_BT), dropped=gone)])
     masked = run.logits(state.hidden_BTD.flatten(0, 1)).view(2, 50, -1)
     assert torch.allclose(masked, logits(cut, tokens_BT), atol=1e-4)
     assert torch.allclose(logits(cut, tokens_BT), Reference(cut.path).logits(tokens_BT), atol=1e-4)

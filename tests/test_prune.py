@@ -18,6 +18,7 @@ import tiny
 import torch
 import transformers
 from children import child, contents, dying
+from forward import final
 from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,10 +66,8 @@ def kept_of(facts: dict[str, Any]) -> dict[int, list[int]]:
 
 def logits(checkpoint: Checkpoint, ids_BT: Tensor, dropped: dict[int, list[int]] | None = None) -> Tensor:
     run = LayerRun(checkpoint, device="cpu")
-    states = [State(run.embed(ids_BT), dropped or {})]
-    for _, after in run.sweep(states):
-        states = after
-    return run.logits(states[0].hidden_BTD.flatten(0, 1)).view(*ids_BT.shape, -1)
+    (state,) = final(run, [State(run.embed(ids_BT), dropped or {})])
+    return run.logits(state.hidden_BTD.flatten(0, 1)).view(*ids_BT.shape, -1)
 
 
 def test_what_stays_is_the_best_by_the_statistics_on_disk(pruned):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import contents
+from forward import final
 from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -48,8 +49,10 @@ def ready(plan: Plan, folder: Path) -> Plan:
 @torch.no_grad()
 def hidden_after(checkpoint: Checkpoint, tokens: TokenSet) -> dict[int, Tensor]:
     run = LayerRun(checkpoint, "cpu")
-    state = State(run.embed(tokens.ids_BT))
-    return {layer: states[0].hidden_BTD.clone() for layer, states in run.sweep([state])}
+    found: dict[int, Tensor] = {}
+    start = [State(run.embed(tokens.ids_BT))]
+    final(run, start, done=lambda at: found.update({at.done - 1: at.states["0"].hidden_BTD.clone()}))
+    return found
 
 
 def test_every_layer_is_calibrated_on_what_the_export_makes_of_the_text(source, tmp_path, monkeypatch) -> None:
@@ -82,8 +85,7 @@ def test_what_matrices_are_seen_to_multiply_is_what_the_full_model_gives_them(so
         for linear in seen.linears:
             sums.setdefault(linear.name, Inputs.empty(linear.shape[1])).add(seen.x_nI)
 
-    for _ in run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(linear=see))]):
-        pass
+    final(run, [State(run.embed(tokens.ids_BT), observer=Observer(linear=see))])
     full = Reference(source.path).model
     for layer in range(source.architecture.layers):
         for name, disk in source.family.wiring.parameters(source.architecture, layer).items():
@@ -114,7 +116,7 @@ def test_an_experts_hessians_are_those_of_its_tokens(m2, tmp_path, monkeypatch) 
     result = export(m2, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
 
     run, routed = LayerRun(m2, "cpu"), []
-    next(run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))]))
+    run.advance(0, [State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))])
     seen: Routing = routed[0]
     for e, linears in ((e, result.architecture.experts_of[0, e]) for e in range(result.architecture.experts)):
         gate, up = (result.decode(linears[p].name) for p in ("gate", "up"))
@@ -195,7 +197,7 @@ def test_other_text_or_another_plan_is_refused(m2, tmp_path) -> None:
 def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> None:
     tokens, routed = some_tokens(m2, 1, 3), []
     run = LayerRun(m2, "cpu")
-    next(run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))]))
+    run.advance(0, [State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))])
     reached = set(routed[0].experts_Tk.flatten().tolist())
     facts = render(m2, a_plan(m2), tokens, tmp_path / "rounded", quiet=True)
     first = [name for name in facts["unreached"] if name.startswith("layer 0 ")]
@@ -229,8 +231,7 @@ def test_a_pruned_models_tokens_go_to_the_experts_that_stay(source, tmp_path) ->
     assert verify(tmp_path / "out", source, quiet=True).holds
     last = source.architecture.moe_layers[-1]
     run, seen = LayerRun(result, "cpu"), []
-    for _ in run.sweep([State(run.embed(tokens.ids_BT), observer=Observer(route=seen.append))]):
-        pass
+    final(run, [State(run.embed(tokens.ids_BT), observer=Observer(route=seen.append))])
     counts = seen[-1].experts_Tk.flatten().bincount(minlength=4).tolist()
     mine = [g for g in facts["by_group"] if f".layers.{last}." in g["group"] and g["expert"] is not None]
     by_expert = {g["expert"]: g["tokens"] for g in mine}

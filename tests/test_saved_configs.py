@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import saved
+from forward import final
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.errors import FamilyError
@@ -41,8 +42,7 @@ def test_the_same_hidden_states(source: Checkpoint, tmp_path: Path) -> None:
     both = []
     for model in (source, Checkpoint.open(saved(source, tmp_path / "saved"))):
         run = LayerRun(model)
-        *_, (_, states) = run.sweep([State(run.embed(ids))])
-        both.append(states[0].hidden_BTD)
+        both.append(final(run, [State(run.embed(ids))])[0].hidden_BTD)
     assert torch.equal(*both)
 
 

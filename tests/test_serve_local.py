@@ -18,6 +18,7 @@ import time
 import openai
 import pytest
 import torch
+from forward import final
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from local_server import KEY, Running, scripted, serving
@@ -103,7 +104,7 @@ def test_echoed_logprobs_are_the_models(server, m2):
     """As lm-eval asks for them: token ids, one new token, everything echoed."""
     ids = Tokenizer.open(m2.path).encode(PROMPT).tolist()
     run = LayerRun(m2, device="cpu")
-    *_, (_, last) = run.sweep([State(run.embed(torch.tensor([ids])))])
+    last = final(run, [State(run.embed(torch.tensor([ids])))])
     logprobs_TV = run.logits(last[0].hidden_BTD[0]).log_softmax(-1)
     body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1234}
     for more in ({}, {"return_tokens_as_token_ids": True}):
@@ -445,7 +446,7 @@ def test_log_likelihoods_of_lm_eval_are_the_direct_ones(server, m2, monkeypatch)
     for (context, continuation), (logprob, is_greedy) in zip(pairs, lm.loglikelihood(asked)):
         ids = tokenizer.encode(context + continuation).tolist()
         start = len(tokenizer.encode(context))
-        *_, (_, last) = run.sweep([State(run.embed(torch.tensor([ids])))])
+        last = final(run, [State(run.embed(torch.tensor([ids])))])
         logprobs_TV = run.logits(last[0].hidden_BTD[0]).log_softmax(-1)
         at = range(start, len(ids))
         assert logprob == pytest.approx(sum(float(logprobs_TV[t - 1, ids[t]]) for t in at), abs=1e-3)

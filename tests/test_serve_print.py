@@ -153,9 +153,7 @@ def test_compose(case):
         assert (gpus["driver"], gpus["count"]) == ("nvidia", found.devices)
         [volume] = service["volumes"]
         assert (
-            volume["source"] == str(found.model)
-            and volume["target"] == service["command"][0]
-            and volume["read_only"]
+            volume["source"] == str(found.model) and volume["target"] == service["command"][0] and volume["read_only"]
         )
         if found.nodes == 1:
             assert service["ports"] == ["127.0.0.1:8000:8000"]

@@ -14,6 +14,7 @@ from typing import Any
 import local_server
 import pytest
 import torch
+from forward import final
 from test_evaluate import text_rows
 
 from moesaic.artifact import read_tensors
@@ -77,7 +78,7 @@ def streaming(checkpoint: Checkpoint, bos: tuple[int, ...] = (), as_ids: bool = 
             return None
         with lock:
             run, ids = LayerRun(checkpoint, "cpu"), torch.tensor([*bos, *body["prompt"]])
-            *_, (_, after) = run.sweep([State(run.embed(ids[None]))])
+            after = final(run, [State(run.embed(ids[None]))])
             log_p = run.logits(after[0].hidden_BTD[0]).log_softmax(-1)
         each, tops = [None], [None]
         for t in range(1, len(ids)):
@@ -141,7 +142,7 @@ def test_a_token_that_the_server_puts_before_the_prompt_is_passed_over(m3: Check
     bos = 7
     run = LayerRun(m3, "cpu")
     ids_BT = torch.cat([torch.full((len(plain.ids_BT), 1), bos), plain.ids_BT], 1)
-    *_, (_, after) = run.sweep([State(run.embed(ids_BT))])
+    after = final(run, [State(run.embed(ids_BT))])
     log_p = torch.stack([run.logits(hidden_TD) for hidden_TD in after[0].hidden_BTD]).log_softmax(-1)
     wanted = -log_p[:, 1:-1].gather(-1, plain.ids_BT[:, 1:, None])[..., 0]
     with serving(streaming(m3, (bos,), as_ids)) as url:

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import folders
 import pytest
 import tiny
 import torch
+from forward import final
 from reference import Reference
 from torch import Tensor
 
@@ -65,12 +66,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 def text(rows: int, length: int, vocab: int = 256, seed: int = 0) -> Tensor:
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def final(run: LayerRun, states: Sequence[State], start: int = 0) -> list[State]:
-    for _, after in run.sweep(states, start):
-        states = after
-    return list(states)
 
 
 def logits(run: LayerRun, tokens_BT: Tensor, **differs: object) -> Tensor:
@@ -298,11 +293,10 @@ def test_a_sweep_continues_from_saved_states(source):
     """`advance` leaves its input as it was, so a saved state stays good."""
     run, tokens_BT = LayerRun(source), text(2, 60)
     whole = final(run, [State(run.embed(tokens_BT))])
-    sweep = run.sweep([State(run.embed(tokens_BT))])
-    layer, kept = next(sweep)
+    kept = run.advance(0, [State(run.embed(tokens_BT))])
     saved = kept[0].hidden_BTD.clone()
-    next(sweep)
-    assert layer == 0 and torch.equal(kept[0].hidden_BTD, saved)
+    run.advance(1, kept)
+    assert torch.equal(kept[0].hidden_BTD, saved)
     (later,) = final(LayerRun(source), [State(saved)], start=1)
     assert torch.equal(later.hidden_BTD, whole[0].hidden_BTD)
 
@@ -329,8 +323,9 @@ class Seen:
 def test_observers_see_what_is_computed(source, block_bytes):
     """Passes add up to the routed sum, the block's parts to the next hidden state; tokens and gates are the routing's."""
     run, seen, experts = LayerRun(source, block_bytes=block_bytes), Seen(), Reference(source.path)
-    sweep = run.sweep([State(run.embed(text(2, 150)), observer=seen.observer)])
-    after = {layer: state.hidden_BTD.flatten(0, 1) for layer, (state,) in sweep}
+    after: dict[int, Tensor] = {}
+    start = State(run.embed(text(2, 150)), observer=seen.observer)
+    final(run, [start], done=lambda at: after.update({at.done - 1: at.states["0"].hidden_BTD.flatten(0, 1)}))
     moe_layers = source.architecture.moe_layers
     assert [r.layer for r in seen.routings] == [b.layer for b, _ in seen.blocks] == list(moe_layers)
     scale = source.family.arithmetic.routed_scale(source.family.text(source.config))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward import final
 from reference import Reference
 from test_evaluate import changed, noisy
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2ForCausalLM
@@ -147,8 +148,7 @@ def test_what_fills_a_row_up_is_not_seen(m3: Checkpoint) -> None:
     ids_BT = torch.randint(300, (2, 150), generator=torch.Generator().manual_seed(0))
     run, ends = LayerRun(m3, "cpu"), []
     for rows_BT in (ids_BT[:, :120], ids_BT, torch.cat([ids_BT[:, :120], torch.zeros(2, 60, dtype=torch.long)], 1)):
-        states = [State(run.embed(rows_BT))]
-        *_, (_, after) = run.sweep(states)
+        after = final(run, [State(run.embed(rows_BT))])
         ends.append(after[0].hidden_BTD[:, :120])
     assert torch.allclose(ends[0], ends[1], atol=1e-4) and torch.allclose(ends[0], ends[2], atol=1e-4)
 

@@ -226,7 +226,7 @@ import resource, sys
 from pathlib import Path
 from moesaic.texts import read_texts, split
 from moesaic.tokenizer import Tokenizer
-from moesaic.tokens import TokenSet
+from moesaic.data.tokens import TokenSet
 tokenizer = Tokenizer.open(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ours, theirs = split(read_texts(Path(sys.argv[2]), tokenizer))

@@ -25,7 +25,7 @@ from ..plan import Plan, dropped, overlay
 from ..plan.blueprint import Blueprint, bound
 from ..progress import progress
 from ..rounding import ROUNDINGS, arithmetic, round_siblings
-from ..stream import STATES, LayerRun, LinearPass, Observer, Standing, State, Sweep
+from ..stream import STATES, LayerRun, LinearPass, Observer, Standing, State, Sweep, advanced
 from ..stream.memory import spans
 from ..stream.sweep import EACH_LAYER
 from .sequential.group import format_of, read_values, weights_of, write_group
@@ -128,8 +128,7 @@ def fit_step(of: Repair, layer: int, at: Standing) -> Standing:
     """One layer of the cut and repaired model; its matrix, where it has one, goes into the overlay."""
     down = next((n for n in of.blueprint.architecture.linears if n.layer == layer and is_repairable(n)), None)
     if down is None:
-        (after,) = of.run.advance(layer, [at.states[CUT]])
-        return replace(at, states={CUT: after})
+        return advanced(of.run, layer, at)
     hidden_BTD, facts = fit_layer(of, down, at.states[CUT].hidden_BTD)
     return replace(at, states={CUT: State(hidden_BTD)}, notes={"groups": [*at.notes["groups"], facts]})
 
@@ -208,8 +207,8 @@ def judge_step(of: Repair, layer: int, at: Standing) -> Standing:
     change = partial(fitted, of.blueprint, of.folder)
     changed = {n.unit: change for n in of.blueprint.architecture.linears if is_repairable(n)}
     states = {**at.states, REPAIRED: replace(at.states[REPAIRED], changed=changed)}
-    after = zip(states, of.run.advance(layer, list(states.values())))
-    return replace(at, states={name: replace(state, changed={}) for name, state in after})
+    after = advanced(of.run, layer, replace(at, states=states))
+    return replace(after, states={name: replace(state, changed={}) for name, state in after.states.items()})
 
 
 def judged(run: LayerRun, rows: TokenSet, seed: int, at: Standing) -> dict[str, Any]:

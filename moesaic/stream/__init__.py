@@ -10,9 +10,9 @@ backward.py goes the other way, and is asked for by its own name.
 from .layer import LayerRun
 from .needs import STATE_COPIES, needed_bytes
 from .state import BlockPass, Change, ExpertPass, Intake, LinearPass, Observer, Routing, State
-from .sweep import STATES, Standing, Sweep
+from .sweep import STATES, Standing, Sweep, advanced
 
 __all__ = [
     "STATES", "STATE_COPIES", "BlockPass", "Change", "ExpertPass", "Intake", "LayerRun", "LinearPass", "Observer", "Routing",
-    "Standing", "State", "Sweep", "needed_bytes",
+    "Standing", "State", "Sweep", "advanced", "needed_bytes",
 ]  # fmt: skip

@@ -99,13 +99,6 @@ class LayerRun:
         after = self.feed_forward(layer, states, middle)
         return [passed(layer, state, hidden_BTD) for state, hidden_BTD in zip(states, after)]
 
-    def sweep(self, states: Sequence[State], start: int = 0) -> Iterator[tuple[int, list[State]]]:
-        """Advance through every layer from `start` on; yields the layer that was done and the states after it."""
-        current = list(states)
-        for layer in range(start, self.architecture.layers):
-            current = self.advance(layer, current)
-            yield layer, current
-
     @torch.no_grad()
     def logits(self, hidden_nD: Tensor) -> Tensor:
         """Final norm and head: [n, D] -> [n, V] in F32. The head passes by in blocks, once a call: see `logit_spans`."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..artifact import read_body, read_tensors, write_tensors
 from ..errors import InputError, StaleError
+from .layer import LayerRun
 from .state import State, ignore
 
 KIND = "states"
@@ -45,6 +46,11 @@ class Standing:
 
 
 Step = Callable[[int, Standing], Standing]  # which layer, and what stands before it -> what stands behind it
+
+
+def advanced(run: LayerRun, layer: int, at: Standing) -> Standing:
+    """The step that does nothing but advance every state."""
+    return replace(at, states=dict(zip(at.states, run.advance(layer, list(at.states.values())))))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import SHARED
 from folders import write_twin
+from forward import final
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.data.corpus import Corpus
@@ -58,7 +59,7 @@ def in_vllm(python: str, way: str, folder: Path, rows: list[list[int]]) -> np.nd
 @torch.no_grad()
 def in_ours(model: Checkpoint, ids_BT: torch.Tensor) -> np.ndarray:
     run = LayerRun(model)
-    *_, (_, (state,)) = run.sweep([State(run.embed(ids_BT))])
+    (state,) = final(run, [State(run.embed(ids_BT))])
     logprobs_BTV = torch.stack([run.logits(hidden_TD).log_softmax(-1) for hidden_TD in state.hidden_BTD])
     return logprobs_BTV[:, :-1].gather(2, ids_BT[:, 1:, None])[..., 0].numpy()
 
