@@ -1,6 +1,7 @@
 """The shape of the house: imports only go down, files and functions stay small, every file says what it is."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,10 @@ def test_a_long_signature_and_a_long_call_are_seen():
         "named"
     }
     assert long_calls(ast.parse(f"six({six})\nx.seven({seven})\nnamed(a=1, b=2, c=3, d=4, e=5, f=6, g=7)")) == {"seven"}
+
+
+def test_the_design_lists_every_room_in_its_order():
+    text = (ROOT.parent / "docs" / "DESIGN.md").read_text()
+    table = text[text.index("| room | knows |") : text.index("A new thing is one file")]
+    rooms = [name for row in table.splitlines()[2:] if row for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert rooms == list(moesaic.FLOORS)
