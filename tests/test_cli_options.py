@@ -45,39 +45,39 @@ LAYOUT = {"fit.layout_of": SimpleNamespace(name="TP4")}
 ROOM = {"cli.commands.room_on": (1 << 60, SimpleNamespace(name="TP1"))}
 MACHINE = {"fit.Machine.parse": "MACHINE"}
 READ = {
-    "corpus.Corpus.evaluation": "rows", "evaluate.Reading.of": "reading", "evaluate.needle.haystacks": ["hay"],
-    "evaluate.perplexity.windows": "windows", "tokenizer.Tokenizer.open": "tokenizer",
+    "data.corpus.Corpus.evaluation": "rows", "evaluate.Reading.of": "reading", "evaluate.scores.needle.haystacks": ["hay"],
+    "evaluate.scores.perplexity.windows": "windows", "data.tokenizer.Tokenizer.open": "tokenizer",
 }  # fmt: skip
 CASES = {
-    "demo": Case("demo RUN", {"demo.demo": Recorded}),
-    "inspect": Case("inspect MODEL", {"inspect.inspect": Recorded}),
+    "demo": Case("demo RUN", {"recipes.demo.demo": Recorded}),
+    "inspect": Case("inspect MODEL", {"checkpoint.inspect.inspect": Recorded}),
     "fit": Case("fit MODEL --devices 2xH100NVL", {**OPEN, **MACHINE, "fit.fit": Recorded}, frozenset({"explain"})),
-    "prune": Case("prune MODEL OUT --experts 5", {"prune.prune": Recorded}, frozenset({"preview", "loops"})),
+    "prune": Case("prune MODEL OUT --experts 5", {"recipes.prune.prune": Recorded}, frozenset({"preview", "loops"})),
     "prune --preview": Case(
         "prune MODEL OUT --experts 5 --preview --loops",
-        {"prune.preview_cuts": [], "prune.probe_cuts": Recorded},
+        {"recipes.prune.preview_cuts": [], "recipes.prune.probe_cuts": Recorded},
         frozenset({"preview", "loops", "repair", "check"}),
     ),
-    "quantize": Case("quantize MODEL OUT --format mxfp4", {**LAYOUT, "quantize.quantize": Recorded}),
+    "quantize": Case("quantize MODEL OUT --format mxfp4", {**LAYOUT, "recipes.quantize.quantize": Recorded}),
     "export of a model": Case(
-        "export MODEL OUT --to mlx", {"convert.is_run": False, **LAYOUT, "convert.convert": Recorded}
+        "export MODEL OUT --to mlx", {"recipes.convert.is_run": False, **LAYOUT, "recipes.convert.convert": Recorded}
     ),
-    "export of a run": Case("export MODEL", {"convert.is_run": True, **LAYOUT, "convert.export_run": Recorded}),
+    "export of a run": Case("export MODEL", {"recipes.convert.is_run": True, **LAYOUT, "recipes.convert.export_run": Recorded}),
     "verify": Case("verify EXPORT --source MODEL", {**OPEN, "verify.verify": Recorded}),
     "calibrate": Case(
         "calibrate MODEL RUN",
-        {**OPEN, "corpus.Corpus.calibration": "tokens", "calibrate.chunks": [], "calibrate.check_unread": None,
+        {**OPEN, "data.corpus.Corpus.calibration": "tokens", "calibrate.chunks": [], "calibrate.check_unread": None,
          "calibrate.calibrate": Recorded},
         frozenset({"criterion", "policy", "domains", "experts", "until_stable"}),
     ),
     "calibrate --until-stable": Case(
-        "calibrate MODEL RUN --until-stable", {**OPEN, "settle.settle": Recorded}, frozenset({"until_stable"})
+        "calibrate MODEL RUN --until-stable", {**OPEN, "calibrate.until_stable.settle": Recorded}, frozenset({"until_stable"})
     ),
     "compress": Case(
-        "compress MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "compress.compress": Recorded}
+        "compress MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "recipes.compress.compress": Recorded}
     ),
-    "measure": Case("measure MODEL RUN", {**LAYOUT, "compress.price_run": Recorded}),
-    "allocate": Case("allocate MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "compress.allocate_run": Recorded}),
+    "measure": Case("measure MODEL RUN", {**LAYOUT, "recipes.compress.price_run": Recorded}),
+    "allocate": Case("allocate MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "recipes.compress.allocate_run": Recorded}),
     "evaluate": Case(
         "evaluate EXPORT --against MODEL --scores kld,needle",
         {**OPEN, **READ, "evaluate.evaluate": Recorded},
@@ -90,7 +90,7 @@ CASES = {
     ),
     "evaluate by a server": Case(
         "evaluate EXPORT --server http://there/v1 --key-file KEY --scores needle",
-        {**OPEN, **READ, "serve.local.read_key": "key", "served.Server.open": Recorded},
+        {**OPEN, **READ, "serve.local.read_key": "key", "evaluate.server.Server.open": Recorded},
         frozenset({
             "against", "scores", "activations", "text", "window", "stride", "lengths", "tasks", "task_files", "limit",
             "cache", "out", "quiet", *TEXT,

@@ -224,8 +224,8 @@ def test_a_full_disk_is_a_sentence(tmp_path):
 PEAK = """
 import resource, sys
 from pathlib import Path
-from moesaic.texts import read_texts, split
-from moesaic.tokenizer import Tokenizer
+from moesaic.data.texts import read_texts, split
+from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.tokens import TokenSet
 tokenizer = Tokenizer.open(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
