@@ -1,7 +1,7 @@
 """Plans that may ship: made from prices, sized to the byte, measured on unseen text, one of them chosen.
 
-setting.py is what is asked, sizes.py knows bytes on disk, plans.py makes menus and plans, choose.py is the story,
-notes.py what it leaves in a run.
+setting.py is what is asked, sizes.py knows bytes on disk, candidates.py makes menus and plans, choice.py is the story,
+record.py what it leaves in a run; solver/ is arithmetic alone and knows no model.
 """
 
 from .candidates import Candidate, Traced, exact, menu_of

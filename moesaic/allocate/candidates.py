@@ -1,6 +1,6 @@
 """Plans from prices: the menu, plans to learn the rule of composition from, and the few that may ship.
 
-Leaves out measuring them (measure) and the order of the steps (choose).
+Leaves out measuring them (measure) and the order of the steps (choice).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """What finding a plan is asked and may spend: four parts, each built where the command is read and passed on whole.
 
-Leaves out how experts are ranked (select) and every step of the search (choose).
+Leaves out how experts are ranked (calibrate) and every step of the search (choice).
 """
 
 from collections.abc import Sequence

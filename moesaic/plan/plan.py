@@ -1,6 +1,6 @@
 """The decision, and the one file that carries it: which experts stay, and in which format each unit is written.
 
-Leaves out how a plan is found (allocate, select) and what it costs to make it true (export).
+Leaves out how a plan is found (allocate, calibrate) and what it costs to make it true (export).
 """
 
 import re
