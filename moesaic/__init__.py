@@ -11,6 +11,7 @@ FLOORS = (
     "files",
     "registry",
     "artifact",
+    "lock",
     "progress",
     "resources",
     "formats",

@@ -6,7 +6,8 @@ MoesaicError            the message says what was found, what was wanted, what t
 │   ├── FileError       a file is a FIFO, a device, endless, or a link that leaves its folder
 │   ├── FamilyError     a model family, or a value in its config, that nobody wrote code for
 │   ├── PlanError       a plan cannot be made, or does not fit its checkpoint
-│   └── StaleError      a stage's input is not the one its file was made from
+│   ├── StaleError      a stage's input is not the one its file was made from
+│   └── HeldError       another process is writing the folder
 ├── CheckError          a check of a result did not hold                              exit 1
 ├── EngineError         generation broke off, by no fault of who asked for it         exit 1
 │   └── BusyError       there is no room for another request now
@@ -42,6 +43,10 @@ class PlanError(InputError):
 
 class StaleError(InputError):
     """The input of a stage is not the one that its file says it was made from."""
+
+
+class HeldError(InputError):
+    """Another process is writing the folder."""
 
 
 class CheckError(MoesaicError):

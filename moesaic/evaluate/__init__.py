@@ -21,6 +21,7 @@ from ..artifact import identity, write_tensors
 from ..checkpoint import Checkpoint
 from ..checkpoint.kept import Kept, kept_of
 from ..errors import CheckpointError, InputError
+from ..lock import held
 from ..measure.divergence import Bootstrap, Contender, Divergence, Known, Lockstep, Rows, lockstep
 from ..measure.divergence.activations import intakes, told
 from ..progress import progress
@@ -85,15 +86,20 @@ def evaluate(
     asked = identity(list(conditions.activations), conditions.floor, device, conditions.seed, NOISE, VERSIONS)
     inputs = of_source | {"export": export.identity, "asked": asked}
     files = {"files": identity(touched(source), touched(export))}
-    scores = None if cache and not cache.exists() else finished(folder / TOKENS, inputs | files)
-    if scores is None:
-        scores, found = measured(Pair(source, export, folder, conditions, cache), readings, inputs, quiet)
-        write_tokens(folder / TOKENS, readings, found, scores, inputs | files)
-    elif not quiet:
-        where = folder / "scores.json"
-        print(f"evaluate: {where} is of these models, this text and these options already", file=sys.stderr, flush=True)
-    scores.write(folder / "scores.json", inputs)
-    return scores
+    with held(folder):
+        scores = None if cache and not cache.exists() else finished(folder / TOKENS, inputs | files)
+        if scores is None:
+            scores, found = measured(Pair(source, export, folder, conditions, cache), readings, inputs, quiet)
+            write_tokens(folder / TOKENS, readings, found, scores, inputs | files)
+        elif not quiet:
+            where = folder / "scores.json"
+            print(
+                f"evaluate: {where} is of these models, this text and these options already",
+                file=sys.stderr,
+                flush=True,
+            )
+        scores.write(folder / "scores.json", inputs)
+        return scores
 
 
 def finished(file: Path, inputs: Mapping[str, str]) -> Scores | None:

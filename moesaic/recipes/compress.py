@@ -43,6 +43,7 @@ from ..export.activations import calibrated
 from ..export.sequential import rendered
 from ..fit import check_layout
 from ..formats import FORMATS
+from ..lock import held
 from ..measure import Prices
 from ..plan import SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint
@@ -114,6 +115,14 @@ def compress(
     elif recipe.offer.layout is not None:
         check_layout(Blueprint.of(source, as_told(source, recipe, None)), recipe.offer.layout)
     source.check_values()
+    with held(run):
+        return compressed(source, run, recipe, corpus, command, quiet)
+
+
+def compressed(
+    source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, command: str, quiet: bool
+) -> dict[str, Any]:
+    """`compress` of what can be, in a folder that nobody else writes."""
     sweep_partials(run)
     write_json(run / "source.json", "source", describe(source) | {"command": command, "recipe": recipe.facts()}, {})
 
@@ -197,7 +206,8 @@ def price_run(
     model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, quiet: bool = False
 ) -> dict[str, Any]:
     """`compress` until every option has its price; returns Σ over layers by role and format, and by kept count."""
-    setting, prices, _ = priced(model, run, recipe, corpus, quiet)
+    with held(run):
+        setting, prices, _ = priced(model, run, recipe, corpus, quiet)
     units, totals = setting.source.architecture.units, dict[str, dict[str, float]]()
     for unit, of in prices.rounded.items():
         row = totals.setdefault(units[unit][0].role, {})
@@ -215,16 +225,17 @@ def allocate_run(
     model: Path, run: Path, recipe: Recipe, corpus: Corpus = PYTHON_TEXT, quiet: bool = False
 ) -> dict[str, Any]:
     """`compress` until the frontier is drawn; returns some of its points, and the best plan where there is a budget."""
-    setting, prices, text = priced(model, run, recipe, corpus, quiet)
-    traced = trace_frontier(setting, prices, text)
-    facts: dict[str, Any] = {"rule_error": traced.rule.error, "curve": traced.curve(CURVE), "best": None}
-    if best := traced.best:
-        candidate = exact(setting, traced, best)
-        candidate.plan.save(run / "plan.json", {"source": setting.source.identity})
-        facts["best"] = {
-            "experts": candidate.experts, "bytes": candidate.bytes, "budget_bytes": best.budget_bytes,
-            "predicted_nats": candidate.predicted_nats, "bound_nats": float(traced.rule.predict(best.bound)),
-        }  # fmt: skip
+    with held(run):
+        setting, prices, text = priced(model, run, recipe, corpus, quiet)
+        traced = trace_frontier(setting, prices, text)
+        facts: dict[str, Any] = {"rule_error": traced.rule.error, "curve": traced.curve(CURVE), "best": None}
+        if best := traced.best:
+            candidate = exact(setting, traced, best)
+            candidate.plan.save(run / "plan.json", {"source": setting.source.identity})
+            facts["best"] = {
+                "experts": candidate.experts, "bytes": candidate.bytes, "budget_bytes": best.budget_bytes,
+                "predicted_nats": candidate.predicted_nats, "bound_nats": float(traced.rule.predict(best.bound)),
+            }  # fmt: skip
     return facts
 
 

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..export import export
 from ..export.claim import check_free
 from ..fit import Layout, check_layout
+from ..lock import held
 from ..plan import Plan
 from ..plan.blueprint import Blueprint, keeps_bytes, keeps_values
 from ..verify import verify
@@ -69,22 +70,23 @@ def written(
     source = blueprint.source
     if layout is not None:
         check_layout(blueprint, layout)
-    result = export(source, blueprint.plan, out, quiet, overlays)
-    facts: dict[str, Any] = {
-        "model": str(source.path),
-        "out": str(out),
-        "from": source.container.name,
-        "container": blueprint.container.name,
-        "matrices": dict(Counter(way(blueprint, name) for name in blueprint.formats)),
-        "source_bytes": sum(t.bytes for t in source.inventory),
-        "bytes": sum(t.bytes for t in result.inventory),
-    }
-    if check:
-        verdict = verify(out, source, quiet)
-        facts["verified"] = dict(verdict.compared)
-        verdict.require(out, "remove it and export again")
-    write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})
-    return facts
+    with held(out / "moesaic"):
+        result = export(source, blueprint.plan, out, quiet, overlays)
+        facts: dict[str, Any] = {
+            "model": str(source.path),
+            "out": str(out),
+            "from": source.container.name,
+            "container": blueprint.container.name,
+            "matrices": dict(Counter(way(blueprint, name) for name in blueprint.formats)),
+            "source_bytes": sum(t.bytes for t in source.inventory),
+            "bytes": sum(t.bytes for t in result.inventory),
+        }
+        if check:
+            verdict = verify(out, source, quiet)
+            facts["verified"] = dict(verdict.compared)
+            verdict.require(out, "remove it and export again")
+        write_json(out / "moesaic" / "export.json", "export", facts, {"source": source.identity})
+        return facts
 
 
 def way(blueprint: Blueprint, name: str) -> str:

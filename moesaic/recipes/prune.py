@@ -23,6 +23,7 @@ from ..export import export
 from ..export.claim import check_free
 from ..export.repair import FOLDER as REPAIRED
 from ..export.repair import check_repairable, repair
+from ..lock import held
 from ..measure import Trial
 from ..measure.preview import Candidate, Kept, Outlook, candidates, preview
 from ..plan import Plan, overlay
@@ -100,8 +101,15 @@ def prune(
     if (out / NOTE).exists() and (there := Plan.load(out / NOTE).experts(source.architecture.experts)) != experts:
         raise InputError(f"{out} holds an export of {there} experts a layer; name another folder or remove it")
     setting = Setting(source, work, ranking, corpus, quiet, pruning.memory_bytes)
+    with held(work):
+        return pruned(setting, out, pruning, command)
+
+
+def pruned(setting: Setting, out: Path, pruning: Pruning, command: str) -> dict[str, Any]:
+    """`prune` of what can be, in a folder that nobody else writes."""
+    source, work, ranking, quiet = setting.source, setting.work, setting.ranking, setting.quiet
+    experts, criterion = pruning.experts, ranking.criterion
     known = know(setting, [experts])
-    criterion = ranking.criterion
     if criterion == AUTO:
         criterion = look_ahead(setting, known.statistics, [experts])[0].candidate.criterion
     selection = select_experts(known.statistics, criterion, experts, ranking.policy, ranking.domains)
@@ -113,7 +121,7 @@ def prune(
     overlay.drop(work / REPAIRED)
     facts = selection.facts() | {
         "command": command,
-        "model": str(model),
+        "model": str(source.path),
         "out": str(out),
         "experts": experts,
         "source_experts": source.architecture.experts,
@@ -178,7 +186,8 @@ def preview_cuts(
     check_names(ranking.policy, ranking.criteria)
     source.check_values()
     setting = Setting(source, out / "moesaic", ranking, corpus, quiet, cuts.memory_bytes)
-    return look_ahead(setting, know(setting, counts).statistics, counts)
+    with held(setting.work):
+        return look_ahead(setting, know(setting, counts).statistics, counts)
 
 
 def probe_cuts(

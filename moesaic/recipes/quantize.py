@@ -18,6 +18,7 @@ from ..export.claim import check_free
 from ..export.sequential import rendered
 from ..fit import Layout, check_layout
 from ..formats import FORMATS
+from ..lock import held
 from ..plan import SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint
 from ..rounding import ROUNDINGS, informed
@@ -73,29 +74,30 @@ def quantize(
     def text() -> TokenSet:
         return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")
 
-    plan, told = rendered(source, plan, out, out / "moesaic", text, quiet)
-    result = export(source, plan, out, quiet)
-    overlay.drop(*(out / "moesaic" / name for name in plan.overlays))
-    facts: dict[str, Any] = {
-        "command": command,
-        "model": str(model),
-        "out": str(out),
-        "format": asked.format,
-        "only": asked.only,
-        "rest": asked.rest,
-        "container": asked.container,
-        "rounding": plan.rounding,
-        "rendered": told,
-        "source_bytes": sum(t.bytes for t in source.inventory),
-        "bytes": sum(t.bytes for t in result.inventory),
-    }
-    if asked.check:
-        verdict = verify(out, source, quiet)
-        facts["verified"] = dict(verdict.compared)
-        facts["expert_errors"] = expert_errors(result, verdict)
-        verdict.require(out, "remove it and quantize again")
-    write_json(out / "moesaic" / "quantize.json", "quantize", facts, {"source": source.identity})
-    return facts
+    with held(out / "moesaic"):
+        plan, told = rendered(source, plan, out, out / "moesaic", text, quiet)
+        result = export(source, plan, out, quiet)
+        overlay.drop(*(out / "moesaic" / name for name in plan.overlays))
+        facts: dict[str, Any] = {
+            "command": command,
+            "model": str(model),
+            "out": str(out),
+            "format": asked.format,
+            "only": asked.only,
+            "rest": asked.rest,
+            "container": asked.container,
+            "rounding": plan.rounding,
+            "rendered": told,
+            "source_bytes": sum(t.bytes for t in source.inventory),
+            "bytes": sum(t.bytes for t in result.inventory),
+        }
+        if asked.check:
+            verdict = verify(out, source, quiet)
+            facts["verified"] = dict(verdict.compared)
+            facts["expert_errors"] = expert_errors(result, verdict)
+            verdict.require(out, "remove it and quantize again")
+        write_json(out / "moesaic" / "quantize.json", "quantize", facts, {"source": source.identity})
+        return facts
 
 
 def formats_of(source: Checkpoint, format: str, only: str, rest: str) -> dict[str, str]:
