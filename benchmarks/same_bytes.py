@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
-from moesaic.cli.options import bytes_of
+from moesaic.cli.base.values import bytes_of
 from moesaic.data.tokens import TokenSet
 from moesaic.export.sequential import render
 from moesaic.measure import Branch, Trial, effort, measure

@@ -42,7 +42,7 @@ SOURCE = SimpleNamespace(
 )  # fmt: skip
 OPEN = {"checkpoint.Checkpoint.open": SOURCE}
 LAYOUT = {"fit.layout_of": SimpleNamespace(name="TP4")}
-ROOM = {"cli.commands.room_on": (1 << 60, SimpleNamespace(name="TP1"))}
+ROOM = {"cli.base.search.room_on": (1 << 60, SimpleNamespace(name="TP1"))}
 MACHINE = {"fit.Machine.parse": "MACHINE"}
 READ = {
     "data.corpus.Corpus.evaluation": "rows", "evaluate.Reading.of": "reading", "evaluate.scores.needle.haystacks": ["hay"],
@@ -147,7 +147,7 @@ def received(case: Case, words: list[str], monkeypatch: pytest.MonkeyPatch) -> d
     """What the recorded stages of a case are given when the command line is `words`."""
     found: dict[str, Any] = {}
     with monkeypatch.context() as patch:
-        patch.setattr("moesaic.cli.resources.used", lambda _: nullcontext())
+        patch.setattr("moesaic.cli.base.resources.used", lambda *_: nullcontext())
         for stage, result in case.stages.items():
             owner, name = place(stage)
             patch.setattr(owner, name, recorder(stage, getattr(owner, name), result, found))

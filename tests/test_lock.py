@@ -17,7 +17,14 @@ from moesaic.errors import HeldError
 from moesaic.lock import FILE, held, mine
 from moesaic.verify import verify
 
-HOLD = "import sys, time; from pathlib import Path; from moesaic.lock import held\nwith held(Path(sys.argv[1])):\n print(flush=True)\n time.sleep(600)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from moesaic.lock import held
+with held(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -80,7 +87,10 @@ def test_what_fails_leaves_no_folder_of_its_own(tmp_path):
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match=r"file/run cannot be written: Not a directory"), held(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(Exception, match=r"file/run cannot be written: Not a directory"),
+        held(tmp_path / "file" / "run"),
+    ):
         pass
 
 
@@ -132,7 +142,7 @@ def test_every_command_that_writes_a_folder_holds_it(name, model, tmp_path, caps
         assert main(words.replace("MODEL", str(model)).replace("OUT", str(tmp_path / "out")).split()) == 2
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"is held by process {child.pid} on " in told
-        assert {p.name for p in folder.iterdir()} <= {p.name for p in there} | {"threads.json", "tokens.safetensors"}
+        assert {p.name for p in folder.iterdir()} <= {p.name for p in there} | {"threads.json", "evaluate-threads.json"}
     finally:
         child.kill()
         child.wait()

@@ -16,7 +16,7 @@ import moesaic.recipes.prune as prune_module
 import moesaic.stream.experts as experts_module
 import moesaic.stream.layer as layer_module
 from moesaic.cli import main, parsed
-from moesaic.cli.commands import recipe
+from moesaic.cli.base.search import recipe
 from moesaic.resources import THREADS
 
 BLOCK = 24 << 10

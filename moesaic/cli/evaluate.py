@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from . import arguments
-from .commands import corpus
-from .options import counts_of, names_of, text_options
-from .resources import held_bytes
-from .telling import plus_minus
+from .base import THREADS, Command, Swept
+from .base.groups import TextArguments, corpus, text_options
+from .base.resources import held_bytes
+from .base.telling import plus_minus
+from .base.values import counts_of, names_of
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -26,6 +27,25 @@ SCORES = (*TEXT, "needle", "tasks", "spots")
 SERVED = ("perplexity", "needle", "spots")
 NOTHING: dict[str, Any] = {"readings": [], "layers": [], "activations": {}}  # facts of an evaluation without a sweep
 LENGTHS = (1024, 4096, 8192)  # of haystacks; the longer ones are beyond what M3's sparse attention looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(TextArguments):
+    export: Path
+    against: Path | None
+    scores: tuple[str, ...] | None
+    activations: tuple[str, ...]
+    text: Path | None
+    window: int
+    stride: int | None
+    lengths: Sequence[int] | None
+    tasks: tuple[str, ...]
+    task_files: Path | None
+    limit: int | None
+    cache: Path | None
+    server: str | None
+    key_file: Path | None
+    out: Path | None
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -57,19 +77,30 @@ def options(p: argparse.ArgumentParser) -> None:
     text_options(p)
 
 
-def run(a: arguments.Evaluate) -> dict[str, Any]:
+def run(a: Evaluate) -> dict[str, Any]:
     out = a.out or a.export / "moesaic"
-    if a.server:
-        return by_server(a, a.server, out)
-    if a.against is None:
+    if a.server is None and a.against is None:
         raise InputError("no source is named; give --against MODEL, or --server URL")
     from ..checkpoint import Checkpoint
-    from ..evaluate import Conditions, Scores, evaluate, ways
+    from ..lock import held
 
-    wanted = chosen(a, SCORES, TEXT)
-    source, export = Checkpoint.open(a.against), Checkpoint.open(a.export)
+    wanted = chosen(a, *((SERVED, ("perplexity",)) if a.server else (SCORES, TEXT)))
+    export = Checkpoint.open(a.export)
+    if a.server:
+        with held(out):
+            return by_server(a, a.server, out, wanted)
+    assert a.against is not None
+    source = Checkpoint.open(a.against)
     source.check_values()
     export.check_values()
+    with held(out):
+        return by_sweep(a, source, export, out, wanted)
+
+
+def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """Both models in one sweep, and what text they write where that is asked for."""
+    from ..evaluate import Conditions, Scores, evaluate, ways
+
     asked = ask(a, source) if "tasks" in wanted else None
     readings = read_what(a, source, out, wanted) + (list(asked.readings) if asked else [])
     scores = None
@@ -101,7 +132,7 @@ def run(a: arguments.Evaluate) -> dict[str, Any]:
     return told(scores.add((), {"command": a.line}, out / "scores.json"), out / "scores.json")
 
 
-def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
+def by_server(a: Evaluate, url: str, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     """The same readings through a server, beside what a sweep of the export left."""
     from ..checkpoint import Checkpoint
     from ..data.tokens import Tokenizer
@@ -110,7 +141,6 @@ def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
     from ..evaluate.server import Server, read, score, swept, writer
     from ..serve.local import read_key
 
-    wanted = chosen(a, SERVED, ("perplexity",))
     export, tokenizer = Checkpoint.open(a.export), Tokenizer.open(a.export)
     server = Server.open(url, read_key(a.key_file) if a.key_file else "")
     readings = read_what(a, export, out, wanted)
@@ -134,7 +164,7 @@ def by_server(a: arguments.Evaluate, url: str, out: Path) -> dict[str, Any]:
     return told(scores.add((), {"command": a.line}, out / "served.json"), out / "served.json")
 
 
-def read_what(a: arguments.Evaluate, model: Checkpoint, out: Path, wanted: tuple[str, ...]) -> list[Reading]:
+def read_what(a: Evaluate, model: Checkpoint, out: Path, wanted: tuple[str, ...]) -> list[Reading]:
     """The readings of text and of haystacks."""
     from ..data.tokens import Tokenizer
     from ..evaluate import Reading
@@ -155,7 +185,7 @@ def read_what(a: arguments.Evaluate, model: Checkpoint, out: Path, wanted: tuple
     return found
 
 
-def ask(a: arguments.Evaluate, source: Checkpoint) -> Asked:
+def ask(a: Evaluate, source: Checkpoint) -> Asked:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks are lm-evaluation-harness's, and it is not installed; pip install moesaic[tasks]")
     if not a.tasks:
@@ -169,7 +199,7 @@ def ask(a: arguments.Evaluate, source: Checkpoint) -> Asked:
     )
 
 
-def chosen(a: arguments.Evaluate, there_are: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+def chosen(a: Evaluate, there_are: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
     wanted = tuple(a.scores or (default + (("tasks",) if a.tasks else ())))
     if unknown := sorted(set(wanted) - set(there_are)):
         raise InputError(f"no score {unknown[0]!r} here; there are {', '.join(there_are)}")
@@ -190,3 +220,25 @@ def told(scores: Scores, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {s.name: vars(s) for s in reversed(shown) if not s.part}
     nonfinite = {r["name"]: r["nonfinite"] for r in scores.facts.get("readings", []) if "nonfinite" in r}
     return {"scores": found, "nonfinite": next(iter(nonfinite.values()), None), "file": str(path)}
+
+
+def threads_in(a: Evaluate) -> Sequence[Path]:
+    out = a.out or a.export / "moesaic"  # an export may be judged on another machine than it was made on
+    return [out / f"evaluate-{THREADS}", *([a.cache / THREADS] if a.cache else [])]
+
+
+def sweeps(a: Evaluate) -> Swept | None:
+    return None if a.server or a.against is None else Swept(a.against, a.tokens, states=2)
+
+
+COMMAND = Command(
+    name="evaluate",
+    place=120,
+    summary="KL, perplexity, routing, needle, tasks and samples against the source, or as served, with errors",
+    example="moesaic evaluate M3-64e --against MiniMax-M3-MXFP8 --data texts/",
+    options=options,
+    arguments=Evaluate,
+    run=run,
+    threads_in=threads_in,
+    sweeps=sweeps,
+)

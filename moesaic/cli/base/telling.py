@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @contextmanager
 def trying_out(is_trial: bool) -> Iterator[None]:
     """Where a model is made from the standard library's text, say so in the first line and in the last."""
-    from ..data.corpus import TRYING_OUT
+    from ...data.corpus import TRYING_OUT
 
     if is_trial:
         print(f"note     {TRYING_OUT}", flush=True)
@@ -26,7 +26,7 @@ def trying_out(is_trial: bool) -> Iterator[None]:
 
 def told(facts: dict[str, Any]) -> dict[str, Any]:
     """The end of a whole path: what was saved, what it cost, where the page is."""
-    from ..checkpoint.inspect import size
+    from ...checkpoint.inspect import size
 
     before, after = facts["source_bytes"], facts["bytes"]
     if facts["experts"] != facts["source_experts"]:
@@ -50,7 +50,7 @@ def told(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell_rounding(facts: dict[str, Any]) -> None:
-    from ..export.sequential import sentence
+    from ...export.sequential import sentence
 
     if facts["rendered"]:
         print(f"rounded  {sentence(facts['rendered'])}")
@@ -76,7 +76,7 @@ def plus_minus(score: dict[str, Any]) -> str:
 
 
 def sizes(facts: dict[str, Any]) -> None:
-    from ..checkpoint.inspect import size
+    from ...checkpoint.inspect import size
 
     before, after = facts["source_bytes"], facts["bytes"]
     change = f"{1 - after / before:.1%} saved" if after <= before else f"{after / before - 1:.1%} more"

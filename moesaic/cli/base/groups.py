@@ -1,0 +1,150 @@
+"""Groups of options that several commands have: each with what it is given, and with what that comes to.
+
+Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import Arguments
+from .values import bytes_of, shares_of
+
+if TYPE_CHECKING:
+    from ...calibrate.selection import Ranking
+    from ...data.corpus import Corpus
+    from ...fit import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceArguments(Arguments):
+    """Of every command that computes."""
+
+    memory_bytes: int | None
+    threads: int | None
+
+
+def resource_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--memory", type=bytes_of, dest="memory_bytes", metavar="SIZE",
+        help="that this may take: 16GB, 12GiB (default: what is available); changes what is held at once, never a result",
+    )  # fmt: skip
+    p.add_argument(
+        "--threads", type=int, metavar="N",
+        help="that products are cut over: part of a result (default: what the run began with, else one a core)",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextArguments(ResourceArguments):
+    data: Path | None
+    heldout: Path | None
+    tokens: int
+    length: int | None
+    seed: int
+
+
+def text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="text, one domain a file (code.txt, math.jsonl); else the text of this Python",
+    )
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        metavar="DIR",
+        help="text to judge by; else a part of --data that calibration never sees",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65_536, metavar="N", help="tokens to calibrate on (default %(default)s)"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default 2048, or the model's context)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
+    resource_options(parser)
+
+
+def corpus(a: TextArguments) -> Corpus:
+    from ...data.corpus import Corpus
+
+    return Corpus(data=a.data, heldout=a.heldout, tokens=a.tokens, length=a.length, seed=a.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingArguments(Arguments):
+    criterion: str
+    policy: str
+    domains: Mapping[str, float] | None
+    until_stable: bool
+
+
+def ranking_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--policy", default="pooled",
+        help="how domains are weighed: pooled, mean, union, intersection, quota (default %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--domains",
+        type=shares_of,
+        metavar="D=S,…",
+        help="those to be heard, with shares: code=2,math=1 (default: all alike)",
+    )
+    p.add_argument(
+        "--until-stable", action="store_true", help="begin with --tokens, and double until the choice stops moving"
+    )
+
+
+def ranking(a: RankingArguments, run: Path | None = None) -> Ranking:
+    from ...calibrate.selection import Ranking
+
+    return Ranking(criterion=a.criterion, policy=a.policy, domains=a.domains, until_stable=a.until_stable, run=run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArguments(ResourceArguments):
+    tensor_parallel: int | None
+    expert_parallel: bool
+
+
+def parallel_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="devices to serve on: refuse what they would not load"
+    )
+    p.add_argument("--expert-parallel", action="store_true", help="with whole experts on each of them")
+
+
+def layout(a: ParallelArguments) -> Layout | None:
+    from ...fit import layout_of
+
+    return layout_of(a.tensor_parallel, a.expert_parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineArguments(Arguments):
+    context: int | None
+    kv: str
+    concurrency: int | None
+
+
+def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
+    p.add_argument("--devices", required=required, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
+    p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")
+    p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
+    p.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default 1; 256 for --engine local)")
+
+
+def rounding_option(p: argparse.ArgumentParser) -> None:
+    rounding = p.add_mutually_exclusive_group()
+    rounding.add_argument(
+        "--rounding",
+        help="how codes are chosen: rtn; search for better scales, weighted by inputs where --data is given; gptq, descent "
+        "or autoround, which look at text (default rtn)",
+    )  # fmt: skip
+    rounding.add_argument(
+        "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
+    )

@@ -1,0 +1,88 @@
+"""`moesaic quantize`: round to one format."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import THREADS, Command, Swept
+from .base.groups import (
+    ParallelArguments,
+    TextArguments,
+    corpus,
+    layout,
+    parallel_options,
+    rounding_option,
+    text_options,
+)
+from .base.telling import sizes, tell_rounding, trying_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(TextArguments, ParallelArguments):
+    model: Path
+    out: Path
+    format: str
+    only: str
+    rest: str
+    container: str
+    rounding: str | None
+    check: bool
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", type=Path)
+    p.add_argument("out", type=Path)
+    p.add_argument("--format", required=True, help="mxfp4, nvfp4, int4_g128, mxfp8, …")
+    p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
+    p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
+    p.add_argument(
+        "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
+    )
+    rounding_option(p)
+    parallel_options(p)
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
+    text_options(p)
+
+
+def run(a: Quantize) -> dict[str, Any]:
+    from ..recipes.quantize import Quantizing, quantize
+    from ..rounding import ROUNDINGS
+
+    asked = Quantizing(
+        format=a.format, only=a.only, rest=a.rest, container=a.container, rounding=a.rounding or "rtn",
+        layout=layout(a), check=a.check,
+    )  # fmt: skip
+    reads = asked.rounding in ROUNDINGS and bool(ROUNDINGS[asked.rounding].needs)
+    with trying_out(reads and a.data is None):
+        return told_rounding(quantize(a.model, a.out, asked, corpus(a), command=a.line, quiet=a.quiet))
+
+
+def told_rounding(facts: dict[str, Any]) -> dict[str, Any]:
+    tell_rounding(facts)
+    if errors := sorted(e for layer in facts.get("expert_errors", {}).values() for e in layer):
+        middle = errors[len(errors) // 2]
+        print(
+            f"weight error of {len(errors):,} experts: {errors[0]:.4f} to {errors[-1]:.4f}, median {middle:.4f} of their norm"
+        )
+    sizes(facts)
+    return facts
+
+
+def sweeps(a: Quantize) -> Swept:
+    return Swept(a.model, 0 if a.rounding in (None, "rtn") else a.tokens)
+
+
+COMMAND = Command(
+    name="quantize",
+    place=90,
+    summary="round to one format, without data or by it",
+    example="moesaic quantize MiniMax-M2.7 M2.7-MXFP4 --format mxfp4 --rest bf16",
+    options=options,
+    arguments=Quantize,
+    run=run,
+    threads_in=lambda a: [a.out / "moesaic" / THREADS],
+    sweeps=sweeps,
+)
