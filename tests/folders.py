@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from moesaic.checkpoint import Checkpoint
 from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.checkpoint.containers.base import DTYPES, siblings
-from moesaic.formats import FORMATS
+from moesaic.formats import weights_of
 
 
 def deal(source: Checkpoint, experts: str | list[str], rest: str = "source") -> dict[str, str]:
@@ -45,7 +45,7 @@ def write_folder(source: Checkpoint, formats: Mapping[str, str], container: str,
             if packing.layout == theirs.layout:
                 stored = source.parts(linear)
             else:
-                format = FORMATS[formats[linear.name]]
+                format = weights_of(formats[linear.name])
                 w_OI = source.decode(linear.name)
                 scales = format.scales(w_OI, format.share(largest) if format.share else None)
                 stored = packing.pack(format.encode(w_OI, scales), scales)

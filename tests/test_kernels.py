@@ -2,6 +2,7 @@
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,8 +160,8 @@ def test_one_compilation_serves_all():
 
 def test_what_has_no_kernel_is_refused():
     w = torch.zeros(1, 64).bfloat16()
-    with pytest.raises(PlanError, match="no kernel goes from bf16 to nvfp4_a4"):
-        requantize("bf16", w, None, FORMATS["nvfp4_a4"])
+    with pytest.raises(PlanError, match="no kernel goes from bf16 to unheard_of"):
+        requantize("bf16", w, None, replace(FORMATS["nvfp4"], name="unheard_of"))
     with pytest.raises(PlanError, match="no kernel goes from int4_g32 to mxfp4"):
         requantize("int4_g32", w, None, FORMATS["mxfp4"])
 

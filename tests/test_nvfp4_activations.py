@@ -13,12 +13,13 @@ from transformers import MiniMaxM2ForCausalLM
 import moesaic.export.activations as activations
 import moesaic.stream.sweep as sweep_module
 from moesaic.checkpoint import Checkpoint
+from moesaic.checkpoint.containers.compressed_tensors import COMPRESSED_TENSORS
 from moesaic.data.corpus import Corpus
 from moesaic.data.tokens import TokenSet
 from moesaic.errors import InputError, PlanError
 from moesaic.export import export
 from moesaic.export.activations import calibrated, observe
-from moesaic.formats import FORMATS
+from moesaic.formats import FORMATS, NAMES, PAIRS, activations_of, weights_of
 from moesaic.measure.divergence.activations import told
 from moesaic.plan import Plan
 from moesaic.recipes.compress import Recipe, compress
@@ -172,7 +173,9 @@ def test_without_text_it_is_refused(m2: Checkpoint, m3: Checkpoint, tmp_path: Pa
         largest.take("q", torch.tensor([[1.0, float("nan")]]))
 
 
-def test_its_weights_are_nvfp4() -> None:
-    w_OI = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    one, two = FORMATS["nvfp4"], FORMATS["nvfp4_a4"]
-    assert torch.equal(one.encode(w_OI, one.scales(w_OI)), two.encode(w_OI, two.scales(w_OI)))
+def test_its_weights_are_nvfp4_and_it_is_no_number_format() -> None:
+    assert "nvfp4_a4" in NAMES and "nvfp4_a4" not in FORMATS
+    assert weights_of("nvfp4_a4") is activations_of("nvfp4_a4") is FORMATS["nvfp4"]
+    packing = COMPRESSED_TENSORS.packing("nvfp4_a4")
+    assert (packing.number_format, packing.activations) == (FORMATS["nvfp4"], "nvfp4")
+    assert {name for name, p in COMPRESSED_TENSORS.packings.items() if p.activations} == {"nvfp4_a4"} == set(PAIRS)

@@ -13,12 +13,13 @@ from ..checkpoint.containers import CONTAINERS, Container
 from ..data.tokens import TokenSet
 from ..errors import PlanError
 from ..fit import Layout, servable
+from ..formats import FORMATS, heaviest_first
 from ..measure import ANCHORED, MEASURED, SURROGATE, TRACE, Branch, Measured, Trial, default_counts, measure, offers
-from ..plan import Plan
+from ..plan import SOURCE, Plan
 from ..rounding import ROUNDINGS
 from .solver.menu import Menu
 
-FORMATS_OFFERED = ("source", "mxfp8", "nvfp4", "mxfp4", "int4_g64", "int3_g64", "int2_g64")
+FORMATS_OFFERED = (SOURCE, *heaviest_first(f for f in FORMATS.values() if f.offered))
 STAND_IN = "rtn"  # for roundings that look at data, until the plan is made true: search ranks formats no better
 HARMS = (MEASURED, ANCHORED, SURROGATE, TRACE)
 

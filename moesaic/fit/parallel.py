@@ -11,7 +11,7 @@ from itertools import islice
 from ..checkpoint.containers import Container, Packing
 from ..errors import PlanError
 from ..families import FAMILIES, Linear
-from ..formats import FORMATS
+from ..formats import weights_of
 from ..plan import SOURCE
 from .shapes import Kind, Layout, Model, Shapes
 
@@ -81,10 +81,10 @@ def refusal(members: Sequence[Linear], packing: Packing, kv_heads: int, layout: 
 
 def alike(container: Container, format: str) -> list[str]:
     """Other formats of a container: those of as many bits and the same kind first, then the nearest in size."""
-    number, kind = FORMATS[format], format.rstrip("_g0123456789")
+    number, kind = weights_of(format), format.rstrip("_g0123456789")
 
     def distance(other: str) -> tuple[bool, bool, float]:
-        theirs = FORMATS[other]
+        theirs = weights_of(other)
         apart = abs(theirs.bits_per_weight - number.bits_per_weight)
         return theirs.element_bits != number.element_bits, not other.startswith(kind), apart
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from ..checkpoint.containers import CONTAINERS
 from ..errors import InputError, PlanError
+from ..formats import FORMATS, heaviest_first
 from .footprint import Footprint
 from .machine import Machine
 from .shapes import Figure, Layout, Model, Shapes
 
 CONTAINER = "compressed_tensors"
-FORMATS = ("mxfp8", "nvfp4", "mxfp4", "int4_g128", "int3_g128", "int2_g128")
 HUMMING = "needs vLLM's humming kernels"
-NOTES = {"int3_g128": HUMMING, "int2_g128": HUMMING}
 SIXTEENTHS = (16, 14, 13, 12, 11, 10, 8)  # of the experts, kept
 CONTEXT = 32_768  # tokens, where none is asked for
 
@@ -73,7 +72,10 @@ def budget(machine: Machine, model: Model, context: int | None = None, kv: str =
 
 def plans(shapes: Shapes, machine: Machine, context: int, kv: str, concurrency: int) -> list[dict[str, Any]]:
     """For each format of the experts, heaviest first: kept counts with bytes and contexts, and the most that fit."""
-    rounded = [(format, shapes.rounded(CONTAINERS[CONTAINER].packing(format))) for format in FORMATS]
+    rounded = [
+        (format, shapes.rounded(CONTAINERS[CONTAINER].packing(format)))
+        for format in heaviest_first(f for f in FORMATS.values() if f.tabled)
+    ]
     rows = [("source", shapes)] + [row for row in rounded if row[1].disk.value < shapes.disk.value]
     return [plan_row(format, option, machine, context, kv, concurrency) for format, option in rows]
 
@@ -95,7 +97,7 @@ def plan_row(format: str, shapes: Shapes, machine: Machine, context: int, kv: st
     return {
         "format": format,
         "layout": layout.name if layout else None,
-        "note": NOTES.get(format, ""),
+        "note": HUMMING if format in FORMATS and FORMATS[format].element_bits < 4 else "",
         "most_experts": most if most >= least else 0,
         "most_bytes": shapes.pruned(most).disk.value if most >= least else 0,
         "kept": [

@@ -62,6 +62,10 @@ class NumberFormat:
     share: Callable[[Tensor], Tensor] | None = None  # largest |w| over fused siblings -> `Scales.shared`
     candidates: Callable[[Scales], Sequence[Scales]] = no_candidates  # other scales worth trying, likeliest first
     times: Callable[[Scales, Tensor], Scales] | None = None  # blocks' values times factors [OB, IB]; None: too coarse
+    wider: tuple[str, ...] = ()  # formats that hold all its values, the nearest in size first
+    token_group: int | None = None  # values of a token that share a scale where engines round activations to it; 0: all
+    offered: bool = False  # to every unit by `allocate`, unless --formats names others
+    tabled: bool = False  # by `fit`, among the formats of experts
     version: int = 1  # goes up with any change to which scales or codes come of the same weights
 
     @property

@@ -51,6 +51,7 @@ FP8 = tuple(
         round=round,
         value=value,
         reference=reference,
+        token_group=block[1],
     )
     for name, block, reference in (
         ("fp8_block", (128, 128), "https://arxiv.org/abs/2412.19437"),

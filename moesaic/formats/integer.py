@@ -62,6 +62,9 @@ def integer(bits: int, group: int) -> NumberFormat:
         candidates=partial(candidates, bits=bits) if group else no_candidates,  # a whole row gains 0.1 %
         times=times if group else None,
         reference="https://arxiv.org/abs/2210.17323",
+        token_group=None if group else 0,
+        offered=bits < 8 and group == 64,
+        tabled=bits < 8 and group == 128,
     )
 
 

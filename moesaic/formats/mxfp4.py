@@ -58,4 +58,8 @@ MXFP4 = NumberFormat(
     value=value,
     candidates=candidates,
     reference="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
+    wider=("mxfp8", "bf16"),
+    token_group=32,
+    offered=True,
+    tabled=True,
 )

@@ -52,4 +52,8 @@ MXFP8 = NumberFormat(
     round=round,
     value=value,
     reference="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",
+    wider=("bf16",),
+    token_group=32,
+    offered=True,
+    tabled=True,
 )

@@ -1,12 +1,9 @@
 """NVFP4: E2M1 elements, an E4M3 scale for each 16 weights of a row, and one F32 for the matrix.
 
-`nvfp4_a4` has the same weights; servers round activations in the same way, under a second scale that calibration finds.
 
 The F32 is shared by matrices that a server fuses (q/k/v, w1/w3), and is stored as compressed-tensors
 does: as the number to *divide* by, 448 · 6 / amax. NVIDIA's own files hold its inverse, 1 / 2688 of amax.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,5 +62,7 @@ NVFP4 = NumberFormat(
     share=share,
     candidates=candidates,
     reference="https://arxiv.org/abs/2509.25149",
+    token_group=16,
+    offered=True,
+    tabled=True,
 )
-NVFP4_A4 = replace(NVFP4, name="nvfp4_a4")

@@ -14,13 +14,9 @@ from torch import Tensor
 from ..errors import PlanError
 from . import FORMATS
 from .base import Scales
-from .fp8 import e4m3_round
-from .mxfp4 import e2m1_value
 
 GROUPS = (128, 64, 32)
 GRID = re.compile(r"(int|affine)(\d)_(?:g(\d+)|channel)")
-WIDER = {"mxfp4": ("mxfp8", "bf16"), "mxfp8": ("bf16",)}
-MXFP4_AS_E4M3 = e4m3_round(e2m1_value(torch.arange(16)))  # code -> code
 
 
 def twins(format: str) -> list[str]:
@@ -29,7 +25,7 @@ def twins(format: str) -> list[str]:
     Of an affine matrix its integers are twins where its offsets allow; `recode` refuses the others.
     """
     if (found := GRID.fullmatch(format)) is None:
-        return [format, *WIDER.get(format, ())]
+        return [format, *(FORMATS[format].wider if format in FORMATS else ())]
     kind, bits, group = found[1], found[2], int(found[3] or 0)
     kinds = (kind, "affine" if kind == "int" else "int")
     names = [f"{k}{bits}_g{g}" for g in GROUPS if not group or g <= group for k in kinds]
@@ -49,9 +45,15 @@ def recode(what: str, source: str, format: str, codes_OI: Tensor, scales: Scales
         if torch.equal(FORMATS["bf16"].decode(codes, same), w_OI):
             return codes, same
         raise PlanError(f"{what} holds {source} values too small for BF16; keep it in {source}")
-    if source == "mxfp4":
-        return MXFP4_AS_E4M3.to(codes_OI.device)[codes_OI.int()], scales
+    if format in FORMATS[source].wider:
+        return widened(source, format).to(codes_OI.device)[codes_OI.int()], scales
     return codes_OI, regrouped(what, source, format, scales, codes_OI.shape[1])
+
+
+def widened(source: str, format: str) -> Tensor:
+    """Code -> the code of the same point of a grid under the same scales."""
+    narrow, one = FORMATS[source], torch.ones(1)
+    return FORMATS[format].round(narrow.value(torch.arange(1 << narrow.element_bits), one), one)
 
 
 def regrouped(what: str, source: str, format: str, scales: Scales, columns: int) -> Scales:

@@ -22,7 +22,7 @@ from ..checkpoint.containers import siblings
 from ..data.tokens import TokenSet
 from ..errors import PlanError
 from ..families import Architecture, Linear
-from ..formats import FORMATS, NumberFormat
+from ..formats import NumberFormat, weights_of
 from ..plan import SOURCE, Plan
 from ..rounding import Rounding, round_siblings, rounding_named
 from ..stream import STATE_COPIES, Change, LayerRun, State
@@ -47,7 +47,7 @@ class Branch:
     @property
     def identity(self) -> str:
         """Stands for what is rounded and dropped, with the versions of its formats."""
-        return identity(self.facts, {format: FORMATS[format].version for format in self.formats.values()})
+        return identity(self.facts, {format: weights_of(format).version for format in self.formats.values()})
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def changes(branches: Iterable[Branch], rounding: str) -> dict[str, Change]:
     if way.needs:
         raise PlanError(f"rounding {rounding} needs {', '.join(way.needs)}, which measuring does not collect; use rtn")
     formats = sorted({format for branch in branches for format in branch.formats.values()})
-    return {format: partial(rounded, format=FORMATS[format], rounding=way) for format in formats}
+    return {format: partial(rounded, format=weights_of(format), rounding=way) for format in formats}
 
 
 def affordable_tokens(checkpoint: Checkpoint, work: float, seconds: float) -> int:

@@ -15,7 +15,7 @@ from ..artifact import identity, read_json, write_json
 from ..checkpoint import Checkpoint
 from ..checkpoint.containers import Container
 from ..errors import PlanError
-from ..formats import FORMATS
+from ..formats import NAMES
 from ..plan import SOURCE
 from ..rounding import arithmetic
 from .branch import Branch, Trial
@@ -147,8 +147,8 @@ def offers(checkpoint: Checkpoint, container: Container, formats: Sequence[str])
 
     Raises `PlanError` for a format there is not, and for a unit that can have none.
     """
-    if unknown := [f for f in formats if f != SOURCE and f not in FORMATS]:
-        raise PlanError(f"no format {unknown[0]!r}; there are {SOURCE}, {', '.join(FORMATS)}")
+    if unknown := [f for f in formats if f != SOURCE and f not in NAMES]:
+        raise PlanError(f"no format {unknown[0]!r}; there are {SOURCE}, {', '.join(NAMES)}")
     found: dict[str, tuple[str, ...]] = {}
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # matrices alike are asked about once
     for unit, members in checkpoint.architecture.units.items():

@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint, sample
 from ..checkpoint.containers import CONTAINERS, Container, Packing, siblings
 from ..errors import PlanError
 from ..families import Architecture, Linear, TensorInfo, with_experts
-from ..formats import FORMATS, Scales
+from ..formats import FORMATS, Scales, weights_of
 from ..formats.recode import twins
 from ..rounding import arithmetic
 from .plan import SOURCE, Plan
@@ -94,10 +94,10 @@ class Blueprint:
 
     def inputs(self, linear: Linear) -> dict[str, Tensor]:
         """The "inputs" of a matrix whose format rounds activations; else nothing."""
-        packing = self.packing(linear)
-        if "inputs" not in packing.parts(linear.shape):
+        activations = self.packing(linear).activations
+        if activations is None:
             return {}
-        share = packing.number_format.share
+        share = FORMATS[activations].share
         assert share is not None
         return {"inputs": share(torch.tensor(self.plan.activations[linear.input]))}
 
@@ -117,7 +117,7 @@ class Blueprint:
         asked = {
             n.input
             for n in self.architecture.linears
-            if not n.expert and is_made_of_source(self, n) and "inputs" in self.packing(n).parts(n.shape)
+            if not n.expert and is_made_of_source(self, n) and self.packing(n).activations
         }
         return sorted(asked - set(self.plan.activations))
 
@@ -182,7 +182,7 @@ def twin(container: Container, unit: str, members: Sequence[Linear], format: str
     """The format in which `container` holds values of `format` as they are. Raises `PlanError` when there is none."""
 
     def holds(container: Container, other: str) -> bool:
-        group = FORMATS[other].block[1] if other != format else 0
+        group = weights_of(other).block[1] if other != format else 0
         plain = other == "bf16" != format and len(container.packings) > 1  # four times the bytes is no twin to want
         return other in container.packings and not plain and not (group and any(n.shape[1] % group for n in members))
 

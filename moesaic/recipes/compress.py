@@ -42,7 +42,7 @@ from ..export import export
 from ..export.activations import calibrated
 from ..export.sequential import rendered
 from ..fit import check_layout
-from ..formats import FORMATS
+from ..formats import NAMES
 from ..lock import held
 from ..measure import Prices
 from ..plan import SOURCE, Plan, overlay
@@ -175,8 +175,8 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
     if experts is not None and not a.top_k <= experts <= a.experts:
         raise InputError(f"asked to keep {experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}")
     for name in (recipe.format, recipe.rest):
-        if name != SOURCE and name not in FORMATS:
-            raise InputError(f"no format {name!r}; there are source, {', '.join(FORMATS)}")
+        if name != SOURCE and name not in NAMES:
+            raise InputError(f"no format {name!r}; there are source, {', '.join(NAMES)}")
     if recipe.rounding not in ROUNDINGS:
         raise InputError(f"no rounding {recipe.rounding!r}; there are {', '.join(ROUNDINGS)}")
     if container not in CONTAINERS:

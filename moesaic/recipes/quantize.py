@@ -17,7 +17,7 @@ from ..export import export
 from ..export.claim import check_free
 from ..export.sequential import rendered
 from ..fit import Layout, check_layout
-from ..formats import FORMATS
+from ..formats import NAMES
 from ..lock import held
 from ..plan import SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint
@@ -57,8 +57,8 @@ def quantize(
     Raises `InputError` before the first byte for what cannot be, `CheckError` when the result does not verify.
     """
     for what, name, there_are in (
-        ("format", asked.format, FORMATS), ("scope", asked.only, SCOPES),
-        ("format for the rest", asked.rest, (SOURCE, *FORMATS)),
+        ("format", asked.format, NAMES), ("scope", asked.only, SCOPES),
+        ("format for the rest", asked.rest, (SOURCE, *NAMES)),
         ("container", asked.container, CONTAINERS), ("rounding", asked.rounding, ROUNDINGS),
     ):  # fmt: skip
         if name not in there_are:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..errors import PlanError
-from ..formats import FORMATS
+from ..formats import weights_of
 from ..registry import collect
 from .base import Batch, Block, Inputs, Rounded, Rounding, round_members, round_siblings, split
 
@@ -27,7 +27,7 @@ def arithmetic(rounding: str, formats: Iterable[str]) -> dict[str, str]:
 
     {"rounding": "search 1", "formats": "int4_g64 1, mxfp4 1"}
     """
-    told = ", ".join(f"{name} {FORMATS[name].version}" for name in sorted(set(formats)))
+    told = ", ".join(f"{name} {weights_of(name).version}" for name in sorted(set(formats)))
     return {"rounding": f"{rounding} {rounding_named(rounding).version}", "formats": told}
 
 

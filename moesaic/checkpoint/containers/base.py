@@ -56,6 +56,7 @@ class Packing:
     read    (those tensors, shape) -> that stream, and Scales
     layout  two packings of one format with one layout differ in names, dtypes and shapes alone: bytes may be copied
     word    the bytes of which each row of the stream has a whole number
+    activations    the format that what the matrix multiplies is rounded to, under a scale that lies with it as "inputs"
     """
 
     format: str
@@ -64,6 +65,7 @@ class Packing:
     write: Write
     read: Read
     word: int = 1
+    activations: str | None = None
 
     @property
     def number_format(self) -> NumberFormat:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, PlanError
 from ...families import FAMILIES, Architecture, Linear
-from ...formats import FORMATS, Scales
+from ...formats import FORMATS, Scales, weights_of
 from .base import (
     Container,
     Packing,
@@ -132,7 +132,9 @@ def rounded_inputs(packing: Packing) -> Packing:
             raise CheckpointError(f"input_global_scale is {divisor}; wanted 2688 over the largest input")
         return packing.read(stored, shape)
 
-    return replace(packing, parts=parts, read=read, layout=f"{packing.layout} + f32 divisor of inputs")
+    return replace(
+        packing, parts=parts, read=read, layout=f"{packing.layout} + f32 divisor of inputs", activations=packing.format
+    )
 
 
 def nibbles(format: str, scale_dtype: str, layout: str) -> Packing:
@@ -254,22 +256,22 @@ def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]
     found = sorted({formats[linear.name] for linear in members})
     if len(found) > 1:
         raise PlanError(f"{unit} would mix {' and '.join(found)}, and engines fuse its matrices; give them one format")
-    format = FORMATS[found[0]]
-    check_loadable("compressed_tensors", unit, members, format.name)
-    rows, columns = format.block
+    format = found[0]
+    check_loadable("compressed_tensors", unit, members, format)
+    rows, columns = weights_of(format).block
     for linear in members:
         if rows == 1 and columns and linear.shape[1] % columns:
             raise PlanError(
-                f"{unit} has rows of {linear.shape[1]} weights, no whole groups of {format.name}'s {columns}; "
+                f"{unit} has rows of {linear.shape[1]} weights, no whole groups of {format}'s {columns}; "
                 "give it a format of smaller groups, or bf16"
             )
     for linear in (n for group in siblings(members) for n in group[:-1]):
         if rows > 1 and linear.shape[0] % rows:
             raise PlanError(
                 f"{linear.name} has {linear.shape[0]} rows and another matrix is fused below it, which breaks "
-                f"{format.name}'s squares of {rows}; give {unit} mxfp8, fp8_channel or bf16"
+                f"{format}'s squares of {rows}; give {unit} mxfp8, fp8_channel or bf16"
             )
-    return format.name
+    return format
 
 
 # What a config.json on disk says ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ being a block. NVFP4's second level is the one that the export carries (`nvfp4_a
 token. Leaves out other static scales; INT8's scale is a BF16 here, as for weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,20 +20,11 @@ from ...checkpoint.containers.base import table
 from ...checkpoint.containers.compressed_tensors import format_of
 from ...errors import InputError
 from ...families import Linear
-from ...formats import FORMATS
+from ...formats import NAMES, activations_of, weights_of
 from ...stream import Intake
 
 WAYS = ("none", "engine", "w4a4")
-SHARING = {  # format -> values of a token that share a scale; 0: all of them
-    "mxfp8": 32,
-    "mxfp4": 32,
-    "nvfp4": 16,
-    "nvfp4_a4": 16,
-    "fp8_block": 128,
-    "fp8_channel": 0,
-    "int8_channel": 0,
-}
-FOUR_BITS = ("nvfp4", "nvfp4_a4", "mxfp4")
+FOUR_BITS = {n for n in NAMES if weights_of(n).element_bits == 4 and activations_of(n).token_group is not None}
 RELEASED = ("fp8", "mxfp8")  # containers of the sources, whose one format rounds activations in every engine
 
 
@@ -46,7 +37,7 @@ def intakes(checkpoint: Checkpoint, way: str) -> dict[str, Intake]:
         raise InputError(f"no way {way!r} to round activations; there are {', '.join(WAYS)}")
     formats = set() if way == "none" else declared(checkpoint)
     if way == "w4a4":
-        formats |= set(FOUR_BITS)
+        formats |= FOUR_BITS
     found: dict[str, Intake] = {}
     for unit, members in checkpoint.architecture.units.items():
         name = checkpoint.formats[members[0].name]
@@ -71,13 +62,18 @@ def taken_in(name: str, divisors: Mapping[str, Tensor], x_nI: Tensor, projection
 def declared(checkpoint: Checkpoint) -> set[str]:
     """Formats whose inputs an engine rounds, by what config.json says."""
     if checkpoint.container.name in RELEASED:
-        return set(checkpoint.formats.values()) & SHARING.keys()
+        return rounds(checkpoint.formats.values())
     if checkpoint.container.name != "compressed_tensors":
         return set()
     quantization = checkpoint.config["quantization_config"]
     groups = table(quantization, "config_groups")
     of = [table(groups, name) for name in groups]
-    return {format_of(group, quantization) for group in of if group.get("input_activations")} & SHARING.keys()
+    return rounds(format_of(group, quantization) for group in of if group.get("input_activations"))
+
+
+def rounds(names: Iterable[str]) -> set[str]:
+    """Those of these formats that engines round activations to."""
+    return {name for name in names if activations_of(name).token_group is not None}
 
 
 def rounded(name: str, x_nI: Tensor, shared: Tensor | None = None) -> Tensor:
@@ -85,8 +81,9 @@ def rounded(name: str, x_nI: Tensor, shared: Tensor | None = None) -> Tensor:
 
     shared  the second level for all tokens [1]; by itself each token has its own
     """
-    format, (tokens, width) = FORMATS[name], x_nI.shape
-    group = SHARING[name] or width
+    format, (tokens, width) = activations_of(name), x_nI.shape
+    assert format.token_group is not None
+    group = format.token_group or width
     blocks = torch.nn.functional.pad(x_nI.float(), (0, -width % group)).reshape(tokens, -1, group)
     if shared is not None:
         shared = shared.to(x_nI.device)
