@@ -23,8 +23,8 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.data.corpus import Corpus
 from moesaic.data.tokens import TokenSet
 from moesaic.export import export
-from moesaic.export.sequential import rendered
-from moesaic.measure.kl import excess
+from moesaic.export.sequential import overlaid_on_text
+from moesaic.measure.kl import kl_to_source
 from moesaic.plan import Plan
 from moesaic.recipes.quantize import SCOPES, formats_of
 from moesaic.stream import LayerRun, State
@@ -46,11 +46,11 @@ def kl_of_rows(
     calibration, heldout = both
     shutil.rmtree(folder, ignore_errors=True)
     began = time.process_time()
-    plan, _ = rendered(source, plan, folder / "out", folder, lambda: calibration, quiet=True)
+    plan, _ = overlaid_on_text(source, plan, folder / "out", folder, lambda: calibration, quiet=True)
     result = export(source, plan, folder / "out", quiet=True, overlays=folder)
     seconds = time.process_time() - began
     _, hidden_BTD = last_hidden(result, heldout)
-    (kl_BS,) = excess(run, wanted_BTD, [hidden_BTD])
+    (kl_BS,) = kl_to_source(run, wanted_BTD, [hidden_BTD])
     shutil.rmtree(folder)
     return kl_BS.mean(-1).numpy(), seconds
 

@@ -25,7 +25,7 @@ from moesaic.calibrate import calibrate
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli.base.values import bytes_of
 from moesaic.data.tokens import TokenSet
-from moesaic.export.sequential import render
+from moesaic.export.sequential import round_on_text
 from moesaic.measure import Branch, Trial, effort, measure
 from moesaic.plan import Plan
 from moesaic.recipes.quantize import formats_of
@@ -64,7 +64,7 @@ def once(model: Path, tokens: int, format: str, resources: Resources, run: Path)
     wall, cpu = time.perf_counter(), time.process_time()
     with resources.used(run / THREADS):
         calibrate(source, text, run / "stats", quiet=True)
-        render(source, plan, text, run / "rendered", quiet=True)
+        round_on_text(source, plan, text, run / "rendered", quiet=True)
         prices = measure(source, branches, Trial(text, memory_bytes=held, quiet=True), run / "prices")
     spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     kl = {name: found.kl_B.tolist() for name, found in zip(PRICED, prices)}

@@ -162,11 +162,15 @@ def test_calibrate(tell, model, text, tmp_path):
 def test_calibrate_until_stable_and_prune_by_it(tell, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 768)
     facts, said = tell("calibrate", model, tmp_path / "run", *text, "--until-stable", "--experts", "4")
-    settled = facts["settled"]
-    assert facts["tokens"] == settled["read_tokens"] and settled["verdict"] in said and len(settled["steps"]) in (1, 2)
-    assert all(f"{step['tokens']:,}" in said and f"{step['jaccard']:.1%}" in said for step in settled["steps"])
+    stability = facts["settled"]
+    assert (
+        facts["tokens"] == stability["read_tokens"]
+        and stability["verdict"] in said
+        and len(stability["steps"]) in (1, 2)
+    )
+    assert all(f"{step['tokens']:,}" in said and f"{step['jaccard']:.1%}" in said for step in stability["steps"])
     facts, _ = tell("prune", model, tmp_path / "out", "--experts", 4, "--run", tmp_path / "run")
-    assert facts["calibration_tokens"] == settled["read_tokens"]
+    assert facts["calibration_tokens"] == stability["read_tokens"]
 
 
 def test_evaluate(tell, model, smaller, text, tmp_path):

@@ -71,7 +71,8 @@ CASES = {
         frozenset({"criterion", "policy", "domains", "experts", "until_stable"}),
     ),
     "calibrate --until-stable": Case(
-        "calibrate MODEL RUN --until-stable", {**OPEN, "calibrate.until_stable.settle": Recorded}, frozenset({"until_stable"})
+        "calibrate MODEL RUN --until-stable", {**OPEN, "calibrate.until_stable.calibrate_until_stable": Recorded},
+        frozenset({"until_stable"}),
     ),
     "compress": Case(
         "compress MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "recipes.compress.compress": Recorded}

@@ -45,7 +45,7 @@ from moesaic.measure.branch import changes
 from moesaic.measure.branches import state_of
 from moesaic.measure.composition import line
 from moesaic.measure.divergence import against
-from moesaic.measure.kl import excess
+from moesaic.measure.kl import kl_to_source
 from moesaic.plan import Plan
 from moesaic.plan.blueprint import Blueprint
 from moesaic.stream import LayerRun, State
@@ -135,7 +135,7 @@ def test_excess_is_kl_in_float64(source, scale):
     h_BTD = final(run, State(run.embed(tokens.ids_BT)))
     noise = torch.randn(h_BTD.shape, generator=torch.Generator().manual_seed(1))
     branch_BTD = h_BTD + scale * h_BTD.std() * noise
-    (found_BS,) = excess(run, h_BTD, [branch_BTD])
+    (found_BS,) = kl_to_source(run, h_BTD, [branch_BTD])
     with torch.no_grad():
         x, y = (run.norm()(hidden_BTD[:, :-1]).double() for hidden_BTD in (h_BTD, branch_BTD))
         w = run.rows(run.architecture.head, slice(0, run.architecture.vocab)).double()
@@ -151,7 +151,7 @@ def test_what_is_not_finite_is_no_figure(source):
     h_BTD = final(run, State(run.embed(tokens.ids_BT)))
     broken_BTD = h_BTD.clone()
     broken_BTD[0, 3] = torch.nan
-    assert excess(run, h_BTD, [broken_BTD])[0].isnan().sum() == 1
+    assert kl_to_source(run, h_BTD, [broken_BTD])[0].isnan().sum() == 1
     assert Measured(np.array([0.1, 0.2]), nonfinite=1).nats == np.inf
     assert Measured(np.array([0.1, 0.3]), nonfinite=0).nats == pytest.approx(0.2)
     assert Measured(np.array([0.1, 0.3]), nonfinite=0).error == pytest.approx(0.1)  # sd 0.1414 / √2

@@ -1,7 +1,7 @@
 """Overlays of planted tensors: any tensor of a blueprint, through export and verify, damaged, moved, killed and continued.
 
 Nothing here is rounded on text or fitted: export and verify must not know who made an overlay. Leaves out the makers
-(test_render.py, test_repair.py).
+(test_sequential.py, test_repair.py).
 """
 
 import shutil

@@ -229,13 +229,13 @@ def questioned(everything: Facts) -> Facts:
             add(task, f"task_acc_{which}", value)
         add(task, "task_acc_mcnemar_p", 0.0625, unit="probability")
     for who, share in (("source", 0.9), ("export", 0.8)):
-        add("spots", f"spot_right_{who}", share)
+        add("samples", f"sample_right_{who}", share)
     said = {"text": "It is <3901>.", "right": True, "looped": 0.0, "endless": False}
     looping = {"text": "and so on " * 200, "right": False, "looped": 0.9, "endless": True}
     samples = [
         {"prompt": "What is 47 × 83?", "name": "arithmetic", "temperature": 0.7, "source": said, "export": looping}
     ]
-    told = {**of, "readings": readings, "spots": {"samples": samples}, "tasks": {"harness": "lm-eval 0.4.13"}}
+    told = {**of, "readings": readings, "samples": {"samples": samples}, "tasks": {"harness": "lm-eval 0.4.13"}}
     return replace(everything, scores=Scores(tuple(found), told))
 
 

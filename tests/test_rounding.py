@@ -1,6 +1,6 @@
 """Roundings against slow truths: GPTQ with an inverse in F64, descent one weight at a time, and hand-worked columns.
 
-Every format meets every rounding. Leaves out rendering a model with them (test_render.py).
+Every format meets every rounding. Leaves out rendering a model with them (test_sequential.py).
 """
 
 import gc

@@ -29,7 +29,7 @@ from moesaic.errors import InputError, StaleError
 from moesaic.evaluate import Conditions, Reading, evaluate
 from moesaic.export.activations import observe
 from moesaic.export.repair import repair
-from moesaic.export.sequential import render
+from moesaic.export.sequential import round_on_text
 from moesaic.measure import Branch, Options, Trial, measure, sense
 from moesaic.measure.preview import Candidate, preview
 from moesaic.plan import Plan
@@ -156,10 +156,10 @@ def cuts(model: Checkpoint, folder: Path) -> Any:
     return [o.facts() for o in preview(model, found, Trial(tokens, memory_bytes=memory, quiet=True), folder)]
 
 
-def rendered(model: Checkpoint, folder: Path) -> Any:
+def on_text(model: Checkpoint, folder: Path) -> Any:
     rounded = ("layers.3.experts", *(unit for unit in model.architecture.units if unit.endswith((".o", ".shared"))))
     units = {unit: "int4_g32" if unit in rounded else "source" for unit in model.architecture.units}
-    return render(model, Plan("compressed_tensors", formats=units, rounding="gptq"), rows(2), folder, quiet=True)
+    return round_on_text(model, Plan("compressed_tensors", formats=units, rounding="gptq"), rows(2), folder, quiet=True)
 
 
 def mended(model: Checkpoint, folder: Path) -> Any:
@@ -189,7 +189,7 @@ USERS: dict[str, Callable[[Checkpoint, Path], Any]] = {
     "activations": largest,
     "measure": branches,
     "preview": cuts,
-    "render": rendered,
+    "sequential": on_text,
     "repair": mended,
     "slopes": slopes,
     "evaluate": scored,

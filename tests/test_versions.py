@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from children import child, dying
-from test_render import a_plan, some_tokens
+from test_sequential import a_plan, some_tokens
 
 import moesaic.export.sequential.layer as work_module
 from moesaic.artifact import read_json
@@ -24,7 +24,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.errors import StaleError
 from moesaic.export import export
 from moesaic.export.repair import repair
-from moesaic.export.sequential import render
+from moesaic.export.sequential import round_on_text
 from moesaic.formats import FORMATS
 from moesaic.measure import Options, Trial, price, trace
 from moesaic.measure import prices as prices_module
@@ -126,13 +126,13 @@ def test_an_interrupted_rendering_is_not_finished_by_another_version(m2, tmp_pat
 
     monkeypatch.setattr(work_module, "write_group", dies)
     with pytest.raises(KeyboardInterrupt):
-        render(m2, plan, tokens, tmp_path / "rendered", quiet=True)
+        round_on_text(m2, plan, tokens, tmp_path / "rendered", quiet=True)
     for registry, name, word in ((ROUNDINGS, "gptq", "rounding gptq 1"), (FORMATS, "int4_g32", "formats int4_g32 1")):
         with monkeypatch.context() as other:
             newer(other, registry, name)
             with pytest.raises(StaleError, match=f"was made from {word}, and this is {name} 2"):
-                render(m2, plan, tokens, tmp_path / "rendered", quiet=True)
-    render(m2, plan, tokens, tmp_path / "rendered", quiet=True)
+                round_on_text(m2, plan, tokens, tmp_path / "rendered", quiet=True)
+    round_on_text(m2, plan, tokens, tmp_path / "rendered", quiet=True)
 
 
 def test_statistics_and_prices_of_another_version_are_not_reused(m2, tmp_path, monkeypatch):

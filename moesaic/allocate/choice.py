@@ -39,7 +39,7 @@ from ..measure import (
 )
 from ..plan import Plan
 from .candidates import Candidate, Traced, candidates, menu_of, plan_of, sums, uniform, varied
-from .record import note_candidates, note_frontier
+from .record import write_candidates, write_frontier
 from .setting import HARMS, Setting
 from .solver.frontier import Frontier
 
@@ -135,7 +135,7 @@ def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
     menu = menu_of(setting.source, setting.container, prices, setting.kept, rule.weight, setting.reads_text)
     traced = Traced(prices, rule, menu, Frontier.of(menu), setting.limit.bytes(menu))
     inputs = {"source": setting.source.identity, "tokens": text.identity}
-    note_frontier(setting.run / "frontier.json", traced, inputs)
+    write_frontier(setting.run / "frontier.json", traced, inputs)
     return traced
 
 
@@ -187,5 +187,5 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
         "rounding": rounding,
         "ships": best,
     }
-    note_candidates(setting.run / "candidates.json", found, measured, choice, body, inputs)
+    write_candidates(setting.run / "candidates.json", found, measured, choice, body, inputs)
     return Chosen(found[best].plan, found[best], measured[best], traced.budget_bytes, rounding)

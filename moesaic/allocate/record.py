@@ -37,7 +37,7 @@ from .candidates import Candidate, Traced
 POINTS = 2000  # of the frontier that are written down
 
 
-def note_frontier(path: Path, traced: Traced, inputs: Mapping[str, str]) -> None:
+def write_frontier(path: Path, traced: Traced, inputs: Mapping[str, str]) -> None:
     frontier, rule = traced.frontier, traced.rule
     k, p = frontier.pareto()
     at = np.unique(np.linspace(0, len(k) - 1, min(POINTS, len(k))).round().astype(int))
@@ -65,7 +65,7 @@ def note_frontier(path: Path, traced: Traced, inputs: Mapping[str, str]) -> None
     write_json(path, "frontier", body, inputs)
 
 
-def note_candidates(
+def write_candidates(
     path: Path, found: Sequence[Candidate], measured: Sequence[Measured], text: TokenSet, body: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> None:  # fmt: skip

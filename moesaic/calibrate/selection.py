@@ -30,7 +30,7 @@ class Ranking:
                   (what `until_stable` watches is then REAP)
     policy        how domains are weighed against each other: "pooled", or one of criteria.POLICIES
     domains       name -> share, of those to be heard; None: all alike
-    until_stable  read more and more until the choice stops moving (see `settle`)
+    until_stable  read more and more until the choice stops moving (see `calibrate_until_stable`)
     run           a folder where `calibrate` left statistics: all of them are used, and no text is read for it
     """
 

@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Stability:
     """Statistics of all that was read, and how they came to be enough, or not."""
 
     statistics: Statistics
@@ -80,9 +80,9 @@ class Settled:
         return {"stable": self.stable, "verdict": self.verdict, "read_tokens": self.statistics.tokens, "steps": steps}
 
 
-def settle(
+def calibrate_until_stable(
     checkpoint: Checkpoint, corpus: Corpus, work: Path, counts: Sequence[int], ranking: Ranking = REAP, quiet: bool = False
-) -> Settled:  # fmt: skip
+) -> Stability:  # fmt: skip
     """Calibrate into `work`/stats on half of `corpus.tokens`, then all of them, then twice as many, until a doubling
     moves nothing: not what each of `counts` keeps by `ranking`, not the margins, not the error of the scores.
 
@@ -112,13 +112,13 @@ def settle(
             if steps[-1].still:
                 break
         before, error_before, tokens = now, error, statistics.tokens
-    settled = Settled(statistics, pool.take(sorted(rows)), tuple(steps))
-    inputs = {"source": checkpoint.identity, "tokens": settled.tokens.identity}
-    write_json(work / "settled.json", "settled", settled.facts(), inputs)
-    return settled
+    stability = Stability(statistics, pool.take(sorted(rows)), tuple(steps))
+    inputs = {"source": checkpoint.identity, "tokens": stability.tokens.identity}
+    write_json(work / "settled.json", "settled", stability.facts(), inputs)
+    return stability
 
 
-def gathered(checkpoint: Checkpoint, run: Path, weighed: bool, quiet: bool = False) -> Statistics:
+def statistics_of_run(checkpoint: Checkpoint, run: Path, weighed: bool, quiet: bool = False) -> Statistics:
     """All statistics that `calibrate` left in the folder `run`; `weighed`: with those of weights, found where missing."""
     statistics = Statistics.load(run / "stats", checkpoint)
     return replace(statistics, weights=weigh(checkpoint, run / WEIGHTS, quiet)) if weighed else statistics
@@ -173,12 +173,12 @@ def compared(
     )
 
 
-def table(settled: Settled) -> Table:
+def table(stability: Stability) -> Table:
     """What each doubling changed."""
     shown = Table(title="what each doubling of the text changed", title_justify="left", show_edge=False)
     for heading in ("tokens", "kept sets agree", "least", "median margin", "moved", "score error", ""):
         shown.add_column(heading, justify="right")
-    for s in settled.steps:
+    for s in stability.steps:
         figures = (s.jaccard, s.jaccard_least, s.margin, s.margin_moved, s.error)
         shown.add_row(f"{s.tokens:,}", *(f"{x:.1%}" for x in figures), "still" if s.still else "")
     return shown

@@ -56,15 +56,17 @@ def gather(a: Calibrate, source: Checkpoint) -> dict[str, Any]:
     """Statistics of the text, added to what the run has."""
     from ..calibrate import Statistics, calibrate, check_unread, chunks
     from ..calibrate.selection import FEW_TOKENS
-    from ..calibrate.until_stable import settle, table
+    from ..calibrate.until_stable import calibrate_until_stable, table
     from ..data.images import pictured
 
-    stats, settled = a.run / "stats", None
+    stats, stability = a.run / "stats", None
     if a.until_stable:
         experts = source.architecture.experts
-        settled = settle(source, corpus(a), a.run, a.experts or [experts // 2, experts * 3 // 4], ranking(a), a.quiet)
-        show(table(settled))
-        print(settled.verdict)
+        stability = calibrate_until_stable(
+            source, corpus(a), a.run, a.experts or [experts // 2, experts * 3 // 4], ranking(a), a.quiet
+        )
+        show(table(stability))
+        print(stability.verdict)
     else:
         tokens = corpus(a).calibration(source, a.run / "tokens.safetensors")
         check_unread(stats, chunks(tokens))
@@ -84,7 +86,7 @@ def gather(a: Calibrate, source: Checkpoint) -> dict[str, Any]:
         "domains": statistics.domains,
         "few_tokens": few,
         "nonfinite": statistics.nonfinite(),
-        "settled": settled.facts() if settled else None,
+        "settled": stability.facts() if stability else None,
     }
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from ..evaluate.tasks import Asked
 
 TEXT = ("kld", "perplexity", "router")  # scored on the same readings at no further cost
-SCORES = (*TEXT, "needle", "tasks", "spots")
-SERVED = ("perplexity", "needle", "spots")
+SCORES = (*TEXT, "needle", "tasks", "samples")
+SERVED = ("perplexity", "needle", "samples")
+FORMER = {"spots": "samples"}  # names of scores that still work in this version
 NOTHING: dict[str, Any] = {"readings": [], "layers": [], "activations": {}}  # facts of an evaluation without a sweep
 LENGTHS = (1024, 4096, 8192)  # of haystacks; the longer ones are beyond what M3's sparse attention looks at
 
@@ -112,7 +113,7 @@ def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wan
 
         more, facts = mark(asked, out, list(ways(export, a.activations)), a.seed)
         scores = scores.add(more, {"tasks": facts}, out / "scores.json")
-    if "spots" in wanted:
+    if "samples" in wanted:
         from ..data.tokens import Tokenizer
         from ..evaluate.samples import compare, local
 
@@ -120,7 +121,7 @@ def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wan
         writers = {"source": local(source, held), "export": local(export, held)}
         more, facts = compare(writers, Tokenizer.open(source.path))
         inputs = {"source": source.identity, "export": export.identity}
-        scores = (scores or Scores((), NOTHING)).add(more, {"spots": facts}, out / "scores.json", inputs)
+        scores = (scores or Scores((), NOTHING)).add(more, {"samples": facts}, out / "scores.json", inputs)
     if scores is None:
         raise InputError("the tasks ask for nothing; give others")
     if "kld" in wanted:
@@ -157,10 +158,10 @@ def by_server(a: Evaluate, url: str, out: Path, wanted: tuple[str, ...]) -> dict
     facts["readings"] = [{"name": r.name, "kind": r.kind, "facts": dict(r.facts)} for r in readings]
     scores = Scores(tuple(found), facts)
     scores.write(out / "served.json", {"export": export.identity})
-    if "spots" in wanted:
+    if "samples" in wanted:
         writers = {"served": writer(server, bool(tokenizer.chat.chat_template))}
         more, samples = compare(writers, tokenizer)
-        scores = scores.add(more, {"spots": samples}, out / "served.json")
+        scores = scores.add(more, {"samples": samples}, out / "served.json")
     return told(scores.add((), {"command": a.line}, out / "served.json"), out / "served.json")
 
 
@@ -200,7 +201,7 @@ def ask(a: Evaluate, source: Checkpoint) -> Asked:
 
 
 def chosen(a: Evaluate, there_are: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = tuple(a.scores or (default + (("tasks",) if a.tasks else ())))
+    wanted = tuple(FORMER.get(s, s) for s in a.scores or (default + (("tasks",) if a.tasks else ())))
     if unknown := sorted(set(wanted) - set(there_are)):
         raise InputError(f"no score {unknown[0]!r} here; there are {', '.join(there_are)}")
     return wanted

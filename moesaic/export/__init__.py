@@ -51,7 +51,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
     source.check_values()
     along = carried(source.path)
     if rounding.needs and any(is_made_of_source(blueprint, n) for n in blueprint.architecture.linears):
-        raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: render the plan on text first")
+        raise PlanError(f"rounding {rounding.name} needs {', '.join(rounding.needs)}: round the plan on text first")
     if unknown := blueprint.uncalibrated:
         raise PlanError(
             f"the plan rounds activations as they come, and does not know how large {sample(unknown)} get; "

@@ -1,14 +1,14 @@
 """Harm in nats: what options cost alone, what plans cost whole, and the rule that leads from one to the other.
 
-branch.py is models that differ from the source in some units; ride.py runs any number of them in one sweep; excess.py is
-their KL;
-prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (reverse.py) instead;
-anchor.py measures a few and puts the rest between them; trace.py has another tool's, to compare; composition.py fits the rule.
+branch.py is models that differ from the source in some units; branches.py runs any number of them in one sweep, and kl.py
+is their KL; prices.py asks for every option alone; surrogate.py has their prices from one sweep backward (slopes.py)
+instead; anchored.py measures a few and puts the rest between them; trace.py has another tool's, to compare;
+composition.py fits the rule; preview.py compares cuts. divergence/ is how far one model is from another.
 """
 
 from .anchored import anchored
 from .branch import Branch, Effort, Trial, affordable_tokens, effort, some_rows
-from .branches import Figures, Measured, measure, ridden
+from .branches import Figures, Measured, measure, run_branches
 from .composition import Rule
 from .prices import ANCHORED, MEASURED, SURROGATE, TRACE, Options, Price, Prices, default_counts, offers, price
 from .slopes import reverse_work
@@ -38,7 +38,7 @@ __all__ = [
     "offers",
     "price",
     "reverse_work",
-    "ridden",
+    "run_branches",
     "sense",
     "some_rows",
     "surrogate",

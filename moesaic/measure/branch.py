@@ -1,8 +1,8 @@
 """Branches: models that differ from the source in some units, all measured in one sweep of the source's weights.
 
 A branch leaves the source at the first layer where it differs: until there its hidden states are the
-source's and cost nothing. From there on it rides along. What a single option costs and what a whole plan
-costs are asked in the same way; nothing is written. Leaves out running them (ride.py) and which
+source's and cost nothing. From there on it goes beside it. What a single option costs and what a whole plan
+costs are asked in the same way; nothing is written. Leaves out running them (branches.py) and which
 to ask for (prices).
 """
 
@@ -113,9 +113,9 @@ def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memo
     for linear in a.linears:
         stored_L[linear.layer] += checkpoint.container.packing(checkpoint.formats[linear.name]).bytes(linear.shape)
     starts = [branches[group[0]].first(a) for group in groups]
-    ridden = sum(a.layers - b.first(a) for b in branches) + sum(a.layers - s for s in starts) + max(starts, default=0)
+    passed = sum(a.layers - b.first(a) for b in branches) + sum(a.layers - s for s in starts) + max(starts, default=0)
     return Effort(
-        token_layers=tokens * ridden,
+        token_layers=tokens * passed,
         head_layers=round(tokens * len(branches) * head_layers(a)),
         one_by_one=tokens * a.layers * (len(branches) + 1),
         read_bytes=int(sum(stored_L[s:].sum() for s in starts)),

@@ -1,7 +1,7 @@
-"""Branches that ride along with the source, as many in one pass as fit into memory, and what is found of them at the end.
+"""Branches run beside the source, as many in one pass as fit into memory, and what is found of them at the end.
 
 Each pass leaves its findings in a file of the folder when it is done, and its states while it is under way: the same
-call goes on from there, however much memory it is given then. What is found of a branch does not depend on who rides
+call goes on from there, however much memory it is given then. What is found of a branch does not depend on who goes
 with it. Leaves out what a branch is (branch.py).
 """
 
@@ -25,7 +25,7 @@ from ..rounding import arithmetic
 from ..stream import STATE_COPIES, STATES, Change, LayerRun, Standing, State, Sweep
 from ..stream.sweep import packed, save
 from .branch import Branch, Trial, changes, effort, head_layers
-from .kl import excess
+from .kl import kl_to_source
 
 KIND = "branches"
 VERSION = 1  # of `measure`; goes up with any change to what it finds of the same branch and text
@@ -46,7 +46,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Riders:
+class BranchPass:
     """One pass: branches by the identity of what they are, in order of where they leave the source."""
 
     run: LayerRun
@@ -59,7 +59,7 @@ class Riders:
         return next(iter(self.branches.values())).first(self.run.architecture)
 
 
-def ridden(
+def run_branches(
     checkpoint: Checkpoint, branches: Sequence[Branch], trial: Trial, folder: Path, figures: Figures, title: str
 ) -> list[dict[str, Any]]:
     """What `figures` finds of each branch by running it; `title` is what progress is called."""
@@ -85,28 +85,30 @@ def ridden(
     with progress(title, foreseen.work, "token-layers", trial.quiet) as meter:
         at, source = 0, [State(run.embed(tokens.ids_BT))]
         for group in passes(run, left, begun.get("names", []), tokens.tokens, limit):
-            riders = Riders(run, group, way, tokens)
+            branch_pass = BranchPass(run, group, way, tokens)
             if begun.get("names") == list(group):
                 at = begun["from"]
             else:
                 saved.unlink(missing_ok=True)
-                if at > riders.start:
+                if at > branch_pass.start:
                     at, source = 0, [State(run.embed(tokens.ids_BT))]
                 elif at:  # so that the source's way here is not gone again
-                    save(saved, begin(riders, at, source), inputs)
+                    save(saved, begin(branch_pass, at, source), inputs)
             under_way = Sweep(range(at, run.architecture.layers), saved, inputs, run.device)
-            end = partial(finish, riders, figures, folder / f"{identity(list(group))}.json", inputs, meter.advance)
-            told = partial(count, riders, meter.advance)
-            found, after = under_way.through(partial(begin, riders, at, source), partial(advance, riders), end, told)
-            at, source, begun = riders.start, [after], {}
+            end = partial(finish, branch_pass, figures, folder / f"{identity(list(group))}.json", inputs, meter.advance)
+            told = partial(count, branch_pass, meter.advance)
+            found, after = under_way.through(
+                partial(begin, branch_pass, at, source), partial(advance, branch_pass), end, told
+            )
+            at, source, begun = branch_pass.start, [after], {}
             done |= found
         meter.advance(meter.total - meter.done)
     return [done[name] for name in names]
 
 
-def begin(riders: Riders, at: int, source: list[State]) -> Standing:
+def begin(branch_pass: BranchPass, at: int, source: list[State]) -> Standing:
     """The source before layer `at`, taken out of its list, so that nobody else keeps its memory."""
-    return Standing({SOURCE: source.pop()}, {"names": list(riders.branches), "from": at})
+    return Standing({SOURCE: source.pop()}, {"names": list(branch_pass.branches), "from": at})
 
 
 def passes(
@@ -123,16 +125,16 @@ def passes(
     return found
 
 
-def advance(riders: Riders, layer: int, at: Standing) -> Standing:
+def advance(branch_pass: BranchPass, layer: int, at: Standing) -> Standing:
     """One layer of the source and of all branches that have left it; those that leave it here join."""
-    run, states = riders.run, dict(at.states)
-    if layer == riders.start:
+    run, states = branch_pass.run, dict(at.states)
+    if layer == branch_pass.start:
         states[AWAITED] = states[SOURCE]
-    for name, branch in riders.branches.items():
+    for name, branch in branch_pass.branches.items():
         if branch.first(run.architecture) == layer:
-            states[name] = state_of(run, branch, states[SOURCE].hidden_BTD, riders.way)
+            states[name] = state_of(run, branch, states[SOURCE].hidden_BTD, branch_pass.way)
         elif name in states:
-            states[name] = replace(states[name], changed=changed(branch, riders.way))
+            states[name] = replace(states[name], changed=changed(branch, branch_pass.way))
     going = [name for name in states if name != AWAITED]
     after = zip(going, run.advance(layer, [states[name] for name in going]))
     return replace(at, states={**states, **{name: replace(state, changed={}) for name, state in after}})
@@ -147,19 +149,24 @@ def changed(branch: Branch, way: Mapping[str, Change]) -> dict[str, Change]:
     return {unit: way[format] for unit, format in branch.formats.items()}
 
 
-def count(riders: Riders, told: Callable[[int], None], at: Standing) -> None:
-    told((len(at.states) - (AWAITED in at.states)) * riders.tokens.tokens)
+def count(branch_pass: BranchPass, told: Callable[[int], None], at: Standing) -> None:
+    told((len(at.states) - (AWAITED in at.states)) * branch_pass.tokens.tokens)
 
 
 def finish(
-    riders: Riders, figures: Figures, file: Path, inputs: Mapping[str, str], told: Callable[[int], None], at: Standing
+    branch_pass: BranchPass,
+    figures: Figures,
+    file: Path,
+    inputs: Mapping[str, str],
+    told: Callable[[int], None],
+    at: Standing,
 ) -> tuple[dict[str, dict[str, Any]], State]:
     """The findings of a pass by branch, which are then in `file`; and the source where its branches began to leave it."""
-    run, source = riders.run, at.states[SOURCE]
+    run, source = branch_pass.run, at.states[SOURCE]
     each = head_layers(run.architecture) / run.architecture.vocab
-    hidden = [at.states.get(name, source).hidden_BTD for name in riders.branches]  # a branch may differ in nothing
-    rows = figures.find(run, source.hidden_BTD, hidden, riders.tokens, lambda logits: told(round(logits * each)))
-    found = dict(zip(riders.branches, rows, strict=True))
+    hidden = [at.states.get(name, source).hidden_BTD for name in branch_pass.branches]  # a branch may differ in nothing
+    rows = figures.find(run, source.hidden_BTD, hidden, branch_pass.tokens, lambda logits: told(round(logits * each)))
+    found = dict(zip(branch_pass.branches, rows, strict=True))
     write_json(file, KIND, {"found": found}, inputs)
     return found, at.states.get(AWAITED, source)
 
@@ -189,7 +196,7 @@ def measure(
     checkpoint: Checkpoint, branches: Sequence[Branch], trial: Trial, folder: Path, title: str = "measure"
 ) -> list[Measured]:
     """KL(source ‖ branch) of each branch, in nats, by running it."""
-    found = ridden(checkpoint, branches, trial, folder, Figures(harm, {"harm": f"measured {VERSION}"}), title)
+    found = run_branches(checkpoint, branches, trial, folder, Figures(harm, {"harm": f"measured {VERSION}"}), title)
     return [Measured(np.array(row["kl_nats"]), row["nonfinite"]) for row in found]
 
 
@@ -199,5 +206,5 @@ def harm(
     """`Figures.find` of `measure`."""
     return [
         {"kl_nats": kl_BS.nanmean(-1).nan_to_num(0.0).tolist(), "nonfinite": int(kl_BS.isnan().sum())}
-        for kl_BS in excess(run, source_BTD, branches, told)
+        for kl_BS in kl_to_source(run, source_BTD, branches, told)
     ]

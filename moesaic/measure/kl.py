@@ -20,7 +20,7 @@ COPIES = 5  # F32 tensors [tokens, ids] at the worst moment
 
 
 @torch.no_grad()
-def excess(
+def kl_to_source(
     run: LayerRun, source_BTD: Tensor, branches: Sequence[Tensor], advance: Callable[[int], None] = ignore
 ) -> list[Tensor]:
     """KL(source ‖ branch) in nats of every next-token distribution but each row's last, [B, T − 1] float64, CPU.

@@ -23,7 +23,7 @@ from ..checkpoint import Checkpoint
 from ..data.tokens import TokenSet
 from ..stream import LayerRun
 from .branch import Branch, Trial
-from .branches import Figures, ridden
+from .branches import Figures, run_branches
 from .divergence.bootstrap import Bootstrap, Estimate
 from .divergence.branches import against
 from .divergence.comparison import Divergence
@@ -93,7 +93,7 @@ def candidates(
 def preview(
     checkpoint: Checkpoint, found: Sequence[Candidate], trial: Trial, folder: Path, seed: int = 0
 ) -> list[Outlook]:
-    """Measure candidates, best first within each count, as branches of one sweep (see `ridden`).
+    """Measure candidates, best first within each count, as branches of one sweep (see `run_branches`).
 
     Cuts that are alike are measured once. Interrupted, the same call goes on; done before, it only reads what it left
     in `folder`. Memory: hidden states of as many candidates as fit into what the trial may take; the others take their
@@ -102,7 +102,7 @@ def preview(
     figures = Figures(partial(figured, seed), {"figures": f"outlook {VERSION}", "seed": str(seed)})
     cuts = [Branch({}, candidate.kept) for candidate in found]
     place = folder / identity(checkpoint.identity, trial.tokens.identity, seed, VERSION)
-    rows = ridden(checkpoint, cuts, trial, place, figures, title="preview")
+    rows = run_branches(checkpoint, cuts, trial, place, figures, title="preview")
     outlooks = [Outlook.of(candidate, row) for candidate, row in zip(found, rows)]
     return sorted(outlooks, key=lambda o: (-o.candidate.experts, o.kl_nats.value))
 

@@ -1,6 +1,6 @@
 """The whole path, as a story: from a checkpoint to a smaller one, and to a page that says what it cost.
 
-    calibrate → select → plan → export (rendered first, where the rounding looks at data) → verify → evaluate → report
+    calibrate → select → plan → export (rounded on text first, where the rounding looks at data) → verify → evaluate → report
 
 or, where a size is asked for and not a plan, with prices, the frontier and measured candidates in select's place.
 
@@ -31,7 +31,7 @@ from ..artifact import read_json, sweep_partials, write_json
 from ..calibrate import Statistics, calibrate, check_domains
 from ..calibrate.criteria import CRITERIA
 from ..calibrate.selection import REAP, Ranking, Selection, check_names, select_experts
-from ..calibrate.until_stable import gathered, settle
+from ..calibrate.until_stable import calibrate_until_stable, statistics_of_run
 from ..checkpoint import Checkpoint
 from ..checkpoint.containers import CONTAINERS
 from ..data.corpus import PYTHON_TEXT, Corpus
@@ -40,7 +40,7 @@ from ..errors import CheckError, InputError
 from ..evaluate import Conditions, Reading, Scores, evaluate
 from ..export import export
 from ..export.activations import calibrated
-from ..export.sequential import rendered
+from ..export.sequential import overlaid_on_text
 from ..fit import check_layout
 from ..formats import NAMES
 from ..lock import held
@@ -142,7 +142,7 @@ def compressed(
     if Blueprint.of(source, plan).uncalibrated:
         plan = calibrated(source, plan, text(), run / "activations", quiet)
     plan.save(run / "plan.json", {"source": source.identity})
-    plan, rounded = rendered(source, plan, run / "model", run, text, quiet)
+    plan, rounded = overlaid_on_text(source, plan, run / "model", run, text, quiet)
     plan.save(run / "plan.json", {"source": source.identity})
 
     result = export(source, plan, run / "model", quiet, run)
@@ -273,14 +273,14 @@ def learn(source: Checkpoint, run: Path, recipe: Recipe, corpus: Corpus, quiet: 
     ranking, asked, experts = recipe.ranking, recipe.offer.experts, source.architecture.experts
     if ranking.until_stable:
         counts = [asked] if asked and asked < experts else [experts // 2, experts * 3 // 4]
-        settled = settle(source, corpus, run, counts, ranking, quiet)
-        return settled.statistics, settled.tokens
+        stability = calibrate_until_stable(source, corpus, run, counts, ranking, quiet)
+        return stability.statistics, stability.tokens
     tokens = corpus.calibration(source, run / "tokens.safetensors")
     if ranking.domains is not None:
         check_domains(ranking.domains, tokens.domains)
     weighed = CRITERIA[ranking.criterion].reads_weights
     if ranking.run is not None:
-        return gathered(source, ranking.run, weighed, quiet), tokens
+        return statistics_of_run(source, ranking.run, weighed, quiet), tokens
     return calibrate(source, tokens, run / "stats", quiet, weighed), tokens
 
 

@@ -13,7 +13,7 @@ from ..artifact import atomic, write_json
 from ..calibrate import WEIGHTS, Statistics, calibrate, check_domains, weigh
 from ..calibrate.criteria import CRITERIA
 from ..calibrate.selection import AUTO, EVERY, REAP, Ranking, check_names, select_experts
-from ..calibrate.until_stable import gathered, settle
+from ..calibrate.until_stable import calibrate_until_stable, statistics_of_run
 from ..checkpoint import Checkpoint
 from ..data.corpus import PYTHON_TEXT, Corpus, recorded_text
 from ..data.tokens import TokenSet
@@ -157,17 +157,17 @@ def know(setting: Setting, counts: Sequence[int]) -> Known:
     inputs, weighed = {"source": source.identity}, any(CRITERIA[name].reads_weights for name in ranking.criteria)
     if ranking.run is not None:
         return Known(
-            gathered(source, ranking.run, weighed, quiet),
+            statistics_of_run(source, ranking.run, weighed, quiet),
             {"statistics": str(ranking.run), "tokens": recorded_text(ranking.run)},
             inputs,
         )
     if not any(CRITERIA[name].reads_text for name in ranking.criteria):
         return Known(Statistics.of_weights(source, weigh(source, work / WEIGHTS, quiet)), {}, inputs)
     if ranking.until_stable:
-        settled = settle(source, setting.corpus, work, counts, ranking, quiet)
-        statistics, tokens = settled.statistics, settled.tokens
+        stability = calibrate_until_stable(source, setting.corpus, work, counts, ranking, quiet)
+        statistics, tokens = stability.statistics, stability.tokens
         weights = weigh(source, work / WEIGHTS, quiet) if weighed else {}
-        facts = {"tokens": dict(tokens.facts), "settled": settled.facts()}
+        facts = {"tokens": dict(tokens.facts), "settled": stability.facts()}
         return Known(replace(statistics, weights=weights), facts, inputs | {"tokens": tokens.identity})
     tokens = setting.corpus.calibration(source, work / "tokens.safetensors")
     if ranking.domains is not None:

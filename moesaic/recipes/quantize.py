@@ -1,4 +1,4 @@
-"""One format for one class of matrices: as fast as the disk, or, where the rounding looks at data, rendered on text.
+"""One format for one class of matrices: as fast as the disk, or, where the rounding looks at data, rounded on text.
 
 Router, embeddings, norms, head and vision stay as they are: no tool that rounded a router was right.
 """
@@ -15,7 +15,7 @@ from ..data.tokens import TokenSet
 from ..errors import InputError
 from ..export import export
 from ..export.claim import check_free
-from ..export.sequential import rendered
+from ..export.sequential import overlaid_on_text
 from ..fit import Layout, check_layout
 from ..formats import NAMES
 from ..lock import held
@@ -75,7 +75,7 @@ def quantize(
         return corpus.calibration(source, out / "moesaic" / "tokens.safetensors")
 
     with held(out / "moesaic"):
-        plan, told = rendered(source, plan, out, out / "moesaic", text, quiet)
+        plan, told = overlaid_on_text(source, plan, out, out / "moesaic", text, quiet)
         result = export(source, plan, out, quiet)
         overlay.drop(*(out / "moesaic" / name for name in plan.overlays))
         facts: dict[str, Any] = {

@@ -114,7 +114,7 @@ class Facts:
     def samples(self) -> list[dict[str, Any]]:
         """What both models wrote to the same prompts."""
         of = self.scores.facts if self.scores is not None else {}
-        return list(of.get("spots", {}).get("samples", []))
+        return list(of.get("samples", {}).get("samples", []))
 
     @property
     def palette(self) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.containers import siblings
 from ..checkpoint.damage import not_finite
-from ..checkpoint.reader import Reader
+from ..checkpoint.safetensors_reader import SafetensorsReader
 from ..errors import InputError, MoesaicError
 from ..export import prepare_kernels
 from ..export.claim import outdated
@@ -61,8 +61,10 @@ def verify(out: Path, source: Checkpoint | None = None, quiet: bool = False) -> 
     blueprint = blueprint_of(export, source, bad, verdict) if source is not None else None
     if blueprint is not None:
         prepare_kernels(blueprint, quiet)
-    reader = Reader(source) if source is not None and blueprint is not None else None
-    sides = Sides(Reader(export), reader, blueprint, bad, check_versions(export, blueprint, verdict), digests)
+    reader = SafetensorsReader(source) if source is not None and blueprint is not None else None
+    sides = Sides(
+        SafetensorsReader(export), reader, blueprint, bad, check_versions(export, blueprint, verdict), digests
+    )
     with progress("verify", sum(s.info.bytes for s in export.stored.values()), "B", quiet) as meter:
         try:
             check_tensors(sides, verdict, meter)
@@ -144,7 +146,7 @@ def check_small(sides: Sides, name: str, meter: Meter) -> Verdict:
 
 
 def side_by_side(
-    export: Reader, source: Reader | None, name: str, rows: tuple[int, ...] | None
+    export: SafetensorsReader, source: SafetensorsReader | None, name: str, rows: tuple[int, ...] | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Blocks of a tensor, each with the source's, or None where there is none; kept rows in one block."""
     if source is None:

@@ -15,7 +15,7 @@ from ..checkpoint.containers import Packing
 from ..checkpoint.damage import not_finite
 from ..checkpoint.digests import NOTE as DIGESTS
 from ..checkpoint.digests import Digests
-from ..checkpoint.reader import Reader
+from ..checkpoint.safetensors_reader import SafetensorsReader
 from ..errors import MoesaicError
 from ..export import in_kernels, recoded, requantized, round_together
 from ..families import Linear
@@ -37,8 +37,8 @@ Tensors = Mapping[str, Mapping[str, Tensor]]  # linear -> its tensors by meaning
 class Sides:
     """The export, and beside it the source and what the plan makes of it, if they are known."""
 
-    export: Reader
-    source: Reader | None
+    export: SafetensorsReader
+    source: SafetensorsReader | None
     blueprint: Blueprint | None
     bad: Mapping[str, str]  # tensors whose header entry already has a finding
     outdated: frozenset[str]  # formats that the export was rounded to by another version of today's arithmetic
@@ -139,7 +139,7 @@ def check_values(linear: Linear, packing: Packing, stored: Mapping[str, Tensor],
 
 
 def check_recoded(
-    source: Reader, blueprint: Blueprint, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict
+    source: SafetensorsReader, blueprint: Blueprint, group: tuple[Linear, ...], stored: Tensors, verdict: Verdict
 ) -> None:
     """The very values of the source under other codes: both sides decoded, and recoding done again."""
     made = iter(recoded(blueprint, group))
@@ -195,7 +195,7 @@ def compare(linear: Linear, mine_OI: Tensor, w_OI: Tensor, verdict: Verdict) -> 
 
 
 def check_taken(
-    source: Reader, blueprint: Blueprint, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict
+    source: SafetensorsReader, blueprint: Blueprint, linear: Linear, stored: Mapping[str, Tensor], verdict: Verdict
 ) -> None:
     """A matrix of an overlay: what the plan has the digest of, and where it was rounded, about as large as the source's."""
     packing = blueprint.packing(linear)

@@ -1,4 +1,4 @@
-"""The questions, each with what a right answer cannot do without. Leaves out asking them (probe.py)."""
+"""The questions, each with what a right answer cannot do without. Leaves out asking them (writing.py)."""
 
 from dataclasses import dataclass
 from typing import Any

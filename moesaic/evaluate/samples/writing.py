@@ -95,7 +95,7 @@ def marks(who: str, answers: Sequence[Mapping[str, Any]]) -> list[Score]:
 
     def score(name: str, x: Estimate, rows: int) -> Score:
         return Score(
-            reading="spots",
+            reading="samples",
             name=f"{name}_{who}",
             part="",
             value=x.value,
@@ -110,7 +110,7 @@ def marks(who: str, answers: Sequence[Mapping[str, Any]]) -> list[Score]:
         )
 
     return [
-        score("spot_right", Estimate.of_share(sum(rights), len(rights)), len(rights)),
-        score("spot_endless", Estimate.of_share(sum(a["endless"] for a in answers), len(answers)), len(answers)),
-        score("spot_looped", Estimate.of_rows([a["looped"] for a in answers]), len(answers)),
+        score("sample_right", Estimate.of_share(sum(rights), len(rights)), len(rights)),
+        score("sample_endless", Estimate.of_share(sum(a["endless"] for a in answers), len(answers)), len(answers)),
+        score("sample_looped", Estimate.of_rows([a["looped"] for a in answers]), len(answers)),
     ]

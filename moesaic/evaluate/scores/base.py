@@ -6,7 +6,7 @@ An evaluation is arithmetic on the per-token values of a reading, so another one
 import csv
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ...data.tokens import TokenSet, sha256_of
 from ...measure.divergence import Bootstrap, Divergence, Estimate
 
 KIND = "scores"
+SPOTS = "spots"  # the former name of samples
 COLUMNS = (
     "reading", "name", "part", "value", "error", "low", "high", "unit", "tokens", "rows", "activations", "seed"
 )  # fmt: skip
@@ -161,6 +162,14 @@ class Scores:
 
     @staticmethod
     def read(path: Path, inputs: Mapping[str, str] | None = None) -> "Scores":
+        """Scores of `path`. What version 0.1 called spots are samples."""
         body = read_json(path, KIND, inputs)
         facts = {key: value for key, value in body.items() if key not in (*header(KIND, {}), "scores")}
-        return Scores(tuple(Score(**score) for score in body["scores"]), facts)
+        if SPOTS in facts:
+            facts["samples"] = facts.pop(SPOTS)
+        found = (Score(**score) for score in body["scores"])
+        return Scores(tuple(renamed(score) if score.reading == SPOTS else score for score in found), facts)
+
+
+def renamed(score: Score) -> Score:
+    return replace(score, reading="samples", name=score.name.replace("spot_", "sample_"))

@@ -96,7 +96,7 @@ def swept(file: Path, export: Checkpoint, readings: Sequence[Reading]) -> dict[s
 
 
 def writer(server: Server, chat: bool) -> Writer:
-    """The server as the writer of spot checks: by chat, or for a model without a template by plain completion."""
+    """The server as the writer of samples: by chat, or for a model without a template by plain completion."""
 
     def one(prompt: Prompt, new_tokens: int, temperature: float) -> str:
         more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": temperature, "seed": SEED}

@@ -25,20 +25,20 @@ from ...rounding import rounding_named
 from ...stream import STATES, LayerRun, Standing, State, Sweep
 from ...stream.sweep import EACH_LAYER
 from ..claim import check_plan
-from .layer import TEXT, Work, round_layer
+from .layer import TEXT, SequentialRounding, round_layer
 
-__all__ = ["render", "rendered", "sentence"]
+__all__ = ["overlaid_on_text", "round_on_text", "sentence"]
 
 VERSION = "1"  # goes up with any change to which inputs matrices are rounded by
 
 
-def rendered(
+def overlaid_on_text(
     source: Checkpoint, plan: Plan, out: Path, overlays: Path, text: Callable[[], TokenSet], quiet: bool = False
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan with an overlay of what its rounding needs text for, and what rendering that reports.
+    """The plan with an overlay of what its rounding needs text for, and what making it reports.
 
     The overlay lies in `overlays`, and `out` is where the export is going to be. Where the rounding needs no data, the plan
-    stays as it is and `text` is not called. Memory, errors and resumption are `render`'s.
+    stays as it is and `text` is not called. Memory, errors and resumption are `round_on_text`'s.
     """
     if not rounding_named(plan.rounding).needs:
         return plan, None
@@ -47,12 +47,12 @@ def rendered(
     folder = overlays / overlay.ON_TEXT
     if overlay.is_dropped(folder) and not (out / "config.json").exists():
         shutil.rmtree(folder)  # the export that had taken it in is gone
-    facts = render(source, plan, text(), folder, quiet)
+    facts = round_on_text(source, plan, text(), folder, quiet)
     told = {name: value for name, value in facts.items() if name not in ("by_group", "inputs", "items")}
     return replace(plan, overlays={overlay.ON_TEXT: facts["items"]} if facts["items"] else {}), told
 
 
-def render(
+def round_on_text(
     source: Checkpoint, plan: Plan, tokens: TokenSet, folder: Path, quiet: bool = False,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -64,14 +64,16 @@ def render(
     """
     rounding = rounding_named(plan.rounding)
     if plan.overlays:
-        raise PlanError(f"the plan has the overlays {', '.join(plan.overlays)} already; render it before they are made")
+        raise PlanError(
+            f"the plan has the overlays {', '.join(plan.overlays)} already; round it on text before they are made"
+        )
     blueprint = Blueprint.of(source, plan)
     inputs = bound(source, plan) | {"tokens": tokens.identity, "rendering": VERSION} | blueprint.arithmetic
     if overlay.is_finished(folder):
         (folder / STATES).unlink(missing_ok=True)
         return overlay.listing(folder, inputs)
     run = LayerRun(source, device)
-    work = Work(blueprint, rounding, run, folder, inputs)
+    work = SequentialRounding(blueprint, rounding, run, folder, inputs)
     layers = range(max((g[0].layer for g in work.groups), default=-1) + 1)
     under_way = Sweep(layers, folder / STATES, inputs, run.device, EACH_LAYER)
 
@@ -85,12 +87,12 @@ def render(
         overlay.finish(folder, {name: digest for g in groups for name, digest in g["sha256"].items()}, inputs, facts)
         return overlay.listing(folder, inputs)
 
-    with progress("render", sum(n.elements for g in work.groups for n in g), "weights", quiet) as meter:
+    with progress("round", sum(n.elements for g in work.groups for n in g), "weights", quiet) as meter:
         meter.advance(sum(facts["weights"] for facts in under_way.saved["notes"].get("groups", ())))
         return under_way.through(begin, partial(round_layer, work, told=meter.advance), end)
 
 
-def summary(work: Work, found: Sequence[Mapping[str, Any]], tokens: TokenSet) -> dict[str, Any]:
+def summary(work: SequentialRounding, found: Sequence[Mapping[str, Any]], tokens: TokenSet) -> dict[str, Any]:
     """Counts, and by name the experts that no token reached, or that owe most of what they know to other tokens.
 
     Raises `PlanError` when not every group was rounded exactly once.
@@ -118,7 +120,7 @@ def named(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def sentence(facts: dict[str, Any]) -> str:
-    """What a rendering reports, for people."""
+    """What rounding on text reports, for people."""
     text = (
         f"{facts['groups']:,} groups of matrices by {facts['rounding']} on {facts['tokens']:,} tokens; of what experts' "
         f"weights were rounded by, {facts['pooled_mean']:.0%} is the layer's tokens at large"

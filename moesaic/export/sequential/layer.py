@@ -1,4 +1,4 @@
-"""One rendering under way: a layer at a time, its groups rounded in the order in which they are multiplied."""
+"""Rounding on text under way: a layer at a time, its groups rounded in the order in which they are multiplied."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,9 @@ from .group import Group, Members, format_of, is_written, read_facts, read_value
 TEXT = "text"  # the name of its states
 
 
-def round_layer(work: "Work", layer: int, at: Standing, *, told: Callable[[int], None] = ignore) -> Standing:
+def round_layer(
+    work: "SequentialRounding", layer: int, at: Standing, *, told: Callable[[int], None] = ignore
+) -> Standing:
     """A layer's groups rounded into the overlay, their facts added to the notes, and the states behind the rounded layer."""
     work = replace(work, facts=list(at.notes["groups"]), told=told)
     state = work.advance(layer, at.states[TEXT])
@@ -30,7 +32,7 @@ def round_layer(work: "Work", layer: int, at: Standing, *, told: Callable[[int],
 
 
 @dataclass
-class Work:
+class SequentialRounding:
     """What is to be rounded, by what, and what came of it so far."""
 
     blueprint: Blueprint
@@ -104,7 +106,7 @@ class Work:
             inputs.add(seen.x_nI)
 
     def is_done(self, group: Group) -> bool:
-        """Whether this rendering wrote the group before it was interrupted; if so, its facts are taken in."""
+        """Whether this rounding wrote the group before it was interrupted; if so, its facts are taken in."""
         if not is_written(self.folder, group):
             return False
         if group[0].name not in {facts["group"] for facts in self.facts}:

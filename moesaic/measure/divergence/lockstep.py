@@ -120,7 +120,7 @@ def first(sides: Mapping[str, Contender], rows: Sequence[Rows], known: Known | N
 
 
 def forward(live: Mapping[str, Contender], experts: int, layer: int, before: Standing) -> Standing:
-    """One layer of every model that is `live`; those of one run ride together. `experts` are the source's."""
+    """One layer of every model that is `live`; those of one run go together. `experts` are the source's."""
     states, seen, tensors = dict(before.states), dict[str, list[Route]](), dict(before.tensors)
     for run in {id(c.run): c.run for c in live.values()}.values():
         ours = {name: side for side, c in live.items() if c.run is run for name in blocks(states, side)}

@@ -11,9 +11,9 @@ from .base import Part
 WHO = ("source", "export", "served")
 MOST = 1200  # characters of a text that are shown
 FIGURES = {
-    "spot_right": "right answers",
-    "spot_endless": "texts that end in a loop",
-    "spot_looped": "tokens that only repeat",
+    "sample_right": "right answers",
+    "sample_endless": "texts that end in a loop",
+    "sample_looped": "tokens that only repeat",
 }
 
 
@@ -22,7 +22,7 @@ def section(facts: Facts) -> Section | None:
     if not samples:
         return None
     blocks: list[Block] = []
-    scores = {s.name: s for s in facts.scores.scores if s.reading == "spots"} if facts.scores is not None else {}
+    scores = {s.name: s for s in facts.scores.scores if s.reading == "samples"} if facts.scores is not None else {}
     there = [who for who in WHO if who in samples[0]]
     if scores:
         rows: list[list[Text]] = []

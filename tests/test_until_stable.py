@@ -13,7 +13,7 @@ from children import contents
 import moesaic.calibrate.until_stable as settle_module
 from moesaic.calibrate import Statistics, calibrate
 from moesaic.calibrate.selection import select_experts
-from moesaic.calibrate.until_stable import Step, halving, rungs, score_error, settle, spread, table
+from moesaic.calibrate.until_stable import Step, calibrate_until_stable, halving, rungs, score_error, spread, table
 from moesaic.checkpoint import Checkpoint
 from moesaic.data.corpus import Corpus
 from moesaic.data.tokens import TokenSet, sha256_of
@@ -83,31 +83,31 @@ def test_a_run_stops_when_a_doubling_moves_nothing(m2, corpus, tmp_path, monkeyp
     """The second doubling does, by decree; what it returns are the statistics of just the rows it says."""
     found = iter(steps_of(False, True))
     monkeypatch.setattr(settle_module, "compared", lambda *_: next(found))
-    settled = settle(m2, corpus, tmp_path / "work", [4], quiet=True)
-    assert settled.stable and settled.statistics.tokens == settled.tokens.tokens == 256
-    assert settled.verdict.startswith("128 tokens were enough: with twice as many")
-    plain = calibrate(m2, settled.tokens, tmp_path / "plain" / "stats", quiet=True)
+    stability = calibrate_until_stable(m2, corpus, tmp_path / "work", [4], quiet=True)
+    assert stability.stable and stability.statistics.tokens == stability.tokens.tokens == 256
+    assert stability.verdict.startswith("128 tokens were enough: with twice as many")
+    plain = calibrate(m2, stability.tokens, tmp_path / "plain" / "stats", quiet=True)
     for name, sums in plain.totals().items():
-        assert settled.statistics.totals()[name] == pytest.approx(sums, rel=1e-5), name
+        assert stability.statistics.totals()[name] == pytest.approx(sums, rel=1e-5), name
     note = json.loads((tmp_path / "work" / "settled.json").read_text())
     assert note["stable"] and note["read_tokens"] == 256 and [s["still"] for s in note["steps"]] == [False, True]
-    assert table(settled).row_count == 2
+    assert table(stability).row_count == 2
 
 
 def test_the_steps_are_what_they_say(m2, corpus, tmp_path, monkeypatch):
     """Redone from the rows of each rung by plain calibration; the text may end before anything is still."""
     monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 64)
-    settled = settle(m2, corpus, tmp_path / "work", [4, 6], quiet=True)
-    assert not settled.stable or settled.steps[-1].still
+    stability = calibrate_until_stable(m2, corpus, tmp_path / "work", [4, 6], quiet=True)
+    assert not stability.stable or stability.steps[-1].still
     pool, read, before = corpus.pool(m2, tmp_path / "pool.safetensors"), [], None
     for number, rows in enumerate(rungs(pool, 128)):
         read += rows
-        if number > len(settled.steps):
+        if number > len(stability.steps):
             break
         now = calibrate(m2, pool.take(read), tmp_path / f"plain-{number}" / "stats", quiet=True)
         cuts = {k: select_experts(now, "reap", k).cut.kept for k in (4, 6)}
         if before is not None:
-            step = settled.steps[number - 1]
+            step = stability.steps[number - 1]
             agree = {
                 k: [len({*cuts[k][n]} & {*before[k][n]}) / len({*cuts[k][n]} | {*before[k][n]}) for n in cuts[k]]
                 for k in cuts
@@ -122,13 +122,17 @@ def test_a_text_that_ends_is_said(m2, corpus, tmp_path, monkeypatch):
     real = settle_module.compared
     monkeypatch.setattr(settle_module, "compared", lambda *a: dataclasses.replace(real(*a), jaccard=0.5))
     monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 16)
-    settled = settle(m2, corpus, tmp_path / "a", [4], quiet=True)
-    assert not settled.stable and settled.statistics.tokens == 256
-    assert settled.verdict == "the choice still moves with 256 tokens, all that the text holds; give more"
+    stability = calibrate_until_stable(m2, corpus, tmp_path / "a", [4], quiet=True)
+    assert not stability.stable and stability.statistics.tokens == 256
+    assert stability.verdict == "the choice still moves with 256 tokens, all that the text holds; give more"
     monkeypatch.setattr("moesaic.data.corpus.POOL_TOKENS", 16 * 20)
-    settled = settle(m2, corpus, tmp_path / "b", [4], quiet=True)
-    assert not settled.stable and [(s.before, s.tokens) for s in settled.steps] == [(64, 128), (128, 256), (256, 320)]
-    assert settled.verdict.startswith("the text ends with 320 tokens, before a doubling could tell")
+    stability = calibrate_until_stable(m2, corpus, tmp_path / "b", [4], quiet=True)
+    assert not stability.stable and [(s.before, s.tokens) for s in stability.steps] == [
+        (64, 128),
+        (128, 256),
+        (256, 320),
+    ]
+    assert stability.verdict.startswith("the text ends with 320 tokens, before a doubling could tell")
 
 
 def test_a_longer_run_sweeps_only_what_is_new(m2, corpus, tmp_path, monkeypatch):
@@ -148,12 +152,12 @@ def test_a_longer_run_sweeps_only_what_is_new(m2, corpus, tmp_path, monkeypatch)
     monkeypatch.setattr(settle_module, "compared", lambda *_: next(found))
     found = iter(steps_of(False))
     with pytest.raises(KeyboardInterrupt):
-        settle(m2, corpus, tmp_path / "one", [4], quiet=True)
+        calibrate_until_stable(m2, corpus, tmp_path / "one", [4], quiet=True)
     interrupt, found = False, iter(steps_of(False, False, True))
-    settle(m2, corpus, tmp_path / "one", [4], quiet=True)
+    calibrate_until_stable(m2, corpus, tmp_path / "one", [4], quiet=True)
     assert swept == [64, 64, 128, 128, 256], "the third was interrupted before it began"
     found = iter(steps_of(False, False, True))
-    settle(m2, corpus, tmp_path / "two", [4], quiet=True)
+    calibrate_until_stable(m2, corpus, tmp_path / "two", [4], quiet=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

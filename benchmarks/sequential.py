@@ -1,6 +1,6 @@
 """The routed experts of one layer of real dimensions, rounded on text: CPU-seconds and peak memory, and what all take.
 
-    python benchmarks/render.py LAYER [--tokens 12288] [--format int4_g128] [--way gptq] [--of 128 --layers 57]
+    python benchmarks/sequential.py LAYER [--tokens 12288] [--format int4_g128] [--way gptq] [--of 128 --layers 57]
 
 LAYER is a model folder, such as make_replica.py writes with `--family m3 --preset layer --experts 16`; what an expert
 takes is taken for what each of --of of them takes. As many tokens as GPTQ looks at of a layer's at large (two a column)
@@ -19,7 +19,7 @@ import torch
 from stream import final
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.export.sequential.layer import Work
+from moesaic.export.sequential.layer import SequentialRounding
 from moesaic.plan import Plan
 from moesaic.plan.blueprint import Blueprint
 from moesaic.recipes.quantize import formats_of
@@ -50,7 +50,7 @@ def main() -> None:
     ids_BT = torch.randint(0, source.architecture.vocab, (a.tokens // LENGTH, LENGTH), generator=generator)
     began = State(run.embed(ids_BT))
 
-    def take(work: Work, seen: Routing) -> None:
+    def take(work: SequentialRounding, seen: Routing) -> None:
         before, wall, cpu = peak_gb(), time.perf_counter(), time.process_time()
         work.round_experts(began, seen)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -65,7 +65,7 @@ def main() -> None:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(Blueprint.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
+        work = SequentialRounding(Blueprint.of(source, plan), ROUNDINGS[a.way], run, Path(folder), {})
         watched = State(began.hidden_BTD, observer=Observer(route=partial(take, work)))
         final(run, [watched])
 

@@ -1,6 +1,6 @@
 """Roundings that look at data, from the command line to the page: rendered, written, verified, continued, told.
 
-What each rounding and the rendering do is test_rounding.py's and test_render.py's; here is that a user gets it.
+What each rounding and the rendering do is test_rounding.py's and test_sequential.py's; here is that a user gets it.
 """
 
 import signal

@@ -1,14 +1,19 @@
-"""spots/: writers whose answers are known, and real models asked in full, side by side."""
+"""Samples: writers whose answers are known, and real models asked in full, side by side."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_evaluate import changed, noisy
 
 from moesaic.checkpoint import Checkpoint
+from moesaic.cli import parsed
+from moesaic.cli.evaluate import SCORES, TEXT, chosen
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.evaluate.samples import PROBES, PROMPTS, Prompt, compare, judge, local
 from moesaic.evaluate.samples.writing import asked
+from moesaic.evaluate.scores import Score, Scores
 
 RIGHT = {
     "train": "It came 60 + 160 = 220 miles in 3.5 hours: 62.86 mph.",
@@ -50,9 +55,9 @@ def test_figures_of_known_writers(m3: Checkpoint) -> None:
 
     scores, facts = compare({"source": knows, "export": loops}, Tokenizer.open(m3.path))
     found = {s.name: s for s in scores}
-    assert found["spot_right_source"].value == pytest.approx(6 / 15) and found["spot_right_export"].value == 0
-    assert found["spot_right_export"].low == 0 and 0.1 < found["spot_right_export"].high < 0.25  # type: ignore[operator]
-    assert found["spot_endless_source"].value == 0 and found["spot_endless_export"].value == pytest.approx(19 / 23)
+    assert found["sample_right_source"].value == pytest.approx(6 / 15) and found["sample_right_export"].value == 0
+    assert found["sample_right_export"].low == 0 and 0.1 < found["sample_right_export"].high < 0.25  # type: ignore[operator]
+    assert found["sample_endless_source"].value == 0 and found["sample_endless_export"].value == pytest.approx(19 / 23)
     assert len(facts["samples"]) == 15 + 2 * 4 and facts["samples"][0]["source"]["right"] is True
     assert {s["temperature"] for s in facts["samples"]} == {0.0, 0.7}
 
@@ -68,3 +73,27 @@ def test_two_models_side_by_side(m2: Checkpoint, tmp_path) -> None:  # type: ign
     assert any(sample["source"]["text"] != sample["export"]["text"] for sample in facts["samples"])
     assert all(sample["source"] == sample["export"] for sample in same["samples"])
     assert {s.unit for s in scores} == {"share"} and len(again) == 6
+
+
+def test_files_of_the_former_name_are_read(tmp_path: Path) -> None:
+    """Version 0.1 wrote spots; no report of it is lost."""
+    score = Score(
+        reading="samples", name="sample_right_export", part="", value=0.5, error=0.1, low=0.4, high=0.6, unit="share",
+        tokens=9, rows=2, activations="none", seed=0,
+    )  # fmt: skip
+    kld = replace(score, reading="text", name="kl_mean")
+    now = Scores((score, kld), {"samples": {"samples": [1], "seed": 0}, "readings": []})
+    now.write(tmp_path / "scores.json", {})
+    assert Scores.read(tmp_path / "scores.json") == now
+    text = (tmp_path / "scores.json").read_text()
+    before = text.replace('"sample_right', '"spot_right').replace('"reading": "samples"', '"reading": "spots"')
+    (tmp_path / "scores.json").write_text(before.replace('"samples": {', '"spots": {'))
+    assert Scores.read(tmp_path / "scores.json") == now
+
+
+def test_the_former_name_works_on_the_command_line() -> None:
+    said = {
+        name: chosen(parsed(["evaluate", "e", "--against", "m", "--scores", f"kld,{name}"])[1], SCORES, TEXT)  # type: ignore[arg-type]
+        for name in ("samples", "spots")
+    }
+    assert said["samples"] == said["spots"] == ("kld", "samples")

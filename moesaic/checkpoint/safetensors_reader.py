@@ -19,7 +19,7 @@ MAPPED = 16 << 20  # bytes read through one opening of a file
 OPEN = 2  # files at a time
 
 
-class Reader:
+class SafetensorsReader:
     """One folder. May be used by several threads; a tensor keeps its file's pages until it is dropped."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

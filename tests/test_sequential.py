@@ -21,7 +21,7 @@ from moesaic.checkpoint import Checkpoint
 from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.errors import InputError, PlanError, StaleError
 from moesaic.export import export
-from moesaic.export.sequential import render
+from moesaic.export.sequential import round_on_text
 from moesaic.export.sequential.experts import POOL
 from moesaic.plan import Plan, overlay
 from moesaic.rounding import Inputs
@@ -58,15 +58,15 @@ def hidden_after(checkpoint: Checkpoint, tokens: TokenSet) -> dict[int, Tensor]:
 def test_every_layer_is_calibrated_on_what_the_export_makes_of_the_text(source, tmp_path, monkeypatch) -> None:
     """Hidden states saved while rendering are those of the finished model: every linear rounded, all errors fed forward."""
     plan, tokens, seen = a_plan(source, rest="int4_g32"), some_tokens(source), {}
-    advance = work_module.Work.advance
+    advance = work_module.SequentialRounding.advance
 
-    def watched(work: work_module.Work, layer: int, state: State) -> State:
+    def watched(work: work_module.SequentialRounding, layer: int, state: State) -> State:
         after = advance(work, layer, state)
         seen[layer] = after.hidden_BTD.clone()
         return after
 
-    monkeypatch.setattr(work_module.Work, "advance", watched)
-    render(source, plan, tokens, tmp_path / "rounded", quiet=True)
+    monkeypatch.setattr(work_module.SequentialRounding, "advance", watched)
+    round_on_text(source, plan, tokens, tmp_path / "rounded", quiet=True)
     result = export(source, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     wanted = hidden_after(result, tokens)
     assert seen.keys() == wanted.keys() == set(range(source.architecture.layers))
@@ -112,7 +112,7 @@ def test_an_experts_hessians_are_those_of_its_tokens(m2, tmp_path, monkeypatch) 
         "moesaic.export.sequential.experts.round_members",
         lambda rounding, batch, rows, format: found.append(batch) or original(rounding, batch, rows, format),
     )
-    render(m2, plan, tokens, tmp_path / "rounded", quiet=True)
+    round_on_text(m2, plan, tokens, tmp_path / "rounded", quiet=True)
     result = export(m2, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
 
     run, routed = LayerRun(m2, "cpu"), []
@@ -146,7 +146,7 @@ def test_error_fed_forward_and_data_beat_rounding_to_nearest(m2, tmp_path) -> No
     for way in ("rtn", "gptq", "descent"):
         plan = a_plan(m2, "int2_g32", rounding=way)
         if way != "rtn":
-            render(m2, plan, tokens, tmp_path / way, quiet=True)
+            round_on_text(m2, plan, tokens, tmp_path / way, quiet=True)
             plan = ready(plan, tmp_path / way)
         result = export(m2, plan, tmp_path / f"out-{way}", quiet=True, overlays=tmp_path)
         off[way] = float((hidden_after(result, tokens)[m2.architecture.layers - 1] - wanted).square().sum())
@@ -157,7 +157,7 @@ def test_error_fed_forward_and_data_beat_rounding_to_nearest(m2, tmp_path) -> No
 def test_interrupted_anywhere_the_same_call_ends_in_the_same_bytes(m3, tmp_path, monkeypatch, after) -> None:
     plan, tokens = a_plan(m3, "nvfp4", "int4_g32"), some_tokens(m3)
     plan = dataclasses.replace(plan, formats=plan.formats | {u: "source" for u in plan.formats if u.endswith("qkv")})
-    whole = render(m3, plan, tokens, tmp_path / "whole", quiet=True)
+    whole = round_on_text(m3, plan, tokens, tmp_path / "whole", quiet=True)
     write, calls = work_module.write_group, []
 
     def dying(*arguments) -> dict[str, object]:
@@ -168,30 +168,30 @@ def test_interrupted_anywhere_the_same_call_ends_in_the_same_bytes(m3, tmp_path,
 
     monkeypatch.setattr(work_module, "write_group", dying)
     with pytest.raises(KeyboardInterrupt):
-        render(m3, plan, tokens, tmp_path / "parts", quiet=True)
+        round_on_text(m3, plan, tokens, tmp_path / "parts", quiet=True)
     early = dataclasses.replace(plan, overlays={"parts": overlay.listing(tmp_path / "whole")["items"]})
     with pytest.raises(InputError, match="run the stage that writes it"):
         export(m3, early, tmp_path / "early", quiet=True, overlays=tmp_path)
-    assert render(m3, plan, tokens, tmp_path / "parts", quiet=True) == whole
+    assert round_on_text(m3, plan, tokens, tmp_path / "parts", quiet=True) == whole
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert len(calls) == whole["groups"] + 1  # only the one that died was made twice
-    assert render(m3, plan, tokens, tmp_path / "parts", quiet=True) == whole
+    assert round_on_text(m3, plan, tokens, tmp_path / "parts", quiet=True) == whole
     assert len(calls) == whole["groups"] + 1
 
 
 def test_other_text_or_another_plan_is_refused(m2, tmp_path) -> None:
     plan, tokens = a_plan(m2), some_tokens(m2)
-    render(m2, plan, tokens, tmp_path / "rounded", quiet=True)
+    round_on_text(m2, plan, tokens, tmp_path / "rounded", quiet=True)
     with pytest.raises(StaleError, match="was made from tokens"):
-        render(m2, plan, some_tokens(m2, seed=1), tmp_path / "rounded", quiet=True)
+        round_on_text(m2, plan, some_tokens(m2, seed=1), tmp_path / "rounded", quiet=True)
     other = a_plan(m2, "int8_g32")
     with pytest.raises(StaleError, match="was made from plan"):
         export(m2, ready(other, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
-    with pytest.raises(PlanError, match="rounding gptq needs hessian_EII: render the plan on text first"):
+    with pytest.raises(PlanError, match="rounding gptq needs hessian_EII: round the plan on text first"):
         export(m2, plan, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(PlanError, match="no rounding 'magic'; there are"):
-        render(m2, dataclasses.replace(plan, rounding="magic"), tokens, tmp_path / "none", quiet=True)
+        round_on_text(m2, dataclasses.replace(plan, rounding="magic"), tokens, tmp_path / "none", quiet=True)
 
 
 def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> None:
@@ -199,7 +199,7 @@ def test_experts_that_no_token_reached_are_counted_and_named(m2, tmp_path) -> No
     run = LayerRun(m2, "cpu")
     run.advance(0, [State(run.embed(tokens.ids_BT), observer=Observer(route=routed.append))])
     reached = set(routed[0].experts_Tk.flatten().tolist())
-    facts = render(m2, a_plan(m2), tokens, tmp_path / "rounded", quiet=True)
+    facts = round_on_text(m2, a_plan(m2), tokens, tmp_path / "rounded", quiet=True)
     first = [name for name in facts["unreached"] if name.startswith("layer 0 ")]
     missing = [e for e in range(m2.architecture.experts) if e not in reached]
     assert missing and first == [f"layer 0 expert {e}" for e in missing]
@@ -213,7 +213,7 @@ def test_one_expert_at_a_time_gives_what_all_at_once_do(m3, tmp_path, monkeypatc
     plan, tokens = a_plan(m3, "int4_g32"), some_tokens(m3)
     for name, blocks in (("all", experts_module.SIDE_BY_SIDE), ("one", 0)):
         monkeypatch.setattr(experts_module, "SIDE_BY_SIDE", blocks)
-        render(m3, plan, tokens, tmp_path / name, quiet=True)
+        round_on_text(m3, plan, tokens, tmp_path / name, quiet=True)
     codes = [
         (load_file(file)[name], load_file(tmp_path / "one" / file.name)[name])
         for file in (tmp_path / "all").glob("*.safetensors")
@@ -226,7 +226,7 @@ def test_one_expert_at_a_time_gives_what_all_at_once_do(m3, tmp_path, monkeypatc
 def test_a_pruned_models_tokens_go_to_the_experts_that_stay(source, tmp_path) -> None:
     kept = {layer: (1, 2, 4, 7) for layer in source.architecture.moe_layers}
     plan, tokens = dataclasses.replace(a_plan(source, "mxfp4"), kept=kept), some_tokens(source)
-    facts = render(source, plan, tokens, tmp_path / "rounded", quiet=True)
+    facts = round_on_text(source, plan, tokens, tmp_path / "rounded", quiet=True)
     result = export(source, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     assert verify(tmp_path / "out", source, quiet=True).holds
     last = source.architecture.moe_layers[-1]
@@ -241,7 +241,7 @@ def test_a_pruned_models_tokens_go_to_the_experts_that_stay(source, tmp_path) ->
 def test_autoround_tunes_experts_by_their_output(m3, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(autoround_module, "STEPS", 10)
     plan, tokens = a_plan(m3, "int2_g32", "int4_g32", rounding="autoround"), some_tokens(m3)
-    facts = render(m3, plan, tokens, tmp_path / "rounded", quiet=True)
+    facts = round_on_text(m3, plan, tokens, tmp_path / "rounded", quiet=True)
     export(m3, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     assert verify(tmp_path / "out", m3, quiet=True).holds
     assert facts["groups"] == len({g["group"] for g in facts["by_group"]})
@@ -249,7 +249,7 @@ def test_autoround_tunes_experts_by_their_output(m3, tmp_path, monkeypatch) -> N
 
 def test_gate_and_up_share_their_second_scale(m2, tmp_path) -> None:
     plan = a_plan(m2, "nvfp4")
-    render(m2, plan, some_tokens(m2), tmp_path / "rounded", quiet=True)
+    round_on_text(m2, plan, some_tokens(m2), tmp_path / "rounded", quiet=True)
     export(m2, ready(plan, tmp_path / "rounded"), tmp_path / "out", quiet=True, overlays=tmp_path)
     found = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
     pairs = [(n, n.replace(".w1.", ".w3.")) for n in found if n.endswith(".w1.weight_global_scale")]

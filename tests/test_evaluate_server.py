@@ -311,7 +311,7 @@ def test_other_servers_are_refused() -> None:
     "answer", [{}, {"choices": [{"message": None}]}, {"choices": [{"message": "x", "text": None}]}]
 )
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_spot_check_needs_an_answer(answer: Any, chat: bool) -> None:
+def test_a_sample_needs_an_answer(answer: Any, chat: bool) -> None:
     with (
         serving(
             lambda path, body: {"data": [{"id": "it"}]} if path == "/v1/models" else answer if body else None
@@ -321,7 +321,7 @@ def test_a_spot_check_needs_an_answer(answer: Any, chat: bool) -> None:
         writer(Server.open(url), chat)(PROMPTS[:1], 7, 0.0)
 
 
-def test_spot_checks_go_by_chat_with_tools_or_by_completion() -> None:
+def test_samples_go_by_chat_with_tools_or_by_completion() -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def answer(path: str, body: dict[str, Any] | None) -> Any:
