@@ -2,11 +2,17 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import TypeVar
 
 from .errors import PluginError
 
 Kind = TypeVar("Kind")
+
+
+def names_in(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's plug-ins, of which each has a file of its own, without importing them."""
+    return tuple(sorted(f.stem for f in folder.glob("*.py") if f.stem not in ("__init__", "base")))
 
 
 def collect(package: str, kind: type[Kind], *beside: str) -> dict[str, Kind]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..registry import names_in
 from .base import THREADS, Command, Swept
 from .base.groups import TextArguments, corpus, text_options
 from .base.resources import held_bytes
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from ..evaluate import Reading, Scores
     from ..evaluate.tasks import Asked
 
-TEXT = ("kld", "perplexity", "router")  # scored on the same readings at no further cost
-SCORES = (*TEXT, "needle", "tasks", "samples")
+SWEPT = names_in(Path(__file__).parents[1] / "evaluate" / "scores")  # by file: their modules take a second to import
+SCORES = (*SWEPT, "tasks", "samples")
 SERVED = ("perplexity", "needle", "samples")
 FORMER = {"spots": "samples"}  # names of scores that still work in this version
 NOTHING: dict[str, Any] = {"readings": [], "layers": [], "activations": {}}  # facts of an evaluation without a sweep
@@ -56,7 +57,7 @@ def options(p: argparse.ArgumentParser) -> None:
         "--scores",
         type=names_of,
         metavar="S,S",
-        help=f"of {', '.join(SCORES)} (default {','.join(TEXT)})",
+        help=f"of {', '.join(SCORES)} (default: all that are of the text alone)",
     )
     p.add_argument(
         "--activations", type=names_of, default=("none", "engine"), metavar="W,W",
@@ -85,7 +86,7 @@ def run(a: Evaluate) -> dict[str, Any]:
     from ..checkpoint import Checkpoint
     from ..lock import held
 
-    wanted = chosen(a, *((SERVED, ("perplexity",)) if a.server else (SCORES, TEXT)))
+    wanted = chosen(a, *((SERVED, ("perplexity",)) if a.server else (SCORES, of_text())))
     export = Checkpoint.open(a.export)
     if a.server:
         with held(out):
@@ -174,7 +175,7 @@ def read_what(a: Evaluate, model: Checkpoint, out: Path, wanted: tuple[str, ...]
 
     tokenizer, architecture = Tokenizer.open(model.path), model.architecture
     found: list[Reading] = []
-    if set(wanted) & set(TEXT):
+    if set(wanted) & set(of_text()):
         if a.text:
             stride = a.stride or a.window
             found.append(windows(a.text, tokenizer, vocab=architecture.vocab, window=a.window, stride=stride))
@@ -198,6 +199,13 @@ def ask(a: Evaluate, source: Checkpoint) -> Asked:
     return ask(
         a.tasks, tokenizer, vocab=architecture.vocab, context=architecture.context, folder=a.task_files, limit=a.limit
     )
+
+
+def of_text() -> tuple[str, ...]:
+    """Scores of a reading of text: one sweep gives them all."""
+    from ..evaluate import EVALUATIONS
+
+    return tuple(name for name, evaluation in EVALUATIONS.items() if "text" in evaluation.reads)
 
 
 def chosen(a: Evaluate, there_are: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
