@@ -14,7 +14,7 @@ from forward import final
 from moesaic.allocate import Offer, stored_bytes
 from moesaic.calibrate import calibrate
 from moesaic.calibrate.selection import Ranking, select_experts
-from moesaic.calibrate.until_stable import settle
+from moesaic.calibrate.until_stable import calibrate_until_stable
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.data.corpus import Corpus
@@ -84,7 +84,7 @@ def test_experts_are_ranked_by_the_domains_named_and_by_as_much_text_as_it_takes
     ranking = Ranking(domains=shares, until_stable=True)
     recipe = Recipe(ranking, Offer(5))
     found = select(m2, tmp_path / "run", recipe, corpus, True)
-    settled = settle(m2, corpus, tmp_path / "other", [5], Ranking(domains=shares), quiet=True)
+    settled = calibrate_until_stable(m2, corpus, tmp_path / "other", [5], Ranking(domains=shares), quiet=True)
     assert found is not None and found.cut == select_experts(settled.statistics, "reap", 5, domains=shares).cut
     assert found.domains == {"sums": 0.0, "words": 1.0} and found.tokens == settled.statistics.tokens > 96
     assert settled_by(tmp_path / "run") == settled.verdict and settled_by(tmp_path) is None
@@ -138,6 +138,9 @@ def test_refused_in_the_first_second(model: Checkpoint, tmp_path: Path, capsys: 
         (["--experts", str(few)], f"asked to keep {few} experts"),
         (["--format", "int7"], "no format 'int7'"),
         (["--to", "zip"], "no container 'zip'"),
+        ([], "no goal was given, so the result would be a copy of the model; name one: --fit 90GB"),
+        (["--to", "mlx"], "no goal was given"),
+        (["--experts", str(model.architecture.experts)], "no goal was given"),
     ):
         assert main(["compress", str(model.path), str(tmp_path / "run"), *options]) == 2
         error = capsys.readouterr().err

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesaic.evaluate.repetition as loops_module
+import moesaic.evaluate.repetition as repetition_module
 from moesaic.data.tokens import TokenSet, sha256_of
 from moesaic.evaluate.repetition import COPIES, LEAST_REPEATED, Looped, Probe, looped, probe
 from moesaic.generate import Decoder, Sampling, generate
@@ -70,7 +70,7 @@ def test_figures_of_several_texts_by_hand():
 
 def test_a_probe_is_of_text_that_the_cut_model_writes(m2, monkeypatch):
     """Greedily, of a random model: what `generate` gives of the same beginnings, cut at the end token and looked at."""
-    monkeypatch.setattr(loops_module, "SAMPLING", Sampling())
+    monkeypatch.setattr(repetition_module, "SAMPLING", Sampling())
     ids_BT = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
     rows = TokenSet(ids_BT, torch.zeros(3, dtype=torch.int64), ("a",), {"ids_sha256": sha256_of(ids_BT)})
     kept = {layer: (0, 2, 5) for layer in m2.architecture.moe_layers}

@@ -110,6 +110,7 @@ def compress(
     source = Checkpoint.open(model)
     recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
     check(source, recipe)
+    check_goal(source, recipe)
     if recipe.limit:
         check_limit(recipe.setting(source, run, True))
     elif recipe.offer.layout is not None:
@@ -184,6 +185,15 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
     if recipe.limit and not keeps_formats(recipe):
         raise InputError(
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"
+        )
+
+
+def check_goal(source: Checkpoint, recipe: Recipe) -> None:
+    """Refuse to copy a model and to measure the copy against it."""
+    if not recipe.limit and keeps_formats(recipe) and recipe.offer.experts in (None, source.architecture.experts):
+        raise InputError(
+            "no goal was given, so the result would be a copy of the model; name one: --fit 90GB, --devices 2x95GiB or "
+            "--bits 4.25 for a size, --format mxfp4 to round experts, --experts 64 to keep so many in each layer"
         )
 
 
