@@ -81,7 +81,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(a: Evaluate) -> dict[str, Any]:
     out = a.out or a.export / "moesaic"
-    if a.server is None and a.against is None:
+    if not a.server and a.against is None:
         raise InputError("no source is named; give --against MODEL, or --server URL")
     from ..checkpoint import Checkpoint
     from ..lock import held
