@@ -86,6 +86,7 @@ collections = st.lists(document, min_size=1, max_size=14).filter(lambda docs: an
 
 def agrees(tmp: Path, tokenizer: Tokenizer, docs: list[str], jsonl: bool, piece: int, blocks: int) -> None:
     """In pieces of a few characters, so that every edge falls on every place."""
+    tmp.mkdir(exist_ok=True)
     (tmp / "a.txt").unlink(missing_ok=True), (tmp / "a.jsonl").unlink(missing_ok=True)
     if jsonl:
         (tmp / "a.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in docs))
@@ -112,14 +113,14 @@ def agrees(tmp: Path, tokenizer: Tokenizer, docs: list[str], jsonl: bool, piece:
 @settings(max_examples=60, deadline=None)
 @given(collections, st.booleans(), st.integers(1, 9), st.integers(1, 6))
 def test_parts_and_blocks_are_those_of_a_slow_reader(tmp_path_factory, tokenizer, docs, jsonl, piece, blocks):
-    agrees(tmp_path_factory.getbasetemp(), tokenizer, docs, jsonl, piece, blocks)
+    agrees(tmp_path_factory.getbasetemp() / "agrees", tokenizer, docs, jsonl, piece, blocks)
 
 
 @pytest.mark.long
 @settings(max_examples=4000, deadline=None)
 @given(collections, st.booleans(), st.integers(1, 9), st.integers(1, 6))
 def test_parts_and_blocks_are_those_of_a_slow_reader_at_length(tmp_path_factory, tokenizer, docs, jsonl, piece, blocks):
-    agrees(tmp_path_factory.getbasetemp(), tokenizer, docs, jsonl, piece, blocks)
+    agrees(tmp_path_factory.getbasetemp() / "agrees", tokenizer, docs, jsonl, piece, blocks)
 
 
 @settings(max_examples=100, deadline=None)
