@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import __version__
-from .errors import InputError, StaleError
+from .errors import InputError, MoesaicError, StaleError
 from .files import check_plain, decoded, read_file
 
 SCHEMA = 1
@@ -28,14 +28,30 @@ SCHEMA = 1
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one sentence why `path` cannot be written: a full disk above all. For blocks that only write."""
+    """Say in one sentence why `path` cannot be written: a full disk above all.
+
+    For blocks that write, and whose reads say themselves what cannot be read: a deliberate error passes as it is, and
+    one of the system's that names another file, outside the folder of `path`, is of that file.
+    """
     try:
         yield
+    except MoesaicError:
+        raise
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and is_elsewhere(error.filename, path):
+            raise InputError(f"{error.filename} cannot be read: {error.strerror}; check the path") from error
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         remedy = "make room" if full else "make it writable"
         raise InputError(f"{path} cannot be written: {why}; {remedy}, and the same command continues") from error
+
+
+def is_elsewhere(named: Any, path: Path) -> bool:
+    """Whether the file that an error names is neither `path`, nor beside or below it, nor a folder that it is in."""
+    if not isinstance(named, str | Path):
+        return False
+    named, path = Path(named).absolute(), path.absolute()
+    return path.parent not in named.parents and named not in path.parents
 
 
 @contextmanager

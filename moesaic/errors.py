@@ -11,7 +11,8 @@ MoesaicError            the message says what was found, what was wanted, what t
 ├── CheckError          a check of a result did not hold                              exit 1
 ├── EngineError         generation broke off, by no fault of who asked for it         exit 1
 │   └── BusyError       there is no room for another request now
-└── PluginError         a plug-in file breaks the rule of its folder                  a bug
+└── FaultError          what this package promises itself did not hold: our bug        exit 70
+    └── PluginError     a plug-in file breaks the rule of its folder
 """
 
 
@@ -65,5 +66,11 @@ class BusyError(EngineError):
     """There is no room for another request now."""
 
 
-class PluginError(MoesaicError):
-    """A plug-in file breaks the rule of its folder: our bug, never the user's."""
+class FaultError(MoesaicError):
+    """What this package promises itself did not hold: our bug, never the user's. Says what was found."""
+
+    exit_code = 70
+
+
+class PluginError(FaultError):
+    """A plug-in file breaks the rule of its folder."""

@@ -30,7 +30,7 @@ from moesaic.artifact import (
     writing,
 )
 from moesaic.cli import COMMANDS, main
-from moesaic.errors import InputError, PlanError, StaleError
+from moesaic.errors import FileError, InputError, PlanError, StaleError
 from moesaic.measure import Price, Prices
 from moesaic.plan import Plan
 
@@ -190,6 +190,19 @@ def test_a_full_disk_is_one_sentence(tmp_path):
             open("/dev/full", "wb", 0) as f,
         ):
             f.write(b"x")
+
+
+def test_a_source_that_cannot_be_read_is_not_blamed_on_what_is_written(tmp_path):
+    """By its name where the system tells it, and by the sentence of who reads otherwise."""
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "a.json"
+    with pytest.raises(InputError, match=rf"^{tmp_path}/source cannot be read: No such file"), atomic(target):
+        (tmp_path / "source").read_bytes()
+    with pytest.raises(FileError, match="source is a FIFO"), atomic(target):
+        raise FileError("source is a FIFO; fetch it again")
+    with pytest.raises(InputError, match=rf"^{target} cannot be written: No such"), writing(target):
+        (tmp_path / "out" / "missing" / "x").touch()
+    assert names(tmp_path / "out") == []
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

@@ -23,6 +23,8 @@ import pytest
 import tiny
 from children import contents, mend_threads
 
+import moesaic
+from moesaic import __version__
 from moesaic import resources as resources_module
 from moesaic.allocate import folder_bytes, stored_bytes
 from moesaic.artifact import read_json
@@ -31,7 +33,7 @@ from moesaic.checkpoint.inspect import size
 from moesaic.cli import COMMANDS, main, parser
 from moesaic.cli import base as cli_base
 from moesaic.data.corpus import TRYING_OUT
-from moesaic.errors import MoesaicError
+from moesaic.errors import FaultError, MoesaicError, PluginError
 from moesaic.evaluate.repetition import probe
 from moesaic.plan import Plan
 from moesaic.plan.blueprint import Blueprint
@@ -346,6 +348,7 @@ def test_what_is_no_call_at_all_is_exit_2(words, capsys):
 def test_errors_have_the_exit_codes_they_promise():
     codes = {error.__name__: error.exit_code for error in below(MoesaicError)}
     assert {codes.pop(name) for name in ("CheckError", "EngineError", "BusyError")} == {1}
+    assert {codes.pop(name) for name in ("FaultError", "PluginError")} == {70}
     assert set(codes.values()) == {2}
 
 
@@ -428,3 +431,52 @@ def test_ctrl_c_at_once(model, smaller, tmp_path, command):
 
 def test_the_name_of_the_file_of_threads_is_said_twice_and_alike():
     assert cli_base.THREADS == resources_module.THREADS
+
+
+# Faults of ours ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "has_traceback"),
+    [
+        (FaultError("3 options were not priced"), "3 options were not priced", False),
+        (PluginError("b.py defines no Format"), "b.py defines no Format", False),
+        (IndexError("list index\nout of range"), "IndexError: list index", True),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error", True),
+    ],
+)
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_fault_of_ours_asks_to_be_reported(error, said, has_traceback, quiet, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moesaic.checkpoint.inspect.inspect", fail)
+    assert main(["inspect", "a model", *quiet]) == 70
+    *before, last = capsys.readouterr().err.splitlines()
+    line = shlex.join(["moesaic", "inspect", "a model", *quiet])
+    asks = f"this is a fault of moesaic {__version__}, please report it with the command line: {line}"
+    assert last == f"moesaic inspect: {said}; {asks}"
+    assert bool(before) == has_traceback and (not before or before[0].startswith("Traceback"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x"), "x is not there; check the path"),
+        (PermissionError(13, "Permission denied", "x"), "x is not yours to use: Permission denied; change its mode"),
+    ],
+)
+def test_a_file_that_cannot_be_had_is_no_fault_of_ours(error, said, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moesaic.checkpoint.inspect.inspect", fail)
+    assert main(["inspect", "model"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"moesaic inspect: {said}") and err.count("\n") == 1
+
+
+def test_nothing_of_ours_is_said_to_be_the_user_s():
+    """The exit code asks for the report, in one place: no message does, whatever its class."""
+    for path in Path(moesaic.__file__).parent.rglob("*.py"):
+        assert "report this" not in path.read_text(encoding="utf-8"), path

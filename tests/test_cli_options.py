@@ -23,8 +23,8 @@ ALL = {"help", "json", "command", "memory_bytes", "threads"}  # the last two: te
 TEXT = {"data", "heldout", "tokens", "length", "seed"}
 
 
-class Recorded(Exception):
-    """Thrown by the last stage of a case: what comes after it only prints."""
+class Recorded(BaseException):
+    """Thrown by the last stage of a case: what comes after it only prints. No `Exception`: those are faults to `main`."""
 
 
 @dataclasses.dataclass(frozen=True)

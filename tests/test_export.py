@@ -524,6 +524,19 @@ def test_an_error_of_the_disk_is_not_swallowed(larger, mixed, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_an_error_of_the_source_s_disk_is_of_the_source(larger, mixed, tmp_path, monkeypatch):
+    """Whichever of copying in the kernel, copying through memory and hashing meets it first."""
+    for ways in (("copy_file_range", "pread"), ("pread",), ("preadv",)):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+            for way in ways:
+                patch.setattr(os, way, refusing(5), raising=False)  # EIO
+            if ways == ("pread",):
+                patch.delattr(os, "copy_file_range", raising=False)
+            export(larger, mixed, tmp_path / "out", quiet=True)
+        said = str(caught.value)
+        assert said.startswith(str(larger.path)) and "cannot be read: Input/output error" in said, (ways, said)
+
+
 # Shards -----------------------------------------------------------------------------------------------------------
 
 

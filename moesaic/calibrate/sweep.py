@@ -14,7 +14,7 @@ from torch import Tensor
 from ..artifact import sweep_partials, write_tensors
 from ..checkpoint import Checkpoint
 from ..data.tokens import IMAGE, IMAGE_TOKENS, TokenSet
-from ..errors import InputError
+from ..errors import FaultError
 from ..progress import progress
 from ..stream import STATES, LayerRun, Standing, State, Sweep
 from ..stream.state import ignore
@@ -97,9 +97,7 @@ def observe(text: Text, layer: int, at: Standing) -> Standing:
     (after,) = text.run.advance(layer, [replace(state, observer=sums.observer)])
     routed = int((sums.sums["tokens"] + sums.sums["nonfinite"]).sum())
     if routed != text.tokens.tokens * a.top_k:
-        raise InputError(
-            f"layer {layer} routed {routed:,} tokens, wanted {text.tokens.tokens * a.top_k:,}; report this as a bug"
-        )
+        raise FaultError(f"layer {layer} routed {routed:,} tokens, wanted {text.tokens.tokens * a.top_k:,}")
     body = {
         "domains": text.tokens.domains,
         "positions": text.positions,

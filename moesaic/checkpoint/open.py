@@ -266,7 +266,9 @@ def reading(path: Path) -> Iterator[None]:
     except FileError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the path, or fetch it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; check the path, or fetch it again"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

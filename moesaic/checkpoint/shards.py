@@ -205,7 +205,9 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter, hashing: H
         (info,) = piece.tensors
         at = starts[info.name] + (piece.row or 0) * info.bytes
         if hashing is not None:
-            hashing.add(info.name, piece.row, partial(of_range, folder / stored.file, stored.offset, stored.info.bytes))
+            hashing.add(
+                info.name, piece.row, partial(digest_of, folder / stored.file, stored.offset, stored.info.bytes)
+            )
         copy_range(folder / stored.file, stored.offset, stored.info.bytes, fd, at)
     else:
         assert piece.make is not None
@@ -221,7 +223,8 @@ def fill(fd: int, piece: Piece, starts: dict[str, int], meter: Meter, hashing: H
 
 def copy_range(source: Path, offset: int, count: int, fd: int, at: int) -> None:
     """Copy bytes from file to file inside the kernel where it can, through a buffer where it cannot."""
-    move = os.copy_file_range if hasattr(os, "copy_file_range") else through_buffer
+    buffered = partial(through_buffer, source)
+    move = os.copy_file_range if hasattr(os, "copy_file_range") else buffered
     with reading(source):
         theirs = os.open(source, os.O_RDONLY)
     try:
@@ -229,9 +232,10 @@ def copy_range(source: Path, offset: int, count: int, fd: int, at: int) -> None:
             try:
                 moved = move(theirs, fd, min(count, COPY_CHUNK), offset, at)
             except OSError as error:
-                if error.errno not in OTHER_WAY or move is through_buffer:
+                if error.errno not in OTHER_WAY or move is buffered:
+                    check_readable(source, theirs, offset, min(count, COPY_CHUNK))
                     raise
-                move = through_buffer
+                move = buffered
                 continue
             if not moved:
                 raise CheckpointError(f"{source} ended {count:,} bytes early; fetch it again")
@@ -240,9 +244,24 @@ def copy_range(source: Path, offset: int, count: int, fd: int, at: int) -> None:
         os.close(theirs)
 
 
-def through_buffer(source: int, fd: int, count: int, offset: int, at: int) -> int:
-    """`os.copy_file_range`, but through memory."""
-    return write_at(fd, os.pread(source, min(count, BUFFER), offset), at)
+def through_buffer(source: Path, theirs: int, fd: int, count: int, offset: int, at: int) -> int:
+    """`os.copy_file_range`, but through memory; `theirs` is `source`, open. Raises `CheckpointError` for what cannot be read."""
+    with reading(source):
+        data = os.pread(theirs, min(count, BUFFER), offset)
+    return write_at(fd, data, at)
+
+
+def check_readable(source: Path, theirs: int, offset: int, count: int) -> None:
+    """Of a copy that failed, whether the source did. Raises `CheckpointError` if so."""
+    with reading(source):
+        for at in range(offset, offset + count, BUFFER):
+            os.pread(theirs, min(BUFFER, offset + count - at), at)
+
+
+def digest_of(source: Path, offset: int, count: int) -> str:
+    """`of_range` of a file of the source's. Raises `CheckpointError`."""
+    with reading(source):
+        return of_range(source, offset, count)
 
 
 def write_at(fd: int, data: bytes | memoryview, at: int) -> int:

@@ -1,16 +1,22 @@
 """The command line: one word a stage. Nothing is computed here.
 
-Exit 0: done; 1: a check did not hold; 2: the call or its input is wrong, in one sentence; 130:
-interrupted, and the same command continues.
+Exit 0     done
+     1     a check did not hold
+     2     the call or its input is wrong: one sentence of what was found, what was wanted, what to do
+     70    a fault of ours: one sentence that asks to report it; an exception that nobody foresaw has its traceback
+           before that, with --quiet too, which is of progress alone
+     130   interrupted; the same command continues
 """
 
 import argparse
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InputError, MoesaicError
+from .. import __version__
+from ..errors import FaultError, MoesaicError
 from ..registry import collect
 from .base import Arguments, Command, resources
 
@@ -46,18 +52,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with resources.used(COMMANDS[word], a):
             facts = COMMANDS[word].run(a)
-    except MoesaicError as error:
-        print(f"moesaic {word}: {error}", file=sys.stderr)
-        return error.exit_code
-    except FileNotFoundError as error:
-        print(f"moesaic {word}: {InputError(f'{error.filename} is not there; check the path')}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"\nmoesaic {word}: interrupted; the same command continues", file=sys.stderr)
         return 130
+    except Exception as error:
+        said, code = ended(error, a.line)
+        print(f"moesaic {word}: {said}", file=sys.stderr)
+        return code
     code = int(facts.pop("exit", 0))
     if a.json:
         from ..artifact import dumps
 
         print(dumps(facts, default=str))
     return code
+
+
+def ended(error: Exception, line: str) -> tuple[str, int]:
+    """What is said of an error that ended a command, and the exit code. Prints the traceback of one that nobody foresaw."""
+    if isinstance(error, MoesaicError) and not isinstance(error, FaultError):
+        return str(error), error.exit_code
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename} is not there; check the path", 2
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename} is not yours to use: {error.strerror}; change its mode, or name another", 2
+    if not isinstance(error, FaultError):
+        traceback.print_exception(error)
+    what = str(error) if isinstance(error, FaultError) else f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"{what}; this is a fault of moesaic {__version__}, please report it with the command line: {line}", 70

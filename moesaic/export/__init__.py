@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from ..checkpoint import INDEX, PLAUSIBLE_RMS, Checkpoint, sample
 from ..checkpoint.containers import siblings
 from ..checkpoint.containers.base import DTYPES
 from ..checkpoint.digests import Journal, of_bytes, of_file
+from ..checkpoint.open import reading
 from ..checkpoint.shards import SHARD_BYTES, index_of, plan_shards, write_shards
-from ..errors import InputError, PlanError, StaleError
+from ..errors import FaultError, InputError, PlanError, StaleError
 from ..families import Linear
 from ..files import open_file
 from ..formats.recode import recode
@@ -70,9 +72,7 @@ def export(source: Checkpoint, plan: Plan, out: Path, quiet: bool = False, overl
         journal = Journal(out, {"source": source.identity})
         written = write_shards(out, shards, meter, journal)
         if not written == meter.done == blueprint.payload_bytes:
-            raise PlanError(
-                f"{written:,} bytes were written, the plan's are {blueprint.payload_bytes:,}; report this as a bug"
-            )
+            raise FaultError(f"{written:,} bytes were written, the plan's are {blueprint.payload_bytes:,}")
     files = carry_along(source.path, along, out)
     texts = {
         INDEX: json.dumps(index_of(shards), indent=2) + "\n",
@@ -243,13 +243,19 @@ def carry_along(source: Path, files: Sequence[Path], out: Path) -> dict[str, str
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256()
             with open_file(source / file, source) as theirs, open(out / file, "wb") as ours:
-                while part := theirs.read(1 << 20):
+                while part := read_part(source / file, theirs):
                     digest.update(part)
                     ours.write(part)
                 ours.flush()
                 os.fsync(ours.fileno())
         found[file.as_posix()] = digest.hexdigest()
     return found
+
+
+def read_part(path: Path, file: BinaryIO) -> bytes:
+    """The next of a file of the source's, empty at its end. Raises `CheckpointError`."""
+    with reading(path):
+        return file.read(1 << 20)
 
 
 def write_text(path: Path, text: str) -> None:

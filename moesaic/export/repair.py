@@ -18,7 +18,7 @@ from torch import Tensor
 from ..artifact import read_json, write_json
 from ..checkpoint import Checkpoint, sample
 from ..data.tokens import TokenSet
-from ..errors import CheckError, InputError
+from ..errors import FaultError, InputError
 from ..families import Linear
 from ..measure.divergence import Bootstrap, against
 from ..plan import Plan, dropped, overlay
@@ -111,7 +111,7 @@ def fit(of: Repair, tokens: TokenSet, quiet: bool) -> None:
     def end(at: Standing) -> None:
         groups = at.notes["groups"]
         if len(groups) != (wanted := sum(map(is_repairable, of.blueprint.architecture.linears))):
-            raise CheckError(f"{len(groups)} of {wanted} shared experts were fitted; report this as a bug")
+            raise FaultError(f"{len(groups)} of {wanted} shared experts were fitted")
         digests = {name: digest for g in groups for name, digest in g["sha256"].items()}
         overlay.finish(of.folder, digests, of.inputs, {})
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..data.tokens import TokenSet
-from ..errors import InputError
+from ..errors import FaultError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun, Routing
 from ..stream.backward import GatePass, Listener, UnitPass
@@ -114,7 +114,7 @@ def sense(checkpoint: Checkpoint, options: Options, trial: Trial, folder: Path, 
     found = reverse(run, trial, folder, inputs_of(checkpoint, options, trial, SURROGATE, seed), hearing, seed)
     names = {key: f"{key[0]}/{key[1]}" for key in branches}
     if missing := set(names.values()) ^ set(found):
-        raise InputError(f"{len(missing)} options were not priced ({sorted(missing)[0]}); report this as a bug")
+        raise FaultError(f"{len(missing)} options were not priced ({sorted(missing)[0]})")
     return {key: Sensed(*found[name].numpy()) for key, name in names.items()}
 
 

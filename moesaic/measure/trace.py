@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..errors import InputError
+from ..errors import FaultError
 from ..plan import SOURCE
 from ..stream import Change, LayerRun
 from ..stream.backward import Listener, UnitPass
@@ -73,7 +73,7 @@ def trace(checkpoint: Checkpoint, options: Options, saliency_LE: np.ndarray, tri
     hearing = partial(heard, options, way, tokens.rows * (tokens.ids_BT.shape[1] - 1))
     found = reverse(LayerRun(checkpoint), trial, run / TRACE, inputs, hearing, seed=None)
     if missing := [f"{unit}/{f}" for unit, f in options.rounded if f"{unit}/{f}" not in found]:
-        raise InputError(f"{len(missing)} options were not priced ({missing[0]}, …); report this as a bug")
+        raise FaultError(f"{len(missing)} options were not priced ({missing[0]}, …)")
     prices = drops(layers, options, saliency_LE)
     prices |= {(unit, f): Price(float(found[f"{unit}/{f}"]), 0.0) for unit, f in options.rounded}
     table = Prices.of(TRACE, options, layers, tokens.tokens, prices)

@@ -36,7 +36,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.containers import CONTAINERS
 from ..data.corpus import PYTHON_TEXT, Corpus
 from ..data.tokens import TokenSet
-from ..errors import CheckError, InputError
+from ..errors import FaultError, InputError
 from ..evaluate import Conditions, Reading, Scores, evaluate
 from ..export import export
 from ..export.activations import calibrated
@@ -105,7 +105,8 @@ def compress(
     """Compress `model` by `recipe` into the folder `run`; returns JSON-able facts.
 
     Leaves run/model (the export), run/report.html and every number behind it. Raises `InputError`
-    before the first sweep for what cannot be, `CheckError` when the export does not verify.
+    before the first sweep for what cannot be, `CheckError` when the export does not verify, `FaultError`
+    when it is larger than its budget.
     """
     source = Checkpoint.open(model)
     recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
@@ -149,9 +150,7 @@ def compressed(
     result = export(source, plan, run / "model", quiet, run)
     overlay.drop(*(run / name for name in plan.overlays))
     if chosen and (size := stored_bytes(run / "model")) > chosen.budget_bytes:
-        raise CheckError(
-            f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}; report this as a bug"
-        )
+        raise FaultError(f"{run / 'model'} takes {size:,} bytes of a budget of {chosen.budget_bytes:,}")
     verdict = verify(run / "model", source, quiet)
     inputs = {"source": source.identity, "export": result.identity}
     write_json(run / "verify.json", "verify", findings(result, verdict), inputs)

@@ -17,7 +17,7 @@ import torch
 
 from ...checkpoint import Checkpoint, sample
 from ...data.tokens import TokenSet
-from ...errors import PlanError
+from ...errors import FaultError
 from ...plan import Plan, dropped, overlay
 from ...plan.blueprint import Blueprint, bound
 from ...progress import progress
@@ -64,7 +64,7 @@ def round_on_text(
     """
     rounding = rounding_named(plan.rounding)
     if plan.overlays:
-        raise PlanError(
+        raise FaultError(
             f"the plan has the overlays {', '.join(plan.overlays)} already; round it on text before they are made"
         )
     blueprint = Blueprint.of(source, plan)
@@ -95,11 +95,11 @@ def round_on_text(
 def summary(work: SequentialRounding, found: Sequence[Mapping[str, Any]], tokens: TokenSet) -> dict[str, Any]:
     """Counts, and by name the experts that no token reached, or that owe most of what they know to other tokens.
 
-    Raises `PlanError` when not every group was rounded exactly once.
+    Raises `FaultError` when not every group was rounded exactly once.
     """
     groups = sorted(found, key=lambda g: g["group"])
     if [g["group"] for g in groups] != sorted(g[0].name for g in work.groups):
-        raise PlanError(f"{len(groups)} groups were rounded, the plan has {len(work.groups)}; report this as a bug")
+        raise FaultError(f"{len(groups)} groups were rounded, the plan has {len(work.groups)}")
     experts = [g for g in groups if g["expert"] is not None]
     return {
         "rounding": work.rounding.name,

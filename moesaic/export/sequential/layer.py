@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.containers import siblings
-from ...errors import PlanError
+from ...errors import FaultError
 from ...families import Linear
 from ...plan.blueprint import Blueprint, keeps_values
 from ...rounding import Inputs, Rounding, round_members
@@ -94,7 +94,7 @@ class SequentialRounding:
             inputs, first = Inputs.empty(group[0].shape[1], self.run.device), self.blueprint.origin[group[0].name]
             forward(replace(state, observer=Observer(linear=partial(self.see, first, inputs))))
             if not inputs.vectors:
-                raise PlanError(f"no input of {first.name} was seen; report this as a bug")
+                raise FaultError(f"no input of {first.name} was seen")
             batch = batch_of([group], weights_of(self.blueprint, group, self.run.device)[None], [inputs])
             format = format_of(self.blueprint, group)
             (members,), facts = round_members(self.rounding, batch, [n.shape[0] for n in group], format)
