@@ -6,78 +6,129 @@ Leaves out results: those go to standard output, progress to standard error.
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from rich import table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two plain lines
+MOST_SAMPLES = 512
 
 
 @dataclass
 class Meter:
-    """Counts what is done of what there is, from any thread. `done` equals `total` when the stage ends well: callers compare."""
+    """Counts what is done of what there is, from any thread. `done` equals `total` when the stage ends well: callers compare.
+
+    Its rate is that of the latter half of the time so far: steps of minutes have one too, and what was done before an
+    interruption, or is quick at the beginning, is soon no part of it.
+    """
 
     title: str
     total: int
     unit: str  # "B" is shown as GB; anything else as it is: "tokens", "experts"
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)
-    bar: Progress | None = None
-    task: int = 0
     plain: bool = False
+    clock: Callable[[], float] = time.monotonic  # seconds
     lock: threading.Lock = field(default_factory=threading.Lock)
+    samples: list[tuple[float, int]] = field(default_factory=list)  # when, and what was done by then
+    shown: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.shown = self.clock()
+        self.samples.append((self.shown, self.done))
+
+    @property
+    def started(self) -> float:
+        return self.samples[0][0]
 
     def advance(self, amount: int) -> None:
         with self.lock:
             self.done += amount
-            self.show()
+            self.samples.append((self.clock(), self.done))
+            if len(self.samples) > MOST_SAMPLES:
+                del self.samples[1:-1:2]
+            if self.plain and self.clock() - self.shown > PLAIN_SECONDS:
+                self.shown = self.clock()
+                print(self.line(), file=sys.stderr, flush=True)
 
-    def show(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)  # type: ignore[arg-type]
-        elif self.plain and time.monotonic() - self.shown > PLAIN_SECONDS:
-            self.shown = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+    def rate(self) -> float | None:
+        """Units a second; None before the first step has ended."""
+        last, done = self.samples[-1]
+        middle = (self.started + last) / 2
+        since, before = next(s for s in reversed(self.samples) if s[0] <= middle)
+        return (done - before) / (last - since) if last > since else None
+
+    def left(self) -> float | None:
+        """Seconds until the end; between two steps it goes on falling."""
+        rate = self.rate()
+        if not rate:
+            return None
+        return max(0.0, (self.total - self.done) / rate - (self.clock() - self.samples[-1][0]))
 
     def line(self) -> str:
-        rate = self.done / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else float("inf")
-        share = self.done / max(self.total, 1)
-        return f"{self.title}: {share:4.0%}  {amount(rate, self.unit)}/s  {clock(left)} left"
+        return f"{self.title}: {self.done / max(self.total, 1):4.0%}  {speed(self)}  {remaining(self)}"
 
 
-class Rate(ProgressColumn):
-    """Units a second, in the unit's own words."""
+def speed(meter: Meter) -> str:
+    """Its rate in a unit of time that leaves a number to look at."""
+    rate = meter.rate()
+    if rate is None:
+        return f"– {meter.unit}/s"
+    for seconds, name in ((1, "s"), (60, "min")):
+        if rate * seconds >= 1:
+            return f"{amount(rate * seconds, meter.unit)}/{name}"
+    return f"{amount(rate * 3600, meter.unit)}/h"
+
+
+def remaining(meter: Meter) -> str:
+    left = meter.left()
+    return "? left" if left is None else f"{clock(left)} left"
+
+
+class Column(ProgressColumn):
+    """What a function says of the meter."""
+
+    def __init__(self, of: Callable[[Meter], str]) -> None:
+        super().__init__(table.Column(no_wrap=True))
+        self.of = of
 
     def render(self, task: Task) -> Text:
-        return Text(f"{amount(task.speed or 0.0, task.fields['unit'])}/s", style="cyan")
+        return Text(self.of(task.fields["meter"]), style="cyan")
+
+
+class Bar(BarColumn):
+    """The meter's, whenever it is drawn."""
+
+    def render(self, task: Task) -> ProgressBar:
+        task.completed = task.fields["meter"].done
+        return super().render(task)
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str, quiet: bool = False) -> Iterator[Meter]:
     """A `Meter` shown while the block runs, and one line that sums up when it ends."""
-    meter = Meter(title, total, unit, plain=not quiet)
     console = Console(stderr=True)
+    meter = Meter(title, total, unit, plain=not quiet and not console.is_terminal)
     if quiet or not console.is_terminal:
         yield meter
     else:
         columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
+            TextColumn("{task.description:<16}"),
+            Bar(bar_width=24),
             TextColumn("{task.percentage:>4.0f}%"),
-            Rate(),
-            TimeRemainingColumn(),
+            Column(speed),
+            Column(remaining),
         )
         with Progress(*columns, console=console, transient=True) as bar:
-            meter.bar, meter.task = bar, bar.add_task(title, total=total, unit=unit)
+            bar.add_task(title, total=total, meter=meter)
             yield meter
     if not quiet:
-        seconds = time.monotonic() - meter.started
+        seconds = meter.clock() - meter.started
         print(f"{title}: {amount(meter.done, unit)} in {clock(seconds)}", file=sys.stderr, flush=True)
 
 
