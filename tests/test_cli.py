@@ -73,15 +73,14 @@ def smaller(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def tell(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """Run a command with --json and --quiet; its last line parses, and standard error is silent."""
+    """Run a command with --json and --quiet: standard output is one object, and what people read on standard error."""
 
     def run(*words: str | Path, code: int = 0) -> Told:
         capsys.readouterr()
         assert main([*map(str, words), "--json", "--quiet"]) == code
         out, err = capsys.readouterr()
-        *text, last = out.rstrip("\n").split("\n")
-        assert not [line for line in err.splitlines() if not line.startswith("[transformers]")], err
-        return json.loads(last, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")), "\n".join(text)
+        facts = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        return facts, "\n".join(line for line in err.splitlines() if not line.startswith("[transformers]"))
 
     return run
 
@@ -480,3 +479,35 @@ def test_nothing_of_ours_is_said_to_be_the_user_s():
     """The exit code asks for the report, in one place: no message does, whatever its class."""
     for path in Path(moesaic.__file__).parent.rglob("*.py"):
         assert "report this" not in path.read_text(encoding="utf-8"), path
+
+
+# --json -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_object_too(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path), "--json"]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found == {"error": err.removeprefix("moesaic inspect: ").strip(), "exit": 2}
+    with pytest.raises(SystemExit):
+        main(["inspect", "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "the command line is wrong; standard error says how",
+        "exit": 2,
+    }
+
+
+def test_an_interruption_is_one_object_too(monkeypatch, capsys):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesaic.checkpoint.inspect.inspect", stop)
+    assert main(["inspect", "model", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"error": "interrupted; the same command continues", "exit": 130}
+
+
+def test_what_does_not_hold_is_facts(tell, smaller, tmp_path):
+    shutil.copytree(smaller, tmp_path / "broken")
+    (tmp_path / "broken" / "LICENSE").write_text("")
+    facts, text = tell("verify", tmp_path / "broken", code=1)
+    assert facts["holds"] is False and "error" not in facts and "FAIL" in text

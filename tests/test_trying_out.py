@@ -97,9 +97,11 @@ def test_a_run_is_what_it_was_calibrated_on(model, data, tmp_path, said):
         assert ("trying out" in shown(tmp_path / f"{name}-out")[0]) == bool(count)
 
 
-def test_json_stays_the_last_line_of_all(model, tmp_path, said):
-    lines = said(["prune", model, tmp_path / "out", *MADE["prune"], "--json"])
-    assert lines[0] == lines[-2] == NOTE and json.loads(lines[-1])["tokens"]["trying_out"] is True
+def test_json_says_it_too_and_stands_alone(model, tmp_path, capsys):
+    assert main(["prune", str(model), str(tmp_path / "out"), *MADE["prune"], "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert json.loads(out)["tokens"]["trying_out"] is True and lines[0] == lines[-1] == NOTE
 
 
 def test_what_is_judged_by_the_users_text_is_not_for_trying_out(tmp_path):

@@ -13,6 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from .. import __version__
@@ -23,7 +24,7 @@ from .base import Arguments, Command, resources
 FOUND: dict[str, Command[Any]] = collect(__name__, Command, "__main__")
 COMMANDS = {c.name: c for c in sorted(FOUND.values(), key=lambda c: c.place)}
 
-JSON_HELP = 'print the facts as one JSON object, the last line of all; an infinite number is {"float": "inf"}'
+JSON_HELP = 'standard output is one JSON object of facts, or of the error; an infinite number in it is {"float": "inf"}'
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,23 +49,36 @@ def parsed(argv: Sequence[str]) -> tuple[str, Arguments]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    word, a = parsed(sys.argv[1:] if argv is None else argv)
+    """Run a command; its exit code. With --json what people read goes to standard error."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        with resources.used(COMMANDS[word], a):
+        word, a = parsed(argv)
+    except SystemExit as end:
+        if end.code and "--json" in argv:
+            tell_json({"error": "the command line is wrong; standard error says how"}, 2)
+        raise
+    try:
+        with redirect_stdout(sys.stderr if a.json else sys.stdout), resources.used(COMMANDS[word], a):
             facts = COMMANDS[word].run(a)
+        code = int(facts.pop("exit", 0))
     except KeyboardInterrupt:
-        print(f"\nmoesaic {word}: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        said, code = "interrupted; the same command continues", 130
+        print(f"\nmoesaic {word}: {said}", file=sys.stderr)
+        facts = {"error": said}
     except Exception as error:
         said, code = ended(error, a.line)
         print(f"moesaic {word}: {said}", file=sys.stderr)
-        return code
-    code = int(facts.pop("exit", 0))
+        facts = {"error": said}
     if a.json:
-        from ..artifact import dumps
-
-        print(dumps(facts, default=str))
+        tell_json(facts, code)
     return code
+
+
+def tell_json(facts: dict[str, Any], code: int) -> None:
+    """The object; of an error with the exit code."""
+    from ..artifact import dumps
+
+    print(dumps(facts | ({"exit": code} if "error" in facts else {}), default=str))
 
 
 def ended(error: Exception, line: str) -> tuple[str, int]:
