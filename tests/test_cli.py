@@ -232,7 +232,7 @@ def test_measure_and_allocate_are_compress_stopped_early(tell, model, text, tmp_
     assert facts["totals"]["experts"]["int2_g64"] > facts["totals"]["experts"]["mxfp4"] > 0
     whole = sum(t.bytes for t in Checkpoint.open(model).inventory)
     written = (tmp_path / "costs.json").stat().st_mtime_ns
-    facts, said = tell("allocate", *words, "--fit", str(int(0.8 * whole)))
+    facts, said = tell("allocate", *words, "--fit", f"{int(0.8 * whole)}B")
     assert (tmp_path / "costs.json").stat().st_mtime_ns == written
     best, curve = facts["best"], facts["curve"]
     assert best["bytes"] <= best["budget_bytes"] == int(0.8 * whole) and f"{best['bytes']:,} of" in said
@@ -240,7 +240,7 @@ def test_measure_and_allocate_are_compress_stopped_early(tell, model, text, tmp_
     assert [row["predicted_nats"] for row in curve] == sorted((r["predicted_nats"] for r in curve), reverse=True)
     assert sum(row["knee"] for row in curve) == 1 and "<- knee" in said
     assert folder_bytes(Blueprint.of(Checkpoint.open(model), Plan.load(tmp_path / "plan.json"))) == best["bytes"]
-    facts, said = tell("compress", *words, "--fit", str(int(0.8 * whole)), "--evaluation-tokens", 192)
+    facts, said = tell("compress", *words, "--fit", f"{int(0.8 * whole)}B", "--evaluation-tokens", 192)
     assert (tmp_path / "costs.json").stat().st_mtime_ns == written
     assert facts["chosen"]["bytes"] == stored_bytes(tmp_path / "model") <= int(0.8 * whole)
 

@@ -149,6 +149,7 @@ def received(case: Case, words: list[str], monkeypatch: pytest.MonkeyPatch) -> d
     found: dict[str, Any] = {}
     with monkeypatch.context() as patch:
         patch.setattr("moesaic.cli.base.resources.used", lambda *_: nullcontext())
+        patch.setattr("moesaic.lock.held", lambda _: nullcontext())  # folders of these names are there for nobody
         for stage, result in case.stages.items():
             owner, name = place(stage)
             patch.setattr(owner, name, recorder(stage, getattr(owner, name), result, found))
@@ -193,7 +194,8 @@ def other(action: argparse.Action) -> list[str]:
     kind = getattr(action.type, "__name__", "str")
     number = str(3 + sum(map(ord, action.dest)))
     word = {
-        "int": number, "float": f"{number}.5", "Path": f"/other/{action.dest}", "bytes_of": number, "seconds_of": number,
+        "int": number, "float": f"{number}.5", "Path": f"/other/{action.dest}", "bytes_of": f"{number}B", "seconds_of": number,
+        "count_of": number, "seed_of": number, "port_of": number, "bits_of": f"{number}.5",
         "counts_of": number, "names_of": f"{action.dest},more", "shares_of": f"{action.dest}=2",
     }.get(kind, f"other-{action.dest}")  # fmt: skip
     return [action.option_strings[0], word] if action.option_strings else [word]

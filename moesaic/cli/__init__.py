@@ -9,6 +9,7 @@ Exit 0     done
 """
 
 import argparse
+import difflib
 import shlex
 import sys
 import traceback
@@ -43,7 +44,13 @@ def parser() -> argparse.ArgumentParser:
 
 def parsed(argv: Sequence[str]) -> tuple[str, Arguments]:
     """The command's word, and what it was given."""
-    found = vars(parser().parse_args(argv))
+    top = parser()
+    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        top.error(
+            f"no command {argv[0]!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
+        )
+    found = vars(top.parse_args(argv))
     word = found.pop("command")
     return word, COMMANDS[word].arguments(**found, line=shlex.join(["moesaic", *argv]))
 

@@ -11,6 +11,7 @@ from .base import Command
 from .base.groups import corpus
 from .base.search import Search, budget_options, offer_options, recipe, sweeps, threads_in
 from .base.telling import told, trying_out
+from .base.values import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,11 @@ def options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
     p.add_argument(
-        "--evaluation-tokens", type=int, default=65_536, metavar="N", help="tokens to judge by (default %(default)s)"
+        "--evaluation-tokens",
+        type=count_of,
+        default=65_536,
+        metavar="N",
+        help="tokens to judge by (default %(default)s)",
     )
     offer_options(p)
 

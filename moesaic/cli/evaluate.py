@@ -16,7 +16,7 @@ from .base import THREADS, Command, Swept
 from .base.groups import TextArguments, corpus, text_options
 from .base.resources import held_bytes
 from .base.telling import plus_minus
-from .base.values import counts_of, names_of
+from .base.values import count_of, counts_of, names_of
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -64,19 +64,21 @@ def options(p: argparse.ArgumentParser) -> None:
         help="none: left as computed; engine: rounded as config.json asks; w4a4 (default none,engine)",
     )  # fmt: skip
     p.add_argument("--text", type=Path, metavar="FILE", help="instead of --data: a whole text in windows")
-    p.add_argument("--window", type=int, default=2048, metavar="N", help="tokens of a window (default %(default)s)")
-    p.add_argument("--stride", type=int, metavar="N", help="from window to window (default: the window)")
+    p.add_argument(
+        "--window", type=count_of, default=2048, metavar="N", help="tokens of a window (default %(default)s)"
+    )
+    p.add_argument("--stride", type=count_of, metavar="N", help="from window to window (default: the window)")
     p.add_argument("--lengths", type=counts_of, metavar="N,N", help="of haystacks (default 1024,4096,8192)")
     p.add_argument("--tasks", type=names_of, default=(), metavar="T,T", help="of lm-evaluation-harness")
     p.add_argument("--task-files", type=Path, metavar="DIR", help="your own tasks (YAML), instead of the harness's")
-    p.add_argument("--limit", type=int, metavar="N", help="documents a task")
+    p.add_argument("--limit", type=count_of, metavar="N", help="documents a task")
     p.add_argument(
         "--cache", type=Path, metavar="DIR", help="keeps what the source gave: a further export costs its own sweep"
     )
     p.add_argument("--server", metavar="URL", help="ask a server of EXPORT instead: http://127.0.0.1:8000/v1")
     p.add_argument("--key-file", type=Path, metavar="FILE", help="holds the server's key")
     p.add_argument("--out", type=Path, metavar="DIR", help="where scores go (default EXPORT/moesaic)")
-    text_options(p)
+    text_options(p, "to judge by")
 
 
 def run(a: Evaluate) -> dict[str, Any]:

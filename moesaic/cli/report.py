@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Arguments, Command
+from .base.values import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Report(Arguments):
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", type=Path, help="a run folder, or an export that prune, quantize or evaluate wrote into")
     p.add_argument("--devices", metavar="NxSIZE", help="2x95GiB, 4xH100NVL, …: how they would hold the export")
-    p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
+    p.add_argument("--context", type=count_of, metavar="N", help="tokens that a request on --devices may have")
     p.add_argument("--card", action="store_true", help="also write the export's model card, its README.md")
     p.add_argument("--base-model", metavar="ORG/NAME", help="the source's name on the Hub, for the card")
     p.add_argument("--unlicensed", action="store_true", help="write the card though the source has no licence file")

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError
 from .base import Command
 from .base.groups import MachineArguments, machine_options
-from .base.values import bytes_of
+from .base.values import bytes_of, count_of, port_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="command, compose, kubernetes or ray: write it instead of running vLLM",
     )
     p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
-    p.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
+    p.add_argument("--port", type=port_of, default=8000, help="(default %(default)s)")
     local = p.add_argument_group("with --engine local")
     local.add_argument(
         "--expert-memory",
@@ -58,7 +58,7 @@ def options(p: argparse.ArgumentParser) -> None:
     local.add_argument("--key-file", type=Path, metavar="FILE", help="holds the key that requests must bring")
     local.add_argument(
         "--max-tokens",
-        type=int,
+        type=count_of,
         default=4096,
         dest="new_tokens",
         metavar="N",

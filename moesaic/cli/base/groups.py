@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import Arguments
-from .values import bytes_of, shares_of
+from .values import bytes_of, count_of, seed_of, shares_of
 
 if TYPE_CHECKING:
     from ...calibrate.selection import Ranking
@@ -34,7 +34,7 @@ def resource_options(p: argparse.ArgumentParser) -> None:
         help="that this may take: 16GB, 12GiB (default: what is available); changes what is held at once, never a result",
     )  # fmt: skip
     p.add_argument(
-        "--threads", type=int, metavar="N",
+        "--threads", type=count_of, metavar="N",
         help="that products are cut over: part of a result (default: what the run began with, else one a core)",
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ class TextArguments(ResourceArguments):
     seed: int
 
 
-def text_options(parser: argparse.ArgumentParser) -> None:
+def text_options(parser: argparse.ArgumentParser, tokens: str = "to calibrate on") -> None:
     parser.add_argument(
         "--data",
         type=Path,
@@ -62,10 +62,12 @@ def text_options(parser: argparse.ArgumentParser) -> None:
         help="text to judge by; else a part of --data that calibration never sees",
     )
     parser.add_argument(
-        "--tokens", type=int, default=65_536, metavar="N", help="tokens to calibrate on (default %(default)s)"
+        "--tokens", type=count_of, default=65_536, metavar="N", help=f"tokens {tokens} (default %(default)s)"
     )
-    parser.add_argument("--length", type=int, metavar="N", help="tokens a row (default 2048, or the model's context)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of rows (default %(default)s)")
+    parser.add_argument(
+        "--length", type=count_of, metavar="N", help="tokens a row (default 2048, or the model's context)"
+    )
+    parser.add_argument("--seed", type=seed_of, default=0, help="of the choice of rows (default %(default)s)")
     resource_options(parser)
 
 
@@ -113,7 +115,7 @@ class ParallelArguments(ResourceArguments):
 
 def parallel_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--tensor-parallel", type=int, metavar="N", help="devices to serve on: refuse what they would not load"
+        "--tensor-parallel", type=count_of, metavar="N", help="devices to serve on: refuse what they would not load"
     )
     p.add_argument("--expert-parallel", action="store_true", help="with whole experts on each of them")
 
@@ -133,9 +135,13 @@ class MachineArguments(Arguments):
 
 def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
     p.add_argument("--devices", required=required, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
-    p.add_argument("--context", type=int, metavar="N", help="tokens a request may have (default 32768, or the model's)")
+    p.add_argument(
+        "--context", type=count_of, metavar="N", help="tokens a request may have (default 32768, or the model's)"
+    )
     p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
-    p.add_argument("--concurrency", type=int, metavar="N", help="requests at once (default 1; 256 for --engine local)")
+    p.add_argument(
+        "--concurrency", type=count_of, metavar="N", help="requests at once (default 1; 256 for --engine local)"
+    )
 
 
 def rounding_option(p: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from .groups import (
     text_options,
 )
 from .resources import held_bytes
-from .values import bytes_of, names_of, seconds_of
+from .values import bits_of, bytes_of, count_of, names_of, seconds_of
 
 if TYPE_CHECKING:
     from ...fit import Layout
@@ -55,8 +55,8 @@ def budget_options(p: argparse.ArgumentParser) -> None:
         help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan",
     )
     p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
-    p.add_argument("--context", type=int, metavar="N", help="tokens that a request on --devices may have")
-    p.add_argument("--bits", type=float, metavar="B", help="the same as stored bits per weight of the source")
+    p.add_argument("--context", type=count_of, metavar="N", help="tokens that a request on --devices may have")
+    p.add_argument("--bits", type=bits_of, metavar="B", help="the same as stored bits per weight of the source")
 
 
 def offer_options(p: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
         "--hours", type=seconds_of, dest="seconds", metavar="H", help="for measuring prices; the less, the fewer tokens"
     )
     p.add_argument(
-        "--experts", type=int, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
+        "--experts", type=count_of, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
     )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
     ranking_options(p)
