@@ -10,7 +10,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -29,21 +29,23 @@ def held(folder: Path) -> Iterator[None]:
     the file system keeps no locks.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    key = folder.resolve()
-    descriptor = None if mine[key] else taken(folder)
-    mine[key] += 1
     try:
-        yield
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        key = folder.resolve()
+        descriptor = None if mine[key] else taken(folder)
+        mine[key] += 1
+        try:
+            yield
+        finally:
+            mine[key] -= 1
+            if descriptor is not None:
+                (folder / FILE).unlink(missing_ok=True)
+                os.close(descriptor)
     finally:
-        mine[key] -= 1
-        if descriptor is not None:
-            (folder / FILE).unlink(missing_ok=True)
-            os.close(descriptor)
+        with suppress(OSError):  # not empty, or another process has begun there
             for path in made:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+                path.rmdir()
 
 
 def taken(folder: Path) -> int:
@@ -54,21 +56,31 @@ def taken(folder: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if stands(path, descriptor):
                 break
-            os.close(descriptor)  # its holder went, and took the file along, while this waited to open it
+            os.close(descriptor)  # its holder went, and took the file along, after this had opened it
         except BlockingIOError as error:
             holder = os.read(descriptor, 1 << 12).decode(errors="replace")
             os.close(descriptor)
             raise HeldError(f"{folder} is {told(holder)}; wait until it has ended, or name another folder") from error
         except OSError as error:
             os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
             what = f"{folder} lies on a file system that keeps no locks ({error.strerror})"
             raise InputError(f"{what}, so two commands could mix their files; name a folder elsewhere") from error
     now = datetime.now().astimezone().isoformat(" ", "seconds")
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode())
     return descriptor
+
+
+def stands(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def told(holder: str) -> str:

@@ -1,5 +1,7 @@
 """One process at a time in a folder: who holds it is told, a dead holder's lock is taken over, nothing is left behind."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import pytest
 import tiny
 
 from moesaic.cli import main
-from moesaic.errors import HeldError
+from moesaic.errors import HeldError, InputError
 from moesaic.lock import FILE, held, mine
 from moesaic.verify import verify
 
@@ -88,10 +90,36 @@ def test_what_fails_leaves_no_folder_of_its_own(tmp_path):
 def test_a_folder_that_cannot_be_made_says_so(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(Exception, match=r"file/run cannot be written: Not a directory"),
+        pytest.raises(InputError, match=r"file/run cannot be written: Not a directory"),
         held(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_no_locks_no_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match="keeps no locks"), held(tmp_path / "a" / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == [] and not mine[(tmp_path / "a" / "run").resolve()]
+
+
+def test_a_file_that_goes_after_it_was_opened(tmp_path, monkeypatch):
+    """Its holder ends between the opening and the lock: what was locked has no name any more, and another try is due."""
+    locked, gone = fcntl.flock, list[int]()
+
+    def late(descriptor, how):
+        locked(descriptor, how)
+        if not gone:
+            (tmp_path / FILE).unlink()
+        gone.append(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(tmp_path):
+        assert len(gone) == 2 and json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
+    assert not (tmp_path / FILE).exists()
 
 
 def test_many_at_once_and_one_at_a_time(tmp_path):
