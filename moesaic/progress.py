@@ -58,9 +58,10 @@ class Meter:
 
     def rate(self) -> float | None:
         """Units a second; None before the first step has ended."""
-        last, done = self.samples[-1]
-        middle = (self.started + last) / 2
-        since, before = next(s for s in reversed(self.samples) if s[0] <= middle)
+        samples = tuple(self.samples)  # at once: a bar is drawn by a thread of its own
+        last, done = samples[-1]
+        middle = (samples[0][0] + last) / 2
+        since, before = next(s for s in reversed(samples) if s[0] <= middle)
         return (done - before) / (last - since) if last > since else None
 
     def left(self) -> float | None:

@@ -1,6 +1,7 @@
 """What is waited for is said, and only where there is a wait."""
 
 import io
+import sys
 import threading
 
 import pytest
@@ -77,6 +78,34 @@ def test_few_samples_are_kept_of_many_steps(clock):
         clock.now += 0.001
         meter.advance(10)
     assert len(meter.samples) <= MOST_SAMPLES + 1 and meter.rate() == pytest.approx(10_000, rel=0.02)
+
+
+def test_a_bar_may_be_drawn_while_others_count():
+    """Without the copy each of these readers fails: samples are thinned under its hands."""
+    meter, wrong, over = Meter("export", 10**6, "B"), list[BaseException](), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            try:
+                meter.rate()
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        readers = [threading.Thread(target=look) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for _ in range(50_000):
+            meter.advance(1)
+    finally:
+        over.set()
+        sys.setswitchinterval(before)
+    for reader in readers:
+        reader.join()
+    assert not wrong and meter.done == 50_000
 
 
 def test_lines_where_there_is_no_terminal(clock, capsys):
