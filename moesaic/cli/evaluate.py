@@ -92,7 +92,7 @@ def run(a: Evaluate) -> dict[str, Any]:
     export = Checkpoint.open(a.export)
     if a.server:
         with held(out):
-            return by_server(a, a.server, out, wanted)
+            return by_server(a, a.server, export, out, wanted)
     assert a.against is not None
     source = Checkpoint.open(a.against)
     source.check_values()
@@ -136,16 +136,15 @@ def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wan
     return told(scores.add((), {"command": a.line}, out / "scores.json"), out / "scores.json")
 
 
-def by_server(a: Evaluate, url: str, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+def by_server(a: Evaluate, url: str, export: Checkpoint, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
     """The same readings through a server, beside what a sweep of the export left."""
-    from ..checkpoint import Checkpoint
     from ..data.tokens import Tokenizer
     from ..evaluate import Scores
     from ..evaluate.samples import compare
     from ..evaluate.server import Server, read, score, swept, writer
     from ..serve.local import read_key
 
-    export, tokenizer = Checkpoint.open(a.export), Tokenizer.open(a.export)
+    tokenizer = Tokenizer.open(a.export)
     server = Server.open(url, read_key(a.key_file) if a.key_file else "")
     readings = read_what(a, export, out, wanted)
     values = swept(out / "scores.safetensors", export, readings)

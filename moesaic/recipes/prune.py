@@ -207,7 +207,8 @@ def probe_cuts(
             probes[name] = probe(source, rows, ids, memory_bytes=memory_bytes)
             meter.advance(1)
     facts = {"models": {name: found.facts() for name, found in probes.items()}}
-    write_json(work / "loops.json", "loops", facts, {"source": source.identity, "tokens": rows.identity})
+    with held(work):
+        write_json(work / "loops.json", "loops", facts, {"source": source.identity, "tokens": rows.identity})
     return probes
 
 
