@@ -20,14 +20,14 @@ def bytes_of(text: str) -> int:
     """Bytes as people write them: 90GB, 89GiB, 500_000_000B. A bare number is refused: of what it would be is a guess."""
     number = text.rstrip("BbKkMmGgTtIi ")
     unit = text[len(number) :].strip().upper()
-    if number.strip() and not unit:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} has no unit; write {text.strip()}GB, {text.strip()}GiB or, of bytes, B"
-        )
     try:
-        found = float(number.replace("_", "")) * UNITS[unit]
+        found = float(number.replace("_", "")) * UNITS[unit or "B"]
     except (ValueError, KeyError):
         found = math.nan
+    if not unit and 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no unit; write {text.strip()}GB, {text.strip()}GiB or {text.strip()}B"
+        )
     if not 1 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 90GB or 89GiB")
     return int(found)
