@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from moesaic.families import FAMILIES
-from moesaic.serve.local.text import Answer, Detokenizer, Stopper
+from moesaic.families import FAMILIES, Talk
+from moesaic.serve.local.text import Answer, Detokenizer, Stopper, hidden_words
 from moesaic.serve.local.tools import shapes_of
 
-M2, M3 = FAMILIES["minimax_m2"].talk, FAMILIES["minimax_m3_vl"].talk
+M2, M3 = (FAMILIES[f].talk("") for f in ("minimax_m2", "minimax_m3_vl"))
 MARK = "]<]minimax[>["
 
 
@@ -26,7 +26,7 @@ def byte_tokens(tmp_path_factory):
 def test_pieces_join_to_the_whole(byte_tokens, data, text, noise):
     """Characters of up to four bytes, and bytes that are none, in tokens of one byte."""
     ids = [*noise, *byte_tokens.encode(text).ids, *noise[::-1]]
-    detokenizer, pieces, at = Detokenizer(byte_tokens), [], 0
+    detokenizer, pieces, at = Detokenizer(byte_tokens, hidden_words(byte_tokens, Talk())), [], 0
     while at < len(ids):
         end = at + data.draw(st.integers(1, 3))
         pieces.append(detokenizer.push(ids[at:end]))

@@ -9,7 +9,7 @@ import pytest
 from random_calls import MARK, drawn, without_nulls
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moesaic.families import FAMILIES
+from moesaic.families import FAMILIES, Markup
 from moesaic.serve.local.chat import Reply
 from moesaic.serve.local.text import Answer
 from moesaic.serve.local.tools import shapes_of
@@ -27,13 +27,17 @@ def written(family: str, message: dict) -> str:
     return text.split(turn, 1)[1].removeprefix(thought).removesuffix("[e~[\n")
 
 
+def markup(family: str) -> Markup:
+    return FAMILIES[family].talk("").calls
+
+
 def asked(calls: list) -> list[dict]:
     return [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
 
 
 def read(family: str, tools: list[dict], pieces: list[str], inside: str = "") -> tuple[list, dict]:
     """The calls and the message, which its deltas joined have to be."""
-    talk = FAMILIES[family].talk
+    talk = FAMILIES[family].talk("")
     reply = Reply(Answer(talk, inside or ("reasoning" if family == "minimax_m2" else "content"), shapes_of(tools)))
     deltas = [reply.add(piece, i + 1 == len(pieces)) for i, piece in enumerate(pieces)]
     message = reply.message()
@@ -90,7 +94,7 @@ FREE = [{"type": "function", "function": {"name": "f"}}]
 
 
 def block(family: str, inside: str) -> str:
-    start, end = FAMILIES[family].talk.calls.block
+    start, end = markup(family).block
     return f"{start}{inside}{end}"
 
 
@@ -153,7 +157,7 @@ UNREADABLE = [
 @pytest.mark.parametrize(("family", "text"), UNREADABLE)
 def test_a_call_that_cannot_be_read_is_content(family, text):
     """All of it, with what was said before, and no call."""
-    whole = f"Hm. {FAMILIES[family].talk.calls.block[0]}{text}"
+    whole = f"Hm. {FAMILIES[family].talk('').calls.block[0]}{text}"
     for pieces in ([whole], list(whole)):
         found, message = read(family, TOOLS, pieces, "content")
         assert not found and message["content"] == whole
@@ -162,7 +166,7 @@ def test_a_call_that_cannot_be_read_is_content(family, text):
 def test_calls_before_the_cut_are_made():
     whole = invoke(element("city", "a"), element("days", "1")) + "\n"
     cut_off = f'{MARK}<invoke name="f">{MARK}<city>b'
-    text = f"{FAMILIES['minimax_m3_vl'].talk.calls.block[0]}\n{whole * 3}{cut_off}"
+    text = f"{FAMILIES['minimax_m3_vl'].talk('').calls.block[0]}\n{whole * 3}{cut_off}"
     found, message = read("minimax_m3_vl", TOOLS, list(text), "content")
     assert found == [("f", {"city": "a", "days": 1})] * 3 and message["content"] == cut_off
 
@@ -223,7 +227,7 @@ def test_no_text_hangs(family):
     """Delimiters by the thousand, in any order: whatever is read, nothing is lost without a call."""
     r = Random(5)
     for _ in range(4):
-        start, first = FAMILIES[family].talk.calls.block[0], PIECES[family][0]
+        start, first = markup(family).block[0], PIECES[family][0]
         text = start + first + "".join(r.choice(PIECES[family]) for _ in range(4000))
         begun = time.monotonic()
         found, message = read(family, TOOLS, [text], "content")

@@ -78,7 +78,7 @@ class Checkpoint:
         family = family_of(config)
         config = dict(family.released(config))
         architecture, stored = family.read(config), read_shards(path)
-        container = container_of(config).of_release(architecture, frozenset(stored))
+        container = container_of(config).of_release(architecture, {n: s.info.dtype for n, s in stored.items()})
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
         checkpoint = Checkpoint(
             path=path,

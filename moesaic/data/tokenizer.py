@@ -60,12 +60,23 @@ class Tokenizer:
                 f"the tokenizer's files in {self.folder} cannot be read ({error}); fetch them again"
             ) from error
 
+    @property
+    def template(self) -> str:
+        """The chat template; of several all, since one of them is for tools. "" where there is none."""
+        found = self.chat.chat_template or ""
+        return found if isinstance(found, str) else "\n".join(found.values())
+
     @cached_property
     def renderer(self) -> Renderer:
         """Raises `InputError` when the model has no chat template."""
         if not self.chat.chat_template:
             raise InputError(f"{self.folder} has no chat template; give text, or add its chat_template.jinja")
         return Renderer(self.chat)
+
+
+def template_of(folder: Path) -> str:
+    """The chat template of a model folder; "" where it has none, or no tokenizer at all."""
+    return Tokenizer.open(folder).template if (folder / "tokenizer.json").exists() else ""
 
 
 @contextmanager

@@ -7,8 +7,8 @@ module owns (an expert's activation), and vision: those tensors are carried alon
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -204,8 +204,6 @@ class Serving:
     head_width: int
     cached_layers: int  # layers that keep a key and a value of every kv head
     cuts: Mapping[str, str]
-    tool_parser: str  # vLLM's name for the model's tool calls; "" where it makes none, and so for thoughts
-    reasoning_parser: str
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0
     block_tokens: int = 0  # of a cache page; 0 leaves it to the server
@@ -214,26 +212,41 @@ class Serving:
 
 @dataclass(frozen=True)
 class Markup:
-    """How a chat template writes the tool calls of an answer: one block of calls, each with its values.
+    """How a chat template writes the tool calls of an answer: a block of them, each with its values.
 
     In a tag {} stands for a name. A string is written as it is. Anything else is JSON, or where `nested`, elements
     as the values themselves are: an object's after its members but for null ones, a list's all called "item".
     """
 
-    block: tuple[str, str]  # around all calls
+    block: tuple[str, str]  # around all calls; empty where each stands by itself
     call: tuple[str, str]
-    value: tuple[str, str]
-    gaps: tuple[str, str, str, str]  # what follows an opened block, an opened call, a closed value, a closed call
+    value: tuple[str, str] = ("", "")
+    gaps: tuple[str, str, str, str] = ("", "", "", "")  # after an opened block or call, a closed value or call
     mark: str = ""  # that every tag begins with
     nested: bool = False
+    json: bool = False  # a call holds one JSON object: its arguments, or if its tag has no {}, its name beside them
+    numbered: bool = False  # a name is followed by a colon and the call's number
 
 
 @dataclass(frozen=True)
 class Talk:
-    """How an answer says what it thinks and which tools it calls; by default a family has words for neither."""
+    """How an answer says what it thinks and which tools it calls; by default a family has words for neither.
+
+    sign              a word of the chat template by which models are known that talk so
+    tool_parser       vLLM's name for the reader of these calls, and
+    reasoning_parser  of thoughts; "" where there are none
+    """
 
     think: tuple[str, str] = ("", "")  # the words around it
-    calls: Markup = Markup(("", ""), ("", ""), ("", ""), ("", "", "", ""))
+    calls: Markup = Markup(("", ""), ("", ""))
+    sign: str = ""
+    tool_parser: str = ""
+    reasoning_parser: str = ""
+
+    @property
+    def words(self) -> str:
+        """Every word of these, in one string."""
+        return " ".join((*self.think, *self.calls.block, *self.calls.call, *self.calls.value))
 
 
 @dataclass(frozen=True)
@@ -314,40 +327,14 @@ class Family:
     arithmetic: Arithmetic
     wiring: Wiring
     engine: Engine
-    talk: Talk
+    talks: tuple[Talk, ...]  # of its models; the last is that of a model without a chat template
     vision: Vision | None = None
+    # suffix of a quantized matrix's tensor -> its dtype in the vendor's releases, where that is not the container's first
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     # config.json as a tool saved it -> as the vendor writes it, which every engine reads; raises FamilyError
     released: Callable[[Config], Config] = lambda config: config
 
-
-def gated(
-    at: str, names: tuple[str, str, str], hidden: int, inner: int, **facts: Any
-) -> list[Linear]:  # fmt: skip
-    """A MLP's gate, up and down projection under their names on disk; `facts` are those that the three share."""
-    return [
-        Linear(f"{at}{names[0]}", (inner, hidden), projection="gate", cut="rows", fused="gate_up", **facts),
-        Linear(f"{at}{names[1]}", (inner, hidden), projection="up", cut="rows", fused="gate_up", **facts),
-        Linear(f"{at}{names[2]}", (hidden, inner), projection="down", cut="columns", **facts),
-    ]
-
-
-def attended(
-    at: str, hidden: int, q: int, kv: int, layer: int, more: Sequence[Linear] = ()
-) -> list[Linear]:  # fmt: skip
-    """q, k and v of `q` and `kv` rows, `more` that is fused with them, and o."""
-    facts: dict[str, Any] = dict(role="qkv", unit=f"layers.{layer}.qkv", layer=layer, fused="qkv")
-    return [
-        Linear(f"{at}q_proj", (q, hidden), projection="q", cut="rows", **facts),
-        Linear(f"{at}k_proj", (kv, hidden), projection="k", cut="kv", **facts),
-        Linear(f"{at}v_proj", (kv, hidden), projection="v", cut="kv", **facts),
-        *more,
-        Linear(
-            name=f"{at}o_proj",
-            shape=(hidden, q),
-            role="o",
-            unit=f"layers.{layer}.o",
-            layer=layer,
-            projection="o",
-            cut="columns",
-        ),
-    ]
+    def talk(self, template: str) -> Talk:
+        """That of a model with this chat template: the first whose sign is in it; of one with no sign in it, no words."""
+        known = self.talks if template else self.talks[-1:]
+        return next((talk for talk in known if not template or talk.sign in template), Talk())

@@ -20,9 +20,8 @@ from .base import (
     Talk,
     TensorInfo,
     Wiring,
-    attended,
-    gated,
 )
+from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 
@@ -126,7 +125,6 @@ def serving(config: Config) -> Serving:
     return Serving(
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=config["head_dim"],
         cached_layers=config["num_hidden_layers"], cuts={"q_norm.weight": "rows", "k_norm.weight": "kv"},
-        tool_parser="minimax_m2", reasoning_parser="minimax_m2",
     )  # fmt: skip
 
 
@@ -154,6 +152,6 @@ MINIMAX_M2 = Family(
         split=Split(),
     ),
     engine=Engine(engine_name, serving),
-    talk=Talk(("<think>", "</think>"), CALLS),
+    talks=(Talk(("<think>", "</think>"), CALLS, tool_parser="minimax_m2", reasoning_parser="minimax_m2"),),
     released=plain_rope,
 )

@@ -23,9 +23,8 @@ from .base import (
     TensorInfo,
     Vision,
     Wiring,
-    attended,
-    gated,
 )
+from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect, schedule, section
 
@@ -300,7 +299,6 @@ def serving(config: Config) -> Serving:
         cached_layers=t["num_hidden_layers"], index_layers=sum(s["sparse_attention_freq"]), index_width=s["sparse_index_dim"],
         cuts=cuts | {f"{name}.weight": "columns" for name in ("out_proj", "fc2", "linear_2")},
         block_tokens=s["sparse_block_size"], attention_backend="TRITON_ATTN",
-        tool_parser="minimax_m3", reasoning_parser="minimax_m3",
     )  # fmt: skip
 
 
@@ -351,7 +349,7 @@ MINIMAX_M3_VL = Family(
         split=Split(),
     ),
     engine=Engine(engine_name, serving),
-    talk=Talk(("<mm:think>", "</mm:think>"), CALLS),
+    talks=(Talk(("<mm:think>", "</mm:think>"), CALLS, tool_parser="minimax_m3", reasoning_parser="minimax_m3"),),
     released=released,
     vision=VISION,
 )

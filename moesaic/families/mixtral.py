@@ -16,9 +16,8 @@ from .base import (
     Talk,
     TensorInfo,
     Wiring,
-    attended,
-    gated,
 )
+from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
 
@@ -88,7 +87,7 @@ def parameters(architecture: Architecture, layer: int) -> dict[str, tuple[str, .
 def serving(config: Config) -> Serving:
     return Serving(
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_width=head_width(config),
-        cached_layers=config["num_hidden_layers"], cuts={}, tool_parser="", reasoning_parser="",
+        cached_layers=config["num_hidden_layers"], cuts={},
     )  # fmt: skip
 
 
@@ -107,6 +106,6 @@ MIXTRAL = Family(
         parameters=parameters,
     ),
     engine=Engine(lambda name: name, serving),  # vLLM asks for block_sparse_moe.experts.0.w1, as on disk
-    talk=Talk(),
+    talks=(Talk(),),
     released=plain_rope,
 )

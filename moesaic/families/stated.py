@@ -24,6 +24,12 @@ def expect(config: Config, key: str, *wanted: Any) -> Any:
     return config[key]
 
 
+def allow(config: Config, key: str, *wanted: Any) -> None:
+    """Where config.json states `key`, it must be one of `wanted`."""
+    if key in config:
+        expect(config, key, *wanted)
+
+
 def count(config: Config, key: str, most: int = 2**31) -> int:
     """config[key], which must be a whole number from 1 to `most`."""
     value = expect(config, key)

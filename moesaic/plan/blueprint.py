@@ -5,7 +5,7 @@ or refused in a second. A source that is a bare config will do. Leaves out writi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,8 @@ class Blueprint:
         if plan.container not in CONTAINERS:
             raise PlanError(f"no container {plan.container!r}; there are {', '.join(CONTAINERS)}")
         container = CONTAINERS[plan.container]
+        if container.name == source.container.name:  # with the dtypes that the source has there
+            container = replace(container, packings=source.container.packings)
         config = (
             with_experts(source.config, old.experts, plan.experts(old.experts)) if plan.kept else dict(source.config)
         )

@@ -7,7 +7,7 @@ from ...errors import CheckpointError
 from ...registry import collect
 from .base import Container, Packing, Part, siblings
 
-CONTAINERS = collect(__name__, Container)
+CONTAINERS = collect(__name__, Container, "names")
 
 
 def container_of(config: Mapping[str, Any]) -> Container:

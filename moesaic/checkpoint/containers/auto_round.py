@@ -25,13 +25,11 @@ from .base import (
     check_loadable,
     compare,
     entries,
-    expression,
-    firsts,
-    modules,
     pack_bits,
     stream_bytes,
     table,
 )
+from .names import expression, firsts, modules
 from .unquantized import BF16
 
 PLAIN = {"bits": 16, "data_type": "fp"}

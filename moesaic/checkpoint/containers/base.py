@@ -6,9 +6,8 @@ either. Every `pack` has its `unpack` beside it, both pure, on names local to on
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,6 +137,36 @@ class Place:
         return self.stack is None or self.stack.is_run
 
 
+def retyped(packing: Packing, suffix: str, dtype: str) -> Packing:
+    """`packing` with the part of that suffix stored in another dtype; itself where it has none."""
+
+    def usual(shape: Sequence[int]) -> dict[str, Part]:
+        return {key: part for key, part in packing.parts(shape).items() if part.suffix == suffix}
+
+    def parts(shape: Sequence[int]) -> dict[str, Part]:
+        return packing.parts(shape) | {key: replace(part, dtype=dtype) for key, part in usual(shape).items()}
+
+    def write(stream_OS: Tensor, scales: Scales, shape: Sequence[int]) -> dict[str, Tensor]:
+        """Raises `PlanError` for numbers that the dtype does not hold."""
+        found = packing.write(stream_OS, scales, shape)
+        for key in usual(shape):
+            whole, found[key] = found[key], found[key].to(DTYPES[dtype])
+            if not torch.equal(found[key].to(whole.dtype), whole):
+                raise PlanError(
+                    f"the source stores {suffix} in {dtype}, which does not hold scales that were computed anew; "
+                    "export to compressed_tensors"
+                )
+        return found
+
+    def read(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tensor, Scales]:
+        back = {key: stored[key].to(DTYPES[part.dtype]) for key, part in usual(shape).items()}
+        return packing.read({**stored, **back}, shape)
+
+    if not usual((1, 1)):
+        return packing
+    return replace(packing, layout=f"{packing.layout}, {suffix} {dtype}", parts=parts, write=write, read=read)
+
+
 def alone(architecture: Architecture, linear: Linear) -> Place:
     return Place(linear.name)
 
@@ -157,6 +186,7 @@ class Container:
              or None where this container writes none; raises PlanError for what its engines would not load
     place    (architecture, linear) -> where its tensors lie
     stacks   whether releases of a family that stacks experts (`Linear.stack`) lie so in this container
+    dtypes   suffix of a part -> the dtypes in which vendors store it; the first is the one in `packings`
     keys     where config.json has what `config` returns; the first is the one that engines read
     expert_parallel  whether its engines can give whole experts to each device
     """
@@ -171,12 +201,19 @@ class Container:
     keys: tuple[str, ...] = ("quantization_config",)
     expert_parallel: bool = True
     stacks: bool = False
+    dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def of_release(self, architecture: Architecture, names: frozenset[str]) -> "Container":
-        """This container as a model of these tensors uses it: nothing on disk says whether experts are stacked but names."""
+    def of_release(self, architecture: Architecture, stored: Mapping[str, str]) -> "Container":
+        """This container as a model of these tensors (name -> dtype) uses it; with none, as the family releases it."""
         first = next((n.stack.tensor for n in architecture.linears if n.stack), None)
-        found = self.stacks and first is not None and (first in names or not names)
-        return replace(self, place=stacked) if found else self
+        place = stacked if self.stacks and first is not None and (first in stored or not stored) else self.place
+        packings = self.packings
+        for suffix, known in self.dtypes.items():
+            released = FAMILIES[architecture.family].dtypes.get(suffix, known[0])
+            dtype = next((dtype for name, dtype in stored.items() if name.endswith(f".{suffix}")), released)
+            if dtype in known[1:]:
+                packings = {name: retyped(packing, suffix, dtype) for name, packing in packings.items()}
+        return replace(self, place=place, packings=packings)
 
     def packing(self, format: str) -> Packing:
         if format not in self.packings:
@@ -212,68 +249,6 @@ def check_loadable(container: str, unit: str, members: Sequence[Linear], format:
     for refusal in dict.fromkeys(refusal for linear in members for refusal in linear.refusals):
         if refusal.meets(container, format):
             raise PlanError(f"{unit} {refusal.why}")
-
-
-def firsts(members: Sequence[Linear]) -> list[Linear]:
-    """A unit's matrices, of routed experts the first alone: engines ask for its name, and mean all of them."""
-    return [linear for linear in members if not linear.expert]
-
-
-@dataclass(frozen=True)
-class Modules:
-    """Modules of equal names in several layers, which one regular expression matches."""
-
-    above: tuple[str, ...]  # what may stand before "layers", in any order: engines nest it in orders of their own
-    layers: tuple[int, ...]
-    parent: str  # "self_attn", "mlp.experts"
-    leaves: tuple[str, ...]
-    routed: bool  # an expert's number follows the parent
-
-    def pattern(self, whole: bool = False) -> str:
-        """As `(model\\.)+layers\\.(0|1)\\.mlp\\.(gate_proj|up_proj)$`; with `whole` also what holds a layer's experts.
-
-        What stands above is spelled out, since a vision tower may have layers and projections of the same names.
-        """
-        above = "|".join(rf"{re.escape(word)}\." for word in self.above)
-        leaf = rf"\.({'|'.join(self.leaves)})"
-        if self.routed:
-            leaf = rf"(\.\d+{leaf})?" if whole else rf"\.\d+{leaf}"
-        return rf"({above})+layers\.({'|'.join(map(str, self.layers))})\.{re.escape(self.parent)}{leaf}$"
-
-
-def modules(architecture: Architecture, units: Iterable[str]) -> list[Modules]:
-    """The modules of `units` under every name by which vLLM, the disk or transformers knows them."""
-    family = FAMILIES[architecture.family]
-    theirs = {
-        tensor.removesuffix(".weight"): parameter.removesuffix(".weight")
-        for layer in range(architecture.layers)
-        for parameter, tensors in family.wiring.parameters(architecture, layer).items()
-        for tensor in tensors
-    }
-    layers: dict[tuple[str, str, bool], dict[int, None]] = {}  # (parent, leaf, routed) -> layers
-    for linear in (n for unit in units for n in firsts(architecture.units[unit])):
-        for name in (family.engine.name_of(linear.name), linear.name, theirs.get(linear.name, linear.name)):
-            parent, leaf = name.split(f"layers.{linear.layer}.")[-1].rsplit(".", 1)
-            routed = linear.expert is not None
-            key = parent.rpartition(".")[0] if routed else parent, leaf, routed
-            layers.setdefault(key, {})[linear.layer] = None
-    leaves: dict[tuple[str, bool, tuple[int, ...]], list[str]] = {}
-    for (parent, leaf, routed), found in layers.items():
-        leaves.setdefault((parent, routed, tuple(found)), []).append(leaf)
-    above = tuple(architecture.layer_prefix.split(".")[:-2])
-    return [Modules(above, where, parent, tuple(names), routed) for (parent, routed, where), names in leaves.items()]
-
-
-def small_modules(architecture: Architecture) -> list[str]:
-    """Regular expressions for the matrices that are no linears: embedding, head, routers, vision."""
-    found: dict[str, None] = {}
-    for tensor in architecture.tensors:
-        words = tensor.name.removesuffix(".weight").split(".")
-        if tensor.role == "vision":
-            found[rf"(.*\.)?{re.escape(words[0])}\..*"] = None
-        elif tensor.role in ("embedding", "head", "router"):
-            found[rf"(.*\.)?{re.escape(words[-1])}$"] = None
-    return list(found)
 
 
 def compare(
@@ -332,14 +307,6 @@ def table(where: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise CheckpointError(f"config.json has {key} = {found!r:.80}; wanted an object")
     return found
-
-
-def expression(pattern: str) -> re.Pattern[str]:
-    """A regular expression of config.json, compiled. Raises `CheckpointError`."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"config.json has the pattern {pattern!r:.80}, which is none: {error}") from error
 
 
 def stream_bytes(columns: int, bits: int, word: int = 1) -> int:

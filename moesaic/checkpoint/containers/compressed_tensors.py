@@ -32,16 +32,13 @@ from .base import (
     check_loadable,
     compare,
     entries,
-    expression,
-    firsts,
-    modules,
     siblings,
-    small_modules,
     stream_bytes,
     table,
 )
 from .fp8 import FP8_BLOCK, read_e4m3, write_e4m3
 from .mxfp8 import MXFP8_PACKING
+from .names import expression, firsts, modules, small_modules
 from .unquantized import BF16
 
 Parts = dict[str, Part]
@@ -334,4 +331,5 @@ def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
 COMPRESSED_TENSORS = Container(
     "compressed_tensors", "compressed-tensors", PACKINGS, formats, config,
     "https://github.com/vllm-project/compressed-tensors",
+    dtypes={"weight_shape": ("I64", "I32")},
 )  # fmt: skip

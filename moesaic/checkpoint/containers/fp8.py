@@ -1,4 +1,4 @@
-"""FP8 in 128×128 blocks, as DeepSeek-V3 and MiniMax-M2 release it: E4M3, and an F32 `weight_scale_inv` that multiplies.
+"""FP8 in 128×128 blocks: E4M3, and a `weight_scale_inv` that multiplies, in F32 (DeepSeek, GLM, MiniMax) or BF16 (Qwen).
 
 `modules_to_not_convert` names modules that are no linears of ours (`gate`, `lm_head`) and not the embedding,
 which is BF16 all the same: so it says which linears are BF16, and nothing about the rest.
@@ -36,6 +36,9 @@ def read_e4m3(stored: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Tenso
 FP8_BLOCK = Packing("fp8_block", "e4m3 + f32 128x128", parts, write_e4m3, read_e4m3)
 
 
+KINDS = ("float8_e4m3fn", "e4m3")  # two names of one format
+
+
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
     """fp8_block for every linear, unless `modules_to_not_convert` names it.
 
@@ -43,9 +46,9 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
     """
     quantization = config["quantization_config"]
     block, kind = quantization.get("weight_block_size"), quantization.get("fmt", "float8_e4m3fn")
-    if block != [128, 128] or kind != "float8_e4m3fn":
+    if block != [128, 128] or kind not in KINDS:
         raise CheckpointError(
-            f"config.json says fp8 in blocks {block} of {kind}; moesaic reads [128, 128] of float8_e4m3fn"
+            f"config.json says fp8 in blocks {block} of {kind}; moesaic reads [128, 128] of {' or '.join(KINDS)}"
         )
     kept = skipped(architecture, entries(quantization, "modules_to_not_convert"))
     return {linear.name: "bf16" if linear.name in kept else "fp8_block" for linear in architecture.linears}
@@ -61,4 +64,5 @@ def skipped(architecture: Architecture, entries: Sequence[str]) -> set[str]:
 FP8 = Container(
     "fp8", "fp8", {"fp8_block": FP8_BLOCK, "bf16": BF16}, formats, released("fp8", formats),
     "https://huggingface.co/MiniMaxAI/MiniMax-M2.7/blob/main/config.json",
+    dtypes={"weight_scale_inv": ("F32", "BF16", "F16")},
 )  # fmt: skip

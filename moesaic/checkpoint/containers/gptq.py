@@ -17,7 +17,14 @@ from ...errors import CheckpointError, PlanError
 from ...families import FAMILIES, Architecture
 from ...formats import Scales
 from . import auto_round
-from .base import Container, Packing, Part, compare, expression, firsts, modules, table
+from .base import (
+    Container,
+    Packing,
+    Part,
+    compare,
+    table,
+)
+from .names import expression, firsts, modules
 from .unquantized import BF16
 
 WIDTHS = {format: wide for format, wide in auto_round.WIDTHS.items() if wide[0] in (4, 8)}

@@ -122,6 +122,16 @@ def read_json(text: str, wanted: type) -> Found | None:
     return (found,) if isinstance(found, wanted) else None
 
 
+def read_object(text: str, at: int) -> tuple[dict[str, Any], int] | None:
+    """The JSON object that begins at `at` after white space, and where it ends; None where there is no whole one."""
+    start = len(text) - len(text[at:].lstrip())
+    try:
+        found, end = json.JSONDecoder(parse_constant=refuse, parse_float=finite).raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return (found, end) if isinstance(found, dict) else None
+
+
 def refuse(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 

@@ -14,14 +14,15 @@ from functools import cached_property
 from typing import Any
 
 from ...families import Markup
-from .arguments import Value, fits
+from .arguments import Value, fits, read_object
 from .schema import ANY, Shape
 
 DEPTH = 64  # of elements in each other
 STEPS = 50_000  # of one search; a text that needs more is not read
 LONGEST_NAME = 256
 
-Call = tuple[str, tuple[tuple[str, Value], ...]]  # a tool's name, and its arguments in order
+# A tool's name, and its arguments in order; or as JSON has them.
+Call = tuple[str, tuple[tuple[str, Value], ...] | dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def read_block(text: str, markup: Markup, tools: Mapping[str, Shape]) -> Block:
 
     A call that cannot be read whole is not made, nor any after it: they are the rest.
     """
+    if markup.json:
+        return read_json_block(text, markup)
     for level in LEVELS:
         if (found := Search(text, markup, tools, level).run()) is not None:
             return found
@@ -162,6 +165,10 @@ class Search:
         before, after = tag.split("{}")
         if self.text.startswith(before, at):
             start = at + len(before)
+            if not after:  # a name up to where it cannot go on
+                if found := NAME.match(self.text, start):
+                    yield found[0], found.end()
+                return
             names = sorted(name for name in known if self.text.startswith(name + after, start))
             end = self.text.find(after, start, start + LONGEST_NAME)
             if end > start and (name := self.text[start:end])[0] != "/" and "\n" not in name and "<" not in name:
@@ -224,11 +231,13 @@ class Search:
         """Where the next tag begins."""
         if self.level.exact:
             gap = self.markup.gaps[which]
-            return at + len(gap) if self.text.startswith(gap, at) else None
+            over = at == len(self.text) and not self.markup.block[1]  # nothing follows the last call
+            return at if over else at + len(gap) if self.text.startswith(gap, at) else None
         return SPACE.match(self.text, at).end()  # type: ignore[union-attr]
 
 
 SPACE = re.compile(r"\s*")
+NAME = re.compile(rf"[^\s<]{{1,{LONGEST_NAME}}}")
 
 
 def head(tag: str) -> str:
@@ -240,3 +249,26 @@ def loose(tag: str) -> re.Pattern[str]:
     """The tag with other quotes, or none."""
     before, after = (re.escape(part).replace('"', "[\"']?") for part in tag.split("{}"))
     return re.compile(f"{before}([^\"'<>/\\n][^\"'<>\\n]{{0,{LONGEST_NAME}}}?){after}")
+
+
+def read_json_block(text: str, markup: Markup) -> Block:
+    """`read_block` where a call holds one JSON object, which says itself where it ends."""
+    calls, at, (before, after) = list[Call](), 0, (*markup.call[0].split("{}"), "")[:2]
+    named = "{}" in markup.call[0]
+    while text.startswith(before.rstrip(), start := SPACE.match(text, at).end()):  # type: ignore[union-attr]
+        start += len(before.rstrip())
+        end = text.find(after, start, start + LONGEST_NAME + len(after)) if named else start
+        found = read_object(text, end + len(after)) if end >= 0 else None
+        if found is None:
+            break
+        members, stop = found
+        name, arguments = (text[start:end], members) if named else (members.get("name"), members.get("arguments", {}))
+        stop = SPACE.match(text, stop).end()  # type: ignore[union-attr]
+        closing = markup.call[1].lstrip()
+        if not isinstance(name, str) or not isinstance(arguments, dict) or not text.startswith(closing, stop):
+            break
+        calls.append((name.rpartition(":")[0] if markup.numbered and ":" in name else name, arguments))
+        at = stop + len(closing)
+    end = SPACE.match(text, at).end()  # type: ignore[union-attr]
+    closed = bool(calls) and text.startswith(markup.block[1], end)
+    return Block(tuple(calls), text[end + len(markup.block[1]) :] if closed and markup.block[1] else text[at:], closed)

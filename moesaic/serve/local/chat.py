@@ -100,8 +100,8 @@ async def chat(fields: Fields, request: Request, served: Served) -> AsyncIterato
     prompt = await asyncio.to_thread(served.encode, written, special=False)
     asks, texts = wish.asks(served, [prompt]), list[Text]()
     inside = "reasoning" if served.thinks(written) else "content"
-    talk = served.checkpoint.family.talk
-    shapes = shapes_of(tools) if talk.calls.block[0] else {}  # a model without words for calls answers in content
+    talk = served.talk
+    shapes = shapes_of(tools) if talk.calls.call[0] else {}  # a model without words for calls answers in content
     replies = [Reply(Answer(talk, inside, shapes)) for _ in asks]
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
     chunk, begun = {**head, "object": "chat.completion.chunk"}, set[int]()

@@ -8,9 +8,11 @@ from ...checkpoint import Checkpoint, read_object
 from ...data.conversations import Conversation
 from ...data.tokenizer import Tokenizer
 from ...errors import InputError
+from ...families import Talk
 from ...generate import end_tokens
 from .engine import Engine
 from .metrics import Metrics
+from .text import hidden_words
 
 RESERVED = (
     "conversation",
@@ -45,13 +47,15 @@ class Served:
     limits: Limits
     engine: Engine
     metrics: Metrics
+    talk: Talk
+    hidden: frozenset[int]  # tokens that are not shown
 
     @staticmethod
     def of(checkpoint: Checkpoint, limits: Limits, engine: Engine) -> "Served":
         path = checkpoint.path / "generation_config.json"
         defaults = read_object(path) if path.exists() else {}
         tokenizer = Tokenizer.open(checkpoint.path)
-        name = checkpoint.path.resolve().name
+        name, talk = checkpoint.path.resolve().name, checkpoint.family.talk(tokenizer.template)
         return Served(
             checkpoint=checkpoint,
             tokenizer=tokenizer,
@@ -61,6 +65,8 @@ class Served:
             limits=limits,
             engine=engine,
             metrics=Metrics.of(engine),
+            talk=talk,
+            hidden=hidden_words(tokenizer.inner, talk),
         )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -92,5 +98,5 @@ class Served:
 
     def thinks(self, prompt: str) -> bool:
         """Whether a rendered prompt has begun the model's reasoning already."""
-        word = self.checkpoint.family.talk.think[0]
+        word = self.talk.think[0]
         return bool(word) and prompt.rstrip().endswith(word)

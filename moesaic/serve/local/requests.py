@@ -102,7 +102,7 @@ class Text:
     @staticmethod
     def of(served: Served, wish: Wish) -> "Text":
         ends = frozenset(stop[0] for stop in wish.sampling.stop)
-        return Text(Detokenizer(served.tokenizer.inner), Stopper(wish.stop_words), ends)
+        return Text(Detokenizer(served.tokenizer.inner, served.hidden), Stopper(wish.stop_words), ends)
 
     def take(self, news: News) -> str:
         """The text that `news` add. A word that stops it may come before the tokens end."""

@@ -17,11 +17,18 @@ from .schema import Shape
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what the tokenizer makes of bytes that are no whole character
 
 
+def hidden_words(tokenizer: tokenizers.Tokenizer, talk: Talk) -> frozenset[int]:
+    """Special tokens that are not shown: all but those that an answer is taken apart by."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(id for id, token in added.items() if token.special and token.content not in talk.words)
+
+
 @dataclass
 class Detokenizer:
     """Text of one sequence of tokens. The pieces of `push` and `rest` join to the text of all tokens together."""
 
     tokenizer: tokenizers.Tokenizer
+    hidden: frozenset[int] = frozenset()  # ids that are passed over
     ids: list[int] = field(default_factory=list)
     before: int = 0  # tokens ahead of this one change nothing any more
     shown: int = 0  # tokens whose text is out
@@ -29,7 +36,7 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """What `ids` add, but for a character that they leave unfinished."""
         pieces = []
-        for id in ids:
+        for id in (id for id in ids if id not in self.hidden):
             self.ids.append(id)
             text = self.decode(len(self.ids))
             if not text.endswith(BROKEN):
@@ -46,7 +53,7 @@ class Detokenizer:
         return new
 
     def decode(self, end: int) -> str:
-        return self.tokenizer.decode(self.ids[self.before : end], skip_special_tokens=True)
+        return self.tokenizer.decode(self.ids[self.before : end], skip_special_tokens=False)
 
 
 @dataclass
@@ -122,7 +129,7 @@ class Answer:
     def rest(self) -> Iterator[Part]:
         while self.block:
             whole, self.held, self.block = self.held, "", False
-            found = read_block(whole.removeprefix(self.opening), self.talk.calls, self.tools)
+            found = read_block(whole.removeprefix(self.talk.calls.block[0]), self.talk.calls, self.tools)
             if not found.calls:
                 yield from part(self.inside, whole)
                 return
@@ -137,13 +144,15 @@ class Answer:
 
     @property
     def opening(self) -> str:
-        return self.talk.calls.block[0]
+        """The word that a block begins with, or without one a call."""
+        return self.talk.calls.block[0] or head(self.talk.calls.call[0])
 
     def begun(self) -> tuple[int, bool]:
         """Where in `held` a block begins or may begin, -1 for nowhere, and whether it does: a call has to follow."""
         if self.block:
             return 0, True
-        word, call, at = self.opening, head(self.talk.calls.call[0]), -1
+        markup, word, at = self.talk.calls, self.opening, -1
+        call = head(markup.call[0]) if markup.block[0] else "{" if markup.json and "{}" not in markup.call[0] else ""
         while self.tools and (at := self.held.find(word, at + 1)) >= 0:
             after = self.held[at + len(word) :].lstrip()
             if after.startswith(call) or call.startswith(after):

@@ -32,11 +32,17 @@ def call_objects(calls: Sequence[Call], tools: Mapping[str, Shape], markup: Mark
     ]
 
 
-def written(arguments: Sequence[tuple[str, Value]], shape: Shape, markup: Markup) -> str:
+def written(arguments: Sequence[tuple[str, Value]] | dict[str, Any], shape: Shape, markup: Markup) -> str:
     """One JSON object, with its characters as they are but for lone surrogates, which no encoding has."""
+    if isinstance(arguments, dict):
+        return as_json(arguments)
     found = typed(tuple(arguments), shape, markup) if arguments else {}
     if not isinstance(found, dict):
         found = {name: typed(value, shape.member(name), markup) for name, value in gathered(arguments)}
+    return as_json(found)
+
+
+def as_json(found: dict[str, Any]) -> str:
     text = json.dumps(found, ensure_ascii=False)
     try:
         text.encode()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Checkpoint
+from ...data.tokenizer import template_of
 from ...errors import InputError
 from ...fit.footprint import SEQUENCES, STEP_TOKENS
 
@@ -95,10 +96,11 @@ def deployment(export: Checkpoint, facts: Mapping[str, Any], host: str = "127.0.
         "--gpu-memory-utilization": machine["utilization"],
         "--kv-cache-dtype": CACHE_FLAGS[facts["kv"]],
     }
-    if serving.tool_parser:
-        flags |= {"--tool-call-parser": serving.tool_parser, "--enable-auto-tool-choice": None}
-    if serving.reasoning_parser:
-        flags["--reasoning-parser"] = serving.reasoning_parser
+    talk = export.family.talk(template_of(export.path))
+    if talk.tool_parser:
+        flags |= {"--tool-call-parser": talk.tool_parser, "--enable-auto-tool-choice": None}
+    if talk.reasoning_parser:
+        flags["--reasoning-parser"] = talk.reasoning_parser
     if facts["layout"]["expert_parallel"]:
         flags["--enable-expert-parallel"] = None
     if serving.block_tokens:
