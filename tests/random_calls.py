@@ -59,6 +59,18 @@ def reads_as_json(text: str) -> bool:
     return True
 
 
+TAGS = {  # of templates that write an argument as words between tags; {} stands for an argument's name
+    "qwen3_coder": (
+        "\n</parameter>", "</parameter>\n", "\n</parameter>\n", "</function>\n", "</function>\n</tool_call>", "\n",
+        "</tool_call>", "<tool_call>\n", "<tool_call>\n<function=f>\n", "<parameter={}>\n", "<parameter=unknown>\n",
+    ),
+    "glm4_moe": (
+        "</arg_value>", "</arg_value>\n", "</tool_call>", "\n</tool_call>", "<tool_call>", "<tool_call>f\n", "\n",
+        "<arg_key>{}</arg_key>\n", "<arg_key>unknown</arg_key>\n<arg_value>", "<arg_value>", "</think>",
+    ),
+}  # fmt: skip
+
+
 @dataclass
 class Draw:
     """One source of chance, for one family. Definitions gather in `defs`."""
@@ -81,7 +93,9 @@ class Draw:
         """A string with delimiters. `names` are those that may be opened in it: of arguments written before or unknown."""
         own, r = names[-1], self.random
         opened = r.choice([name for name in names if name != "item"] or ["unknown"])  # another item would be one
-        if self.nested:
+        if self.family in TAGS:
+            tags = [tag.format(opened) for tag in TAGS[self.family]]
+        elif self.nested:
             tags = [f"{MARK}</{own}>", f"{MARK}</invoke>\n", f"{MARK}</tool_call>", MARK, f"{MARK}<tool_call>\n", "</item>",
                     f'{MARK}<invoke name="unknown">', f"{MARK}<{opened}>", f"{MARK}<unknown>", "</mm:think>",
                     f"{MARK}</{own}> {MARK}<{r.choice(NAMES)}>"]  # fmt: skip
