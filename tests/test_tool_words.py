@@ -55,7 +55,7 @@ def round_trip(template: str, seed: int) -> None:
     r = Random(seed)
     thinks = {"reasoning_content": "Let me see."} if TURNS[template][3] else {}
     text = written(template, {"content": "One moment.", "tool_calls": asked(calls), **thinks})
-    for pieces in (cut(r, text), [text], list(text[:300]) + [text[300:]]):
+    for pieces in (cut(r, text), [text], [*text[:300], text[300:]]):
         found, message = read(template, tools, pieces)
         assert json.dumps(found) == json.dumps([list(c) for c in calls]), f"seed {seed}: {json.dumps(tools)}\n{text}"
         assert message["content"] == "One moment." and message.get("reasoning", "").strip() == (
