@@ -237,7 +237,7 @@ def priced(m3, tmp_path_factory) -> tuple[Checkpoint, Statistics, Prices, Path]:
 
 
 def price_of(source: Checkpoint, statistics: Statistics, tokens: TokenSet, run: Path) -> Prices:
-    counts = default_counts(source.architecture.experts, source.architecture.top_k)
+    counts = default_counts(source.architecture)
     options = Options(offers(source, CONTAINER, FORMATS), counts, order_experts(statistics, "reap"))
     return price(source, options, Trial(tokens, quiet=True), run)
 

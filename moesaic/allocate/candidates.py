@@ -84,10 +84,13 @@ def menu_of(
         dropped_K = weight * prices.dropping(layer, kept) if role == "experts" else np.zeros(1)
         bytes_FK = np.stack([option_bytes(source, container, unit, format, kept) for format in of])
         choices.append(Choice(unit, tuple(of), bytes_FK, harm_F1 + dropped_K))
+    unpriced = [unit for unit, members in source.architecture.units.items() if members[0].role == "mtp"]
+    still = sum(int(option_bytes(source, container, unit, SOURCE, [0])[0]) for unit in unpriced)
+    fixed = fixed_bytes(source, kept) + listed * listed_bytes(source, kept) + still
     weights = sum(n.elements for n in source.architecture.linears) + sum(
         t.elements for t in source.architecture.tensors
     )
-    return Menu(tuple(choices), tuple(kept), fixed_bytes(source, kept) + listed * listed_bytes(source, kept), weights)
+    return Menu(tuple(choices), tuple(kept), fixed, weights)
 
 
 def sums(prices: Prices, formats: Mapping[str, str], kept: int) -> tuple[float, float]:
@@ -98,7 +101,13 @@ def sums(prices: Prices, formats: Mapping[str, str], kept: int) -> tuple[float, 
 
 def plan_of(setting: Setting, prices: Prices, formats: Mapping[str, str], kept: int) -> Plan:
     container = setting.source.container if set(formats.values()) == {SOURCE} else setting.container
-    return Plan(container.name, prices.kept(kept), dict(formats), setting.rounding)
+    return Plan(
+        container=container.name,
+        kept=prices.kept(kept),
+        formats=dict(formats),
+        rounding=setting.rounding,
+        drop_mtp=setting.ranking.drop_mtp,
+    )
 
 
 def varied(menu: Menu, count: int, seed: int) -> list[tuple[dict[str, str], int]]:

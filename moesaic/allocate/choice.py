@@ -102,7 +102,7 @@ def on_offer(setting: Setting, statistics: Statistics) -> tuple[Options, float]:
     if harm in (SURROGATE, TRACE):
         return options, reverse_work(source, options)
     if harm == MEASURED and setting.offer.experts is None:
-        options = replace(options, counts=default_counts(a.experts, a.top_k))
+        options = replace(options, counts=default_counts(a))
     tried, work = options, 0.0
     if harm == ANCHORED:  # which formats will be the ends is not known yet: any two
         ends = {unit: list(dict.fromkeys((*of[:1], *of[-1:]))) for unit, of in options.units.items()}

@@ -67,8 +67,8 @@ class Offer:
     def kept(self, source: Checkpoint) -> list[int]:
         """Counts on offer, ascending."""
         a = source.architecture
-        least = min([*default_counts(a.experts, a.top_k), a.experts])
-        return list(range(least, a.experts + 1)) if self.experts is None else [self.experts]
+        least = min([*default_counts(a), a.experts])
+        return [count for count in a.counts if count >= least] if self.experts is None else [self.experts]
 
 
 @dataclass(frozen=True)

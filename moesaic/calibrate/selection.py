@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 from .criteria import CRITERIA
-from .criteria.base import POLICIES, Cut, combine, cut
+from .criteria.base import POLICIES, Cut, combine, cut, ordered
 from .statistics import Statistics
 
 POOLED = "pooled"  # the policy that does not tell domains apart
@@ -32,6 +32,7 @@ class Ranking:
     domains       name -> share, of those to be heard; None: all alike
     until_stable  read more and more until the choice stops moving (see `calibrate_until_stable`)
     run           a folder where `calibrate` left statistics: all of them are used, and no text is read for it
+    drop_mtp      leave out a layer for multi-token prediction, whose experts a cut would have to rank too
     """
 
     criterion: str = "reap"
@@ -39,6 +40,7 @@ class Ranking:
     domains: Mapping[str, float] | None = None
     until_stable: bool = False
     run: Path | None = None
+    drop_mtp: bool = False
 
     @property
     def criteria(self) -> Sequence[str]:
@@ -117,7 +119,11 @@ def select_experts(
     check_ranked(statistics)
     score_LE = scores(statistics, criterion, policy, domains)
     protected = statistics.super_experts()
-    halves = [cut(scores(statistics, criterion, policy, domains, half), statistics.layers, keep) for half in (0, 1)]
+    groups = statistics.groups
+    halves = [
+        cut(scores(statistics, criterion, policy, domains, half), statistics.layers, keep, groups=groups)
+        for half in (0, 1)
+    ]
     jaccard_L = np.array([jaccard(halves[0].kept[layer], halves[1].kept[layer]) for layer in statistics.layers])
     few = statistics.few(FEW_TOKENS) if CRITERIA[criterion].reads_text else ()
     return Selection(
@@ -126,7 +132,7 @@ def select_experts(
         domains=dict(zip(statistics.domains, statistics.shares(domains).tolist())),
         layers=statistics.layers,
         score_LE=score_LE,
-        cut=cut(score_LE, statistics.layers, keep, frozenset(protected)),
+        cut=cut(score_LE, statistics.layers, keep, frozenset(protected), groups),
         protected=tuple(protected),
         few=tuple(few),
         nonfinite=tuple(statistics.nonfinite()),
@@ -144,7 +150,7 @@ def order_experts(
     experts = score_LE.shape[1]
     protected = set(statistics.super_experts())
     guard_LE = np.array([[(layer, e) in protected for e in range(experts)] for layer in statistics.layers])
-    return np.stack([np.lexsort((np.arange(experts), -s_E, ~g_E)) for s_E, g_E in zip(score_LE, guard_LE)])
+    return np.stack([ordered(s_E, g_E, statistics.groups) for s_E, g_E in zip(score_LE, guard_LE)])
 
 
 def check_names(policy: str, criteria: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ class Statistics:
     positions_DH: np.ndarray
     folders: tuple[Path, ...]
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)  # criteria.WEIGHT_SUMS [L, E], where asked for
+    groups: int = 1  # of experts, of which each keeps as many
 
     def totals(self, domains: Mapping[str, float] | None = None, half: int | None = None) -> Totals:
         """Sums over both halves or one, [L, E], each domain's times its share; what a criterion reads.
@@ -107,7 +108,7 @@ class Statistics:
         """What is known without any text (see `weigh`): enough for criteria that read weights alone."""
         layers, experts = checkpoint.architecture.moe_layers, checkpoint.architecture.experts
         sums = {name: np.zeros((len(layers), 0, 2, experts)) for name in (*SUMS, "peak", "nonfinite")}
-        return Statistics(layers, (), sums, np.zeros((0, 2)), (), weights)
+        return Statistics(layers, (), sums, np.zeros((0, 2)), (), weights, checkpoint.architecture.groups)
 
     @staticmethod
     def of(chunks: Sequence[Path], checkpoint: Checkpoint) -> "Statistics":
@@ -123,7 +124,8 @@ class Statistics:
             positions_DH[at] += positions
             for name, a in found.items():
                 sums[name][:, at] = np.maximum(sums[name][:, at], a) if name == "peak" else sums[name][:, at] + a
-        return Statistics(layers, domains, sums, positions_DH, tuple(chunks))
+        groups = checkpoint.architecture.groups
+        return Statistics(layers, domains, sums, positions_DH, tuple(chunks), groups=groups)
 
 
 def read_chunk(

@@ -33,7 +33,7 @@ def inspect(model: Path, base: Path | None = None) -> dict[str, Any]:
     checkpoint = Checkpoint.open(model)
     a = checkpoint.architecture
     roles = shares(checkpoint)
-    active = sum(s.parameters for r, s in roles.items() if r not in ("experts", "embedding", "vision"))
+    active = sum(s.parameters for r, s in roles.items() if r not in ("experts", "embedding", "vision", "mtp"))
     active += roles["experts"].parameters * a.top_k // a.experts
     facts = {
         "model": str(model),

@@ -62,6 +62,7 @@ class Checkpoint:
     container: Container
     formats: Mapping[str, str]  # linear -> format
     stored: Mapping[str, Stored]
+    absent: frozenset[str] = frozenset()  # what some releases of the family have, and this one has not
 
     @staticmethod
     def open(path: str | Path, whole: bool = True) -> "Checkpoint":
@@ -78,6 +79,8 @@ class Checkpoint:
         family = family_of(config)
         config = dict(family.released(config))
         architecture, stored = family.read(config), read_shards(path)
+        absent = left_out(architecture, stored)
+        architecture = architecture.without(absent)
         container = container_of(config).of_release(architecture, {n: s.info.dtype for n, s in stored.items()})
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
         checkpoint = Checkpoint(
@@ -88,6 +91,7 @@ class Checkpoint:
             container=container,
             formats=formats,
             stored=stored,
+            absent=absent,
         )
         if stored and whole and (bad := checkpoint.differences()):
             raise CheckpointError(
@@ -256,6 +260,17 @@ class Checkpoint:
                     where = f", from element {start // part.itemsize:,} on" if start else ""
                     raise self.damaged(self.where(info.name), what + where)
         return True
+
+
+def left_out(architecture: Architecture, stored: Mapping[str, Stored]) -> frozenset[str]:
+    """Optional tensors that are not in the files, and the whole layer for multi-token prediction where none of it is."""
+    if not stored:
+        return frozenset()
+    mtp = {tensor.name for tensor in architecture.tensors if tensor.role == "mtp"}
+    absent = {name for name in architecture.optional if name not in stored}
+    if mtp and not mtp & stored.keys():
+        absent |= mtp | {linear.name for linear in architecture.linears if linear.role == "mtp"}
+    return frozenset(absent)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .base import (
 )
 from .stated import expert_counts, with_experts
 
-FAMILIES = collect(__name__, Family, "blocks", "rope", "stated")
+FAMILIES = collect(__name__, Family, "blocks", "deepseekmoe", "mla", "rope", "stated")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

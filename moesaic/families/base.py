@@ -7,8 +7,8 @@ module owns (an expert's activation), and vision: those tensors are carried alon
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,7 +101,7 @@ class Linear:
 
     name: str
     shape: tuple[int, int]
-    role: str  # "experts", "qkv", "o", "shared", "dense"
+    role: str  # "experts", "qkv", "o", "shared", "dense"; "mtp" of all in a layer for multi-token prediction
     unit: str  # matrices of one unit share one format, because one kernel reads them: "layers.12.experts"
     layer: int
     projection: str
@@ -157,10 +157,47 @@ class Architecture:
     embedding: str
     norm: str
     head: str
+    optional: frozenset[str] = frozenset()  # tensors that some releases of the family leave out
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(self.routers)
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of experts that routers select within; 1 where there are none."""
+        return max(router.groups for router in self.routers.values())
+
+    @cached_property
+    def has_mtp(self) -> bool:
+        return any(linear.role == "mtp" for linear in self.linears)
+
+    def refusal(self, kept: int) -> str:
+        """Why no layer can keep so many experts; empty where it can.
+
+        Of grouped experts each group keeps as many, and two at least: its score is a sum of its two best. Engines do not
+        check that, and route otherwise than the source (transformers, vLLM's CUDA path) or fail (vLLM's CPU path).
+        """
+        if not self.top_k <= kept <= self.experts:
+            return f"wanted {self.top_k}, which each token selects, to {self.experts}, as many as there are"
+        if kept in self.counts:
+            return ""
+        near = sorted(self.counts, key=lambda count: (abs(count - kept), count))[:2]
+        return (
+            f"they are selected within {self.groups} groups, each of which has to keep as many; "
+            f"the nearest that can be are {' and '.join(map(str, sorted(near)))}"
+        )
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Experts that a layer can keep, ascending, up to all."""
+        open_ = max(1, max(router.kept_groups for router in self.routers.values()))
+        return tuple(
+            kept
+            for kept in range(self.top_k, self.experts + 1)
+            if self.groups == 1
+            or (kept % self.groups == 0 and kept >= 2 * self.groups and kept // self.groups * open_ >= self.top_k)
+        )
 
     @cached_property
     def by_name(self) -> dict[str, Linear]:
@@ -183,6 +220,13 @@ class Architecture:
                 found.setdefault((linear.layer, linear.expert), {})[linear.projection] = linear
         return found
 
+    def without(self, names: Collection[str]) -> "Architecture":
+        """This architecture, but for small tensors and matrices of these names."""
+        if not names:
+            return self
+        linears = tuple(linear for linear in self.linears if linear.name not in names)
+        return replace(self, linears=linears, tensors=tuple(t for t in self.tensors if t.name not in names))
+
     @cached_property
     def rows_of(self) -> dict[str, int]:
         """Small tensor that has one row for each expert of a layer -> that layer."""
@@ -204,6 +248,8 @@ class Serving:
     head_width: int
     cached_layers: int  # layers that keep a key and a value of every kv head
     cuts: Mapping[str, str]
+    value_width: int = 0  # of a head's values, where it is another than of its keys
+    latent_width: int = 0  # of what all heads' keys and values are made of, cached once and whole on every device (MLA)
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0
     block_tokens: int = 0  # of a cache page; 0 leaves it to the server
@@ -305,6 +351,7 @@ class Wiring:
     block_scales: bool = (
         False  # whether the MoE block multiplies what experts give by the family's factor (else its router)
     )
+    latent: bool = False  # whether attention caches what it makes keys and values of (MLA)
     split: Split | None = None  # None: the layer's own forward runs
 
 
@@ -329,6 +376,7 @@ class Family:
     engine: Engine
     talks: tuple[Talk, ...]  # of its models; the last is that of a model without a chat template
     vision: Vision | None = None
+    mtp_key: str = ""  # where config.json counts layers for multi-token prediction (role "mtp"), which 0 leaves out
     # suffix of a quantized matrix's tensor -> its dtype in the vendor's releases, where that is not the container's first
     dtypes: Mapping[str, str] = field(default_factory=dict)
     # config.json as a tool saved it -> as the vendor writes it, which every engine reads; raises FamilyError

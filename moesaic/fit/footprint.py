@@ -116,11 +116,14 @@ class Footprint:
 
 
 def token_figure(shapes: Shapes, layout: Layout, kv: str) -> Figure:
-    """Heads are cut down to one a device and no further; an indexer's keys are whole on every device."""
+    """Heads are cut down to one a device and no further; a latent, and an indexer's keys, are whole on every device."""
     s, width = shapes.serving, KV_BYTES[kv]
     heads = max(1, s.kv_heads // layout.devices)
     total = s.cached_layers * 2 * heads * s.head_width * width
     formula = f"{s.cached_layers} layers × 2 × {heads} heads × {s.head_width} × {width} B"
+    if s.latent_width:
+        total = s.cached_layers * s.latent_width * width
+        formula = f"{s.cached_layers} layers × {s.latent_width} × {width} B"
     if s.index_layers:
         total += s.index_layers * s.index_width * INDEX_BYTES
         formula += f" + {s.index_layers} indexers × {s.index_width} × {INDEX_BYTES} B"

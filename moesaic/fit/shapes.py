@@ -161,16 +161,21 @@ class Shapes:
         changed = (replace(k, packing=packing) if k.role == "experts" else k for k in self.kinds)
         return replace(self, kinds=tuple(changed))
 
+    @property
+    def served(self) -> list[Kind]:
+        """Those that a server holds: a layer for multi-token prediction it reads only when told to speculate."""
+        return [kind for kind in self.kinds if kind.role != "mtp"]
+
     def figures(self, layout: Layout) -> list[Figure]:
-        return [kind.figure(layout, self.experts) for kind in self.kinds]
+        return [kind.figure(layout, self.experts) for kind in self.served]
 
     def weight_bytes(self, layout: Layout) -> int:
         """On the fullest device."""
-        return sum(kind.device_bytes(layout, self.experts) for kind in self.kinds)
+        return sum(kind.device_bytes(layout, self.experts) for kind in self.served)
 
     def repeated_bytes(self, layout: Layout) -> int:
         """Those of them that other devices hold too."""
-        return sum(k.device_bytes(layout, self.experts) for k in self.kinds if k.repeated(layout))
+        return sum(k.device_bytes(layout, self.experts) for k in self.served if k.repeated(layout))
 
     @property
     def disk(self) -> Figure:
@@ -192,7 +197,7 @@ class Shapes:
 
     def refusals(self, layout: Layout) -> list[str]:
         """Why vLLM would not start the model so laid out; empty when it would."""
-        return self.indivisible(layout) or [why for kind in self.kinds if (why := kind.refusal(layout))]
+        return self.indivisible(layout) or [why for kind in self.served if (why := kind.refusal(layout))]
 
     def layouts(self, devices: int) -> dict[Layout, list[str]]:
         """Every way to lie on so many devices, the preferred one first, with what speaks against it."""

@@ -27,7 +27,7 @@ def ragged(
     block_indices: Tensor | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Rows of queries [B, H, n, W] on their own keys and values [G, length, W] each: [B, n, H, W].
+    """Rows of queries [B, H, n, W] on their own keys and values [G, length, W] each: [B, n, H, W of the values].
 
     The queries are the last n positions of their row, which `position_ids` [B, n] holds too.
     `block_indices` [B, G, n, k] are an indexer's blocks of keys, -1 for none.
@@ -64,7 +64,7 @@ def one_query(
         index_GKW = places_GK.clamp(0, length - 1)[..., None].expand(-1, -1, width)
         k_GLW, v_GLW = k_GLW.gather(1, index_GKW), v_GLW.gather(1, index_GKW)
     q_GqW = q_H1W.reshape(groups, -1, width)
-    return F.scaled_dot_product_attention(q_GqW, k_GLW, v_GLW, mask_G1K, scale=scaling).reshape(q_H1W.shape)
+    return F.scaled_dot_product_attention(q_GqW, k_GLW, v_GLW, mask_G1K, scale=scaling).reshape(len(q_H1W), 1, -1)
 
 
 def queries(

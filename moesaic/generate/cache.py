@@ -42,16 +42,21 @@ class Cache:
 class Rows:
     """The caches of a call's rows, in the place of transformers' own, for one layer.
 
-    Keys and values come back as lists, a row each, which only our attention function (attention.py)
-    understands; the indexer's keys in one tensor, padded at the end where its mask of the future hides them.
+    Keys and values come back as lists, a row each, which only our attention function (attention.py) understands; of
+    one row as tensors [1, H, length, W], which latent attention makes keys and values of. The indexer's keys come in one
+    tensor, padded at the end where its mask of the future hides them.
     """
 
     caches: Sequence[Cache]
     layer: int
 
-    def update(self, keys_BHnW: Tensor, values_BHnW: Tensor, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+    def update(
+        self, keys_BHnW: Tensor, values_BHnW: Tensor, layer: int
+    ) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
         keys = [cache.write(layer, "keys", k_HnW) for cache, k_HnW in zip(self.caches, keys_BHnW)]
         values = [cache.write(layer, "values", v_HnW) for cache, v_HnW in zip(self.caches, values_BHnW)]
+        if len(keys) == 1:
+            return keys[0][None], values[0][None]
         return keys, values
 
     @property

@@ -118,6 +118,9 @@ class Decoder:
 
     def attended(self, attention: Callable[..., Any], layer: int, part: Sequence[Feed], x_BnD: Tensor) -> Tensor:
         """Attention over the keys in the caches of `part` and those of its new tokens."""
+        if self.run.family.wiring.latent and len(part) > 1:  # the module makes keys of one row's cache at a time
+            rows = [self.attended(attention, layer, [feed], x_BnD[i : i + 1]) for i, feed in enumerate(part)]
+            return torch.cat(rows)
         first_B = torch.tensor([feed.cache.length for feed in part], device=x_BnD.device)
         positions_Bn = first_B[:, None] + torch.arange(x_BnD.shape[1], device=x_BnD.device)
         attended_BnD: Tensor = attention(

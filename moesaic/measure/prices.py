@@ -15,6 +15,7 @@ from ..artifact import identity, read_json, write_json
 from ..checkpoint import Checkpoint
 from ..checkpoint.containers import Container
 from ..errors import PlanError
+from ..families import Architecture
 from ..formats import NAMES
 from ..plan import SOURCE
 from ..rounding import arithmetic
@@ -152,6 +153,8 @@ def offers(checkpoint: Checkpoint, container: Container, formats: Sequence[str])
     found: dict[str, tuple[str, ...]] = {}
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # matrices alike are asked about once
     for unit, members in checkpoint.architecture.units.items():
+        if members[0].role == "mtp":  # never run, so never priced: its values stay
+            continue
         own = checkpoint.formats[members[0].name]
         alike = (own, *((n.projection, n.shape) for n in members if not n.expert))
         if alike not in known:
@@ -175,9 +178,12 @@ def accepted(checkpoint: Checkpoint, container: Container, unit: str, format: st
     return True
 
 
-def default_counts(experts: int, top_k: int) -> tuple[int, ...]:
-    """Kept counts at which dropping is measured, largest first."""
-    return tuple(dict.fromkeys(n for share in KEPT_SHARES if top_k <= (n := round(share * experts)) < experts))
+def default_counts(architecture: Architecture) -> tuple[int, ...]:
+    """Kept counts at which dropping is measured, largest first: the nearest that can be to some shares of all."""
+    experts, counts = architecture.experts, architecture.counts
+    asked = (n for share in KEPT_SHARES if architecture.top_k <= (n := round(share * experts)) < experts)
+    near = (min(counts, key=lambda count: (abs(count - n), count)) for n in asked)
+    return tuple(dict.fromkeys(count for count in near if count < experts))
 
 
 def inputs_of(checkpoint: Checkpoint, options: Options, trial: Trial, harm: str, *rest: object) -> dict[str, str]:

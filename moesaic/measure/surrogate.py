@@ -76,9 +76,11 @@ class Sums:
         """Where each token goes as experts are dropped one by one, and with that all experts whose outputs are needed."""
         router, now_Tk = self.run.router(seen.layer), seen.experts_Tk.clone()
         needed_TE = torch.zeros_like(seen.affinity_TE, dtype=torch.bool)
-        for kept in range(len(self.order_E) - 1, min(self.options.counts, default=len(self.order_E)) - 1, -1):
+        counts = range(len(self.order_E) - 1, min(self.options.counts, default=len(self.order_E)) - 1, -1)
+        for kept in counts if router.is_local else [count for count in counts if count in self.options.counts]:
             gone = list(self.order_E[kept:])
-            moved_n = (now_Tk == gone[0]).any(1).nonzero().flatten()
+            moved_T = (now_Tk == gone[0]).any(1) if router.is_local else torch.ones(len(now_Tk), dtype=torch.bool)
+            moved_n = moved_T.nonzero().flatten().to(now_Tk.device)
             there = route(router, seen.x_TD[moved_n], gone)
             now_Tk[moved_n] = there.experts_Tk
             needed_TE[moved_n] = needed_TE[moved_n].scatter(1, there.experts_Tk, True)

@@ -40,6 +40,11 @@ class Blueprint:
         """Raises `PlanError` where the plan does not fit the source, or its container cannot carry what it asks for."""
         old = source.architecture
         check_kept(old, plan)
+        if plan.kept and not plan.drop_mtp and any(linear.role == "mtp" for linear in old.linears):
+            raise PlanError(
+                f"{source.path} has a layer for multi-token prediction with {old.experts} experts of its own, which no engine "
+                "loads beside fewer; give --mtp drop to leave it out"
+            )
         unknown = sorted(set(plan.formats) - set(old.units))
         if unknown:
             raise PlanError(f"the plan names units that the model lacks: {sample(unknown)}")
@@ -51,7 +56,9 @@ class Blueprint:
         config = (
             with_experts(source.config, old.experts, plan.experts(old.experts)) if plan.kept else dict(source.config)
         )
-        new = source.family.read(config)
+        if plan.drop_mtp and source.family.mtp_key:
+            config[source.family.mtp_key] = 0
+        new = source.family.read(config).without(source.absent)
         origin = {linear.name: origin_of(linear, old, plan) for linear in new.linears}
         before = {name: source.formats[linear.name] for name, linear in origin.items()}
         formats: dict[str, str] = {}
@@ -144,11 +151,18 @@ def check_kept(architecture: Architecture, plan: Plan) -> None:
             f"the plan keeps experts in {len(plan.kept)} layers, and the model has {len(architecture.moe_layers)} MoE layers"
         )
     count = plan.experts(architecture.experts)
-    if not architecture.top_k <= count < architecture.experts:
-        raise PlanError(
-            f"the plan keeps {count} experts a layer; wanted at least the {architecture.top_k} that a token selects "
-            f"and fewer than the source's {architecture.experts}"
-        )
+    if count == architecture.experts:
+        raise PlanError(f"the plan keeps {count} experts a layer, all that there are; leave `kept` empty for that")
+    if why := architecture.refusal(count):
+        raise PlanError(f"the plan keeps {count} experts a layer; {why}")
+    size = architecture.experts // architecture.groups
+    for layer, ids in plan.kept.items():
+        held = [sum(i // size == group for i in ids) for group in range(architecture.groups)]
+        if len(set(held)) > 1:
+            raise PlanError(
+                f"layer {layer} keeps {', '.join(map(str, held))} experts of its groups; as many of each are wanted, "
+                "since engines cut those that stay into equal groups again"
+            )
     beyond = [i for ids in plan.kept.values() for i in ids if not 0 <= i < architecture.experts]
     if beyond:
         raise PlanError(

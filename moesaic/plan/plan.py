@@ -28,6 +28,7 @@ class Plan:
     activations  input (`Linear.input`) -> its largest |x| on text, where a format rounds activations by that
     overlays   name of a folder -> {matrix or tensor of the blueprint -> SHA-256 of its tensors as written}: what was made
                elsewhere and takes the place of what the source would give (`overlay`)
+    drop_mtp   leave out the layer for multi-token prediction, if the source has one
     """
 
     container: str
@@ -36,6 +37,7 @@ class Plan:
     rounding: str = "rtn"
     activations: Mapping[str, float] = field(default_factory=dict)
     overlays: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    drop_mtp: bool = False
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) for name in (self.container, self.rounding, *self.formats.values())):
@@ -70,7 +72,7 @@ class Plan:
     def body(self) -> dict[str, Any]:
         """JSON-able: what `save` writes."""
         found = asdict(self) | {"kept": {str(layer): list(ids) for layer, ids in self.kept.items()}}
-        return {name: value for name, value in found.items() if name != "overlays" or value}
+        return {name: value for name, value in found.items() if name not in ("overlays", "drop_mtp") or value}
 
     def save(self, path: Path, inputs: Mapping[str, str]) -> None:
         write_json(path, "plan", self.body, inputs)
@@ -85,7 +87,15 @@ class Plan:
             if body.get("repaired"):  # before 0.2: the one kind of overlay that a plan listed
                 overlays["repaired"] = dict(body["repaired"])
             activations = dict(body.get("activations", {}))
-            return Plan(body["container"], kept, dict(body["formats"]), body["rounding"], activations, overlays)
+            return Plan(
+                container=body["container"],
+                kept=kept,
+                formats=dict(body["formats"]),
+                rounding=body["rounding"],
+                activations=activations,
+                overlays=overlays,
+                drop_mtp=body.get("drop_mtp", False) is True,
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error
 

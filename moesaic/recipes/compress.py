@@ -172,8 +172,8 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
     a, experts, container = source.architecture, recipe.offer.experts, recipe.offer.container
     check_names(recipe.ranking.policy, (recipe.ranking.criterion,))
-    if experts is not None and not a.top_k <= experts <= a.experts:
-        raise InputError(f"asked to keep {experts} experts; wanted {a.top_k} (a token selects as many) to {a.experts}")
+    if experts is not None and (why := a.refusal(experts)):
+        raise InputError(f"asked to keep {experts} experts; {why}")
     for name in (recipe.format, recipe.rest):
         if name != SOURCE and name not in NAMES:
             raise InputError(f"no format {name!r}; there are source, {', '.join(NAMES)}")
@@ -206,8 +206,11 @@ def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> 
     return Plan(
         container=source.container.name if keeps_formats(recipe) else recipe.offer.container,
         kept=selection.cut.kept if selection else {},
-        formats={unit: recipe.format if m[0].role == "experts" else recipe.rest for unit, m in units},
+        formats={
+            unit: recipe.format if m[0].role == "experts" else recipe.rest for unit, m in units if m[0].role != "mtp"
+        },
         rounding=recipe.rounding,
+        drop_mtp=recipe.ranking.drop_mtp,
     )
 
 

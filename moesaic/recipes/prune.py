@@ -113,7 +113,7 @@ def pruned(setting: Setting, out: Path, pruning: Pruning, command: str) -> dict[
     if criterion == AUTO:
         criterion = look_ahead(setting, known.statistics, [experts])[0].candidate.criterion
     selection = select_experts(known.statistics, criterion, experts, ranking.policy, ranking.domains)
-    plan = Plan(container=source.container.name, kept=selection.cut.kept)
+    plan = Plan(container=source.container.name, kept=selection.cut.kept, drop_mtp=ranking.drop_mtp)
     mended: dict[str, Any] = {}
     if pruning.repair:
         plan, mended["repair"] = repaired(setting, plan)
@@ -229,8 +229,7 @@ def look_ahead(setting: Setting, statistics: Statistics, counts: Sequence[int]) 
 
 def check_count(source: Checkpoint, experts: int) -> None:
     a = source.architecture
-    if not a.top_k <= experts < a.experts:
-        raise InputError(
-            f"asked to keep {experts} experts; wanted at least {a.top_k}, which each token selects, "
-            f"and fewer than the {a.experts} there are"
-        )
+    if experts == a.experts:
+        raise InputError(f"asked to keep {experts} experts, and there are no more; wanted fewer")
+    if why := a.refusal(experts):
+        raise InputError(f"asked to keep {experts} experts; {why}")

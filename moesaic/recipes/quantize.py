@@ -101,6 +101,6 @@ def quantize(
 
 
 def formats_of(source: Checkpoint, format: str, only: str, rest: str) -> dict[str, str]:
-    """A format for every unit of a model: `format` inside the scope, `rest` outside it."""
+    """A format for every unit of a model: `format` inside the scope, `rest` outside it; MTP keeps its values."""
     roles = {unit: members[0].role for unit, members in source.architecture.units.items()}
-    return {unit: format if role in SCOPES[only] else rest for unit, role in roles.items()}
+    return {unit: format if role in SCOPES[only] else rest for unit, role in roles.items() if role != "mtp"}

@@ -52,8 +52,12 @@ def attend(
 
 
 def head_width(config: Any) -> int:
-    """Of a query, where transformers' config says so; else heads share the model's width."""
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Of a query, where transformers' config says so; else heads share the model's width.
+
+    Of latent attention `head_dim` is only the part that is rotated.
+    """
+    width: int = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or 0
+    width = width or config.hidden_size // config.num_attention_heads
     return width
 
 

@@ -29,6 +29,7 @@ class Rule:
     score: Callable[[Tensor], Tensor]
     gates: Callable[[Tensor], Tensor]
     over_kept: bool = False  # whether an expert's affinity depends on which others there are
+    relative: bool = True  # whether gates are the same for affinities that are all larger by one factor
 
 
 def softmax(logits_TE: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ RULES: Mapping[str, Rule] = {
     "sigmoid_guarded": Rule(
         torch.sigmoid, over_guarded_sum
     ),  # DeepSeek-V3, Kimi, GLM; with groups where they have some
-    "softmax": Rule(softmax, as_they_are, over_kept=True),  # OLMoE
+    "softmax": Rule(softmax, as_they_are, over_kept=True, relative=False),  # OLMoE
     # Softmax over all, divided by the sum of the selected, is softmax over the logits of the selected alone, so one rule
     # is Qwen3's (the first), Mixtral's (the first in code, the second on paper) and gpt-oss's (the second).
     "softmax_of_chosen": Rule(softmax, over_sum, over_kept=True),
@@ -73,6 +74,12 @@ class LayerRouter:
     def __post_init__(self) -> None:
         if self.facts.rule not in RULES:
             raise FamilyError(f"no routing rule {self.facts.rule!r}; there are {', '.join(RULES)}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether dropping an expert changes nothing for tokens that do not select it."""
+        rule = RULES[self.facts.rule]
+        return self.facts.groups == 1 and (rule.relative or not rule.over_kept)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -58,10 +58,28 @@ def per_position(sums: Array, totals: Totals) -> Array:
     return sums / np.maximum(totals["positions"], 1)
 
 
+def ordered(score_E: Array, guard_E: Array, groups: int = 1) -> Array:
+    """Ids of a layer's experts, the one to keep first in front: those of `guard_E`, then by score, then by index.
+
+    Where a router selects within groups, they take turns, so that of any multiple of `groups` each has as many.
+    """
+    experts = len(score_E)
+    order = np.lexsort((np.arange(experts), -score_E, ~guard_E))
+    if groups == 1:
+        return order
+    place_E = np.empty(experts, np.int64)
+    for ids in np.split(order[np.argsort(order // (experts // groups), kind="stable")], groups):
+        place_E[ids] = np.arange(len(ids))
+    return order[np.argsort(place_E[order], kind="stable")]
+
+
 def cut(
-    score_LE: Array, layers: tuple[int, ...], keep: int, protected: frozenset[tuple[int, int]] = frozenset()
-) -> Cut:
+    score_LE: Array, layers: tuple[int, ...], keep: int, protected: frozenset[tuple[int, int]] = frozenset(),
+    groups: int = 1,
+) -> Cut:  # fmt: skip
     """Keep the `keep` best of each layer; ties go to the lower index, `protected` (layer, expert) before all.
+
+    Of several groups the best of each, and the margin is the least of theirs.
 
     Raises `InputError` for a count that drops none or all, and for a score that is not a number: such an
     expert cannot be ranked.
@@ -78,11 +96,18 @@ def cut(
     kept, margins = {}, {}
     for layer, score_E in zip(layers, score_LE):
         guard = np.array([(layer, e) in protected for e in range(len(score_E))])
-        order = np.lexsort((np.arange(len(score_E)), -score_E, ~guard))
-        last, first = score_E[order[keep - 1]], score_E[order[keep]]
+        order = ordered(score_E, guard, groups)
         kept[layer] = tuple(sorted(int(e) for e in order[:keep]))
-        margins[layer] = float((last - first) / last) if last else 0.0
+        lines = [line(score_E, order, keep, groups, group) for group in range(groups)]
+        margins[layer] = min(float((last - first) / last) if last else 0.0 for last, first in lines)
     return Cut(kept, margins)
+
+
+def line(score_E: Array, order_E: Array, keep: int, groups: int, group: int) -> tuple[float, float]:
+    """Scores of the last expert that a group keeps, and of the first that it drops."""
+    size = len(order_E) // groups
+    mine = [e for e in order_E if e // size == group]
+    return score_E[mine[keep // groups - 1]], score_E[mine[keep // groups]]
 
 
 def ranks(score_LE: Array) -> Array:

@@ -67,9 +67,11 @@ def small_modules(architecture: Architecture) -> list[str]:
     found: dict[str, None] = {}
     for tensor in architecture.tensors:
         words = tensor.name.removesuffix(".weight").split(".")
+        if tensor.role == "mtp" and len(tensor.shape) < 2:
+            continue
         if tensor.role == "vision":
             found[rf"(.*\.)?{re.escape(words[0])}\..*"] = None
-        elif tensor.role in ("embedding", "head", "router"):
+        elif tensor.role in ("embedding", "head", "router", "mtp"):
             found[rf"(.*\.)?{re.escape(words[-1])}$"] = None
     return list(found)
 

@@ -83,6 +83,7 @@ class RankingArguments(Arguments):
     policy: str
     domains: Mapping[str, float] | None
     until_stable: bool
+    mtp: str
 
 
 def ranking_options(p: argparse.ArgumentParser) -> None:
@@ -99,12 +100,23 @@ def ranking_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--until-stable", action="store_true", help="begin with --tokens, and double until the choice stops moving"
     )
+    p.add_argument(
+        "--mtp", choices=("keep", "drop"), default="keep",
+        help="a layer for multi-token prediction: keep it, or leave it out, as a cut has to (default %(default)s)",
+    )  # fmt: skip
 
 
 def ranking(a: RankingArguments, run: Path | None = None) -> Ranking:
     from ...calibrate.selection import Ranking
 
-    return Ranking(criterion=a.criterion, policy=a.policy, domains=a.domains, until_stable=a.until_stable, run=run)
+    return Ranking(
+        criterion=a.criterion,
+        policy=a.policy,
+        domains=a.domains,
+        until_stable=a.until_stable,
+        run=run,
+        drop_mtp=a.mtp == "drop",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

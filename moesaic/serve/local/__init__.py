@@ -66,7 +66,8 @@ def local(checkpoint: Checkpoint, key: str | None = None, room: Room = NO_LIMIT)
 def token_bytes(checkpoint: Checkpoint) -> int:
     """Keys and values of one token in F32, of every layer, and an indexer's keys."""
     s = checkpoint.family.engine.serving(checkpoint.config)
-    return 4 * (s.cached_layers * 2 * s.kv_heads * s.head_width + s.index_layers * s.index_width)
+    each = s.latent_width or 2 * s.kv_heads * s.head_width
+    return 4 * (s.cached_layers * each + s.index_layers * s.index_width)
 
 
 def read_key(path: Path) -> str:
