@@ -1,0 +1,250 @@
+"""The writer of checkpoint folders, held to published totals, to transformers' own loaders and to plain arithmetic."""
+
+import json
+import os
+import re
+from math import prod
+from pathlib import Path
+
+import pytest
+import replica
+import torch
+import transformers
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+PUBLISHED, ARITHMETIC = "published", "arithmetic"
+# config, source ("": as released), tensors, elements, bytes, where the number comes from. A published number is
+# reproduced to the unit: elements of the hub's API (GLM), bytes of an index (Mixtral) or of storage (Kimi-K2.5,
+# as K2.6). The rest is arithmetic that a second person did; the published sizes of files are its upper bounds.
+TOTALS = [
+    ("qwen3_30b_a3b", "", 18_867, 30_532_122_624, 61_064_245_248, ARITHMETIC),
+    ("qwen3_235b_a22b", "", 36_945, 235_093_634_560, 470_187_269_120, ARITHMETIC),
+    ("coder_480b", "", 30_321, 480_154_875_392, 960_309_750_784, ARITHMETIC),
+    ("qwen3_30b_a3b_fp8", "", 37_491, None, 31_170_895_872, ARITHMETIC),
+    ("qwen3_235b_a22b", "fp8", 73_417, None, 236_416_915_456, ARITHMETIC),
+    ("coder_480b", "fp8", 60_329, None, 482_141_974_528, ARITHMETIC),
+    ("mixtral", "", 995, None, 93_405_585_408, ARITHMETIC),
+    ("mixtral_8x22b", "", 1_739, None, 281_241_268_224, PUBLISHED),
+    ("olmoe", "", None, 6_919_161_856, None, ARITHMETIC),
+    ("glm4_7", "", 44_691, 358_337_791_296, 716_675_611_392, PUBLISHED),
+    ("glm4_air", "", 18_329, 110_468_824_832, 220_937_661_440, PUBLISHED),
+    ("glm4_7", "without MTP", None, None, 705_595_686_528, ARITHMETIC),
+    ("glm4_air", "without MTP", None, None, 213_704_514_048, ARITHMETIC),
+    ("glm4_7_flash", "", 9_703, 31_221_488_576, 62_442_983_168, PUBLISHED),
+    ("glm4_7_flash", "without MTP", None, None, 59_886_793_728, ARITHMETIC),
+    ("deepseek_v3", "", 91_991, 684_531_386_000, 688_574_839_360, ARITHMETIC),
+    ("deepseek_v3", "without MTP", 90_427, None, 673_150_611_808, ARITHMETIC),
+    ("kimi_k2", "", 139_583, None, 1_029_173_249_888, ARITHMETIC),
+    ("kimi_k2_5", "", 208_550, None, 595_148_192_736, PUBLISHED),
+]
+# bytes of all files of a release, headers included
+FILES = {
+    "qwen3_30b_a3b": 61_066_575_648,
+    "qwen3_235b_a22b": 470_191_875_096,
+    "deepseek_v3": 688_586_727_753,
+    "kimi_k2": 1_029_190_981_272,
+}
+CLASSES = {
+    "qwen3_moe": transformers.Qwen3MoeForCausalLM, "olmoe": transformers.OlmoeForCausalLM,
+    "mixtral": transformers.MixtralForCausalLM, "glm4_moe": transformers.Glm4MoeForCausalLM,
+    "deepseek_v3": transformers.DeepseekV3ForCausalLM, "kimi_k2": transformers.DeepseekV3ForCausalLM,
+    "kimi_k25": transformers.Kimi_K25ForConditionalGeneration, "glm4_moe_lite": transformers.Glm4MoeLiteForCausalLM,
+}  # fmt: skip
+FAMILIES = list(replica.TINY)
+
+
+@pytest.mark.parametrize("name, source, tensors, elements, size, origin", TOTALS)
+def test_totals(name, source, tensors, elements, size, origin):
+    config = replica.released(name)
+    if source == "without MTP":
+        config["num_nextn_predict_layers"] = 0
+    elif source:
+        replica.quantize(config, source)
+    kinds = replica.tensors(config).values()
+    found = len(kinds), sum(prod(shape) for _, shape in kinds), sum(map(replica.size, kinds))
+    assert found == tuple(wanted or have for wanted, have in zip((tensors, elements, size), found))
+    if not source and name in FILES:
+        assert 0 < FILES[name] - size < 200 * tensors, "headers, of about a hundred bytes a tensor"
+
+
+def test_qwens_list_of_unquantized_modules_is_the_released_one():
+    config = replica.released("qwen3_30b_a3b")
+    replica.quantize(config, "fp8")
+    assert config == replica.released("qwen3_30b_a3b_fp8")
+
+
+def test_the_mtp_layer_of_glm_4_6_has_no_embedding():
+    config = replica.released("glm4_7")
+    gone = replica.tensors(config).keys() - replica.tensors(config, mtp_embedding=False).keys()
+    assert gone == {"model.layers.92.embed_tokens.weight", "model.layers.92.shared_head.head.weight"}
+
+
+def test_kimis_tower_has_335_tensors():
+    assert len(list(replica.vision(replica.released("kimi_k2_5")["vision_config"]))) == 335
+
+
+def config_of(folder: Path) -> transformers.PreTrainedConfig:
+    """As AutoConfig reads it; but transformers has no `kimi_k2` and reads none of Kimi-K2.5's words of the tower."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "kimi_k2":
+        # with its own model_type transformers would not know how to fuse the experts, and would miss them all
+        return transformers.DeepseekV3Config.from_dict(config | {"model_type": "deepseek_v3"})
+    if config["model_type"] == "kimi_k25":
+        v = config["vision_config"]
+        v |= {key.removeprefix("vt_"): value for key, value in v.items()} | {"projection_hidden_size": 64}
+        v |= {f"pos_emb_{side}": v[f"init_pos_emb_{side}"] for side in ("height", "width", "time")}
+        config["projection_hidden_size"] = v["mm_hidden_size"]
+        return transformers.Kimi_K25Config.from_dict(config)
+    return AutoConfig.from_pretrained(folder)
+
+
+def load(folder: Path, family: str) -> tuple[torch.nn.Module, dict[str, set[str]]]:
+    transformers.utils.logging.set_verbosity_error()
+    loaded: tuple[torch.nn.Module, dict[str, set[str]]] = CLASSES[family].from_pretrained(
+        folder, config=config_of(folder), dtype=torch.float32, output_loading_info=True
+    )
+    return loaded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_every_tensor(tmp_path, family):
+    folder = replica.make(tmp_path / "m", family)
+    model, report = load(folder, family)
+    assert not any(report.values()), report
+    logits = model(input_ids=torch.arange(1, 33)[None]).logits
+    assert logits.shape == (1, 32, 512) and logits.isfinite().all() and logits.std() > 0.3
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "glm4_moe_lite"])
+def test_the_mtp_layer_is_all_that_transformers_does_not_know(tmp_path, family):
+    _, report = load(replica.make(tmp_path / "m", family, mtp=True), family)
+    unexpected = report.pop("unexpected_keys")
+    last = json.loads((tmp_path / "m/config.json").read_text())["num_hidden_layers"]
+    assert unexpected and all(f".layers.{last}." in name for name in unexpected) and not any(report.values())
+    assert {"eh_proj.weight", "embed_tokens.weight"} <= {name.split(f".{last}.")[1] for name in unexpected}
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Every tensor, with its file checked against the index, and its kind against `tensors`."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            assert {index["weight_map"][name] for name in names} == {file.name}
+            found |= {name: opened.get_tensor(name) for name in names}
+    config = json.loads((folder / "config.json").read_text())
+    words = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
+    assert {name: (words[t.dtype], tuple(t.shape)) for name, t in found.items()} == replica.tensors(config)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values(tmp_path, family):
+    found = read(replica.make(tmp_path / "m", family, shards=4))
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 4
+    for name, t in found.items():
+        assert t.float().std() > 0
+        if "norm" in name and name.endswith("weight"):
+            assert 0.9 < t.float().mean() < 1.1
+        if "e_score" in name:
+            assert t.dtype == torch.float32 and 7.5 < t.mean() < 8.5 and (t != t.bfloat16()).any()
+    again = read(replica.make(tmp_path / "again", family, shards=2))
+    assert all(torch.equal(t, again[name]) for name, t in found.items())
+    other = read(replica.make(tmp_path / "other", family, seed=1))
+    assert not any(torch.equal(t, other[name]) for name, t in found.items())
+
+
+def stretched(scales: Tensor, shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    wide = scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """Bit by bit, through bytes, not as the writer packs: a byte holds two codes, the lower first."""
+    bytes_ = packed.contiguous().view(torch.uint8)
+    return (torch.stack([bytes_ % 16, bytes_ // 16], -1).flatten(1)).float() - 8
+
+
+FP8 = [("qwen3_moe", {}), ("glm4_moe", {}), ("deepseek_v3", {}), ("kimi_k2", {}), ("glm4_moe_lite", {})]
+FP8 += [("deepseek_v3", {"quantization_config": replica.released("deepseek_v3_1")["quantization_config"]})]
+FP8 += [("qwen3_moe", {"hidden_size": 320, "moe_intermediate_size": 192})]  # partial blocks both ways
+
+
+@pytest.mark.parametrize("family, changes", FP8)
+def test_fp8_decodes_to_the_values_but_for_its_rounding(tmp_path, family, changes):
+    plain = read(replica.make(tmp_path / "bf16", family, **{k: v for k, v in changes.items() if "config" not in k}))
+    coded = read(replica.make(tmp_path / "fp8", family, "fp8", **changes))
+    rounded = [name for name, t in coded.items() if t.dtype == torch.float8_e4m3fn]
+    assert len(rounded) >= 40 and not any(re.search("gate.weight|norm|embed|head|eh_proj", name) for name in rounded)
+    for name, t in plain.items():
+        if name not in rounded:
+            assert torch.equal(t, coded[name])
+            continue
+        scales = coded[f"{name}_scale_inv"]
+        assert scales.dtype == (torch.bfloat16 if family == "qwen3_moe" else torch.float32)
+        if changes.get("quantization_config"):
+            assert (scales.log2() % 1 == 0).all()
+        step = stretched(scales, t.shape, 128, 128)
+        error = (coded[name].float() * step - t.float()).abs()
+        # half a step of E4M3 (3 bits of mantissa; 2^-10 below its normal numbers), and BF16's own
+        assert (error <= t.float().abs() * (2**-4 + 2**-8) + step * 2**-10).all()
+        assert error.max() > 0
+
+
+@pytest.mark.parametrize("family", ["kimi_k2", "kimi_k25"])
+def test_int4_decodes_to_the_values_but_for_its_rounding(tmp_path, family):
+    plain, coded = read(replica.make(tmp_path / "bf16", family)), read(replica.make(tmp_path / "int4", family, "int4"))
+    rounded = [name for name in plain if f"{name}_packed" in coded]
+    assert len(rounded) == 2 * 16 * 3 and all(".mlp.experts." in name for name in rounded)
+    for name, t in plain.items():
+        if name not in rounded:
+            assert torch.equal(t, coded[name])
+            continue
+        assert coded[f"{name}_shape"].tolist() == list(t.shape)
+        codes, step = unpacked(coded[f"{name}_packed"]), stretched(coded[f"{name}_scale"], t.shape, 1, 32)
+        assert torch.equal(codes, unpack_from_int32(coded[f"{name}_packed"], 4, t.shape).float())
+        assert codes.min() == -8 and codes.max() == 7
+        error = (codes * step - t.float()).abs()
+        assert (error <= step * (0.5 + 2 * 7.5 * 2**-8)).all()  # half a step, and BF16's rounding of value and scale
+        assert error.max() > 0.4 * step.max()
+
+
+@pytest.mark.parametrize("name", ["glm4_7", "kimi_k2"])
+def test_headers_of_a_whole_release(tmp_path, name):
+    folder = replica.headers(tmp_path / "m", name)
+    kinds = replica.tensors(replica.released(name))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(map(replica.size, kinds.values()))
+    files = sorted(folder.glob("*.safetensors"))
+    assert sum(os.stat(file).st_blocks * 512 for file in files) < 100_000_000 < sum(map(os.path.getsize, files)) / 1000
+    assert all(os.path.getsize(file) < 5_100_000_000 for file in files if file.name != "mtp.safetensors")
+    assert (folder / "mtp.safetensors").exists() == (name == "glm4_7")
+    seen = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            seen |= set(names)
+            for tensor in (names[0], names[-1]):
+                part = opened.get_slice(tensor)
+                assert (part.get_dtype(), tuple(part.get_shape())) == kinds[tensor]
+                assert index["weight_map"][tensor] == file.name
+    assert seen == kinds.keys() == index["weight_map"].keys()
+    if name in FILES:
+        assert sum(map(os.path.getsize, files)) == pytest.approx(FILES[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b_a3b_fp8", "glm4_7_flash"])
+def test_one_layer_of_the_released_widths(tmp_path, name):
+    folder = replica.layer(tmp_path / "m", name, experts=4, vocab=512)
+    released, found = replica.tensors(replica.released(name)), read(folder)
+    layer = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+    assert {n for n in found if ".mlp.experts." in n and n.endswith("proj.weight")} == {
+        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight" for e in range(4) for p in ("gate", "up", "down")
+    }
+    same = [n for n in found if f"layers.{layer}." in n and "mlp.gate." not in n]
+    assert all(tuple(found[n].shape) == released[n][1] for n in same)
