@@ -17,8 +17,17 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 TURNS = {  # template -> its family, what stands before an answer and after it, whether it writes thoughts
     "qwen3": ("qwen3_moe", "<|im_start|>assistant\n", "<|im_end|>\n", True),
     "qwen3_coder": ("qwen3_moe", "<|im_start|>assistant\n", "<|im_end|>\n", False),
+    "glm4": ("glm4_moe", "<|assistant|>", "", True),
+    "glm4_moe": ("glm4_moe", "<|assistant|>\n", "", True),
+    "deepseek_v3": ("deepseek_v3", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", True),
+    "deepseek_v31": ("deepseek_v3", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", True),
+    "kimi_k2": ("kimi_k25", "<|im_assistant|>assistant<|im_middle|>", "<|im_end|>", True),
 }
-PARSERS = {"qwen3": ("hermes", "qwen3"), "qwen3_coder": ("qwen3_coder", "")}
+PARSERS = {
+    "qwen3": ("hermes", "qwen3"), "qwen3_coder": ("qwen3_coder", ""), "glm4": ("glm47", "glm45"), "glm4_moe": ("glm45", "glm45"),
+    "deepseek_v3": ("deepseek_v3", "deepseek_r1"), "deepseek_v31": ("deepseek_v31", "deepseek_v3"),
+    "kimi_k2": ("kimi_k2", "kimi_k2"),
+}  # fmt: skip
 TEMPLATE = pytest.mark.parametrize("template", sorted(TURNS))
 
 
@@ -95,6 +104,17 @@ CUT = {
     "qwen3": ('<tool_call>\n{"name": "f", "arguments": {"city": "a"}}\n</tool_call>', '\n<tool_call>\n{"name": "f", "argum'),
     "qwen3_coder": ("<tool_call>\n<function=f>\n<parameter=city>\na\n</parameter>\n</function>\n</tool_call>",
                     "\n<tool_call>\n<function=f>\n<parameter=city>\nb"),
+    "glm4": ("<tool_call>f<arg_key>city</arg_key><arg_value>a</arg_value></tool_call>",
+             "<tool_call>f<arg_key>city</arg_key><arg_value>b"),
+    "glm4_moe": ("<tool_call>f\n<arg_key>city</arg_key>\n<arg_value>a</arg_value>\n</tool_call>",
+                 "\n<tool_call>f\n<arg_key>city</arg_key>\n<arg_value>b"),
+    "deepseek_v3": ('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"city": "a"}\n```'
+                    "<｜tool▁call▁end｜>",
+                    "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```js"),
+    "deepseek_v31": ('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city": "a"}<｜tool▁call▁end｜>',
+                     '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city'),
+    "kimi_k2": ('<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"city": "a"}'
+                "<|tool_call_end|>", "<|tool_call_begin|>functions.f:1<|tool_call_argument_begin|>{"),
 }  # fmt: skip
 
 

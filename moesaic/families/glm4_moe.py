@@ -92,7 +92,7 @@ JOINED = Markup(  # GLM-4.7
     call=("<tool_call>{}", "</tool_call>"),
     value=("<arg_key>{}</arg_key><arg_value>", "</arg_value>"),
 )
-GLM4_6 = Talk(("<think>", "</think>"), CALLS, "</arg_key>\n<arg_value>", "glm45", "glm45")
+GLM4_6 = Talk(("<think>", "</think>"), CALLS, "<arg_key>", "glm45", "glm45")
 GLM4_7 = Talk(("<think>", "</think>"), JOINED, "</arg_key><arg_value>", "glm47", "glm45")
 
 

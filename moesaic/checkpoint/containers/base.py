@@ -263,7 +263,7 @@ def compare(
     Raises `CheckpointError`: an engine would believe the config, and drop or misread what is on disk.
     """
     present: dict[str, set[str]] = {}
-    for name in names:
+    for name in names.difference(tensor.name for tensor in architecture.tensors):  # a bias is no part of its matrix
         module, _, suffix = name.rpartition(".")
         present.setdefault(module, set()).add(suffix)
     for linear in architecture.linears:

@@ -1,0 +1,337 @@
+"""Every family but MiniMax through every stage, as a user gives them; folders by replica.py, arithmetic by transformers."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import replica
+import torch
+import torch.nn.functional as F
+from forward import final
+from local_server import serving
+from torch import Tensor
+from whole import decoded, logits, whole
+
+from moesaic.checkpoint import Checkpoint
+from moesaic.cli import main
+from moesaic.data.tokens import Tokenizer
+from moesaic.families import FAMILIES, Linear
+from moesaic.generate import Decoder, Sampling, end_tokens, generate
+from moesaic.serve.local import Room, local
+from moesaic.stream import LayerRun, State
+from moesaic.stream.backward import Listener, retreat, tail
+from moesaic.verify import verify
+
+KEY = "a-key-of-tests"
+NAMES = tuple(sorted(replica.TINY))
+FAMILY = pytest.mark.parametrize("family", NAMES)
+KINDS = [(family, "bf16") for family in NAMES] + [
+    ("qwen3_moe", "fp8"), ("glm4_moe", "fp8"), ("deepseek_v3", "fp8"), ("kimi_k2", "fp8"), ("kimi_k25", "int4"),
+]  # fmt: skip
+# (container, format of experts) that engines read for these families: all, but for AutoRound under latent attention
+CARRIED = [
+    ("compressed_tensors", "mxfp4"),
+    ("compressed_tensors", "fp8_block"),
+    ("auto_round", "int4_g64"),
+    ("mlx", "mxfp4"),
+]
+TOLERANCE = 1e-4  # on logits, whose standard deviation is about 1.3
+TEXT = ("--tokens", 512, "--length", 64)
+
+Make = Callable[..., Checkpoint]
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Tiny models, each written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def made(family: str, source: str = "bf16", **more: Any) -> Checkpoint:
+        name = "-".join(map(str, (family, source, *more.values())))
+        return Checkpoint.open(replica.make(root / name, family, source, **more))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    """transformers' model of a folder, loaded once."""
+    root = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def loaded(path: Path) -> Any:
+        return whole(path, root / "-".join(path.parts[-2:]))
+
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    lines = (f"sums {a} and {b} make {a + b}, said {c}" for a, b, c in rng.integers(0, 10**6, (1200, 3)))
+    (folder / "sums.txt").write_text("\n".join(lines))
+    return folder
+
+
+def text(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def ours(run: LayerRun, tokens_BT: Tensor, dropped: dict[int, list[int]] | None = None) -> Tensor:
+    (state,) = final(run, [State(run.embed(tokens_BT), dropped=dropped or {})])
+    return run.logits(state.hidden_BTD.flatten(0, 1)).view(*tokens_BT.shape, -1)
+
+
+def go(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    code = main([*map(str, words), "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    assert code == 0, out + err
+    found: dict = json.loads(out.strip().splitlines()[-1])
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main([*map(str, words), "--quiet"]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# What is on disk
+
+
+@pytest.mark.parametrize("name", [
+    "qwen3_30b_a3b", "qwen3_30b_a3b_fp8", "coder_480b", "olmoe", "mixtral_8x22b", "glm4_air", "glm4_7", "glm4_7_flash",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("deepseek_v3", "kimi_k2", "kimi_k2_5", "qwen3_235b_a22b")),
+])  # fmt: skip
+def test_a_bare_config_tells_every_tensor_of_its_release(name, tmp_path, capsys):
+    """Names, dtypes and shapes are those of the tables; test_replica holds their totals to published ones."""
+    config = replica.released(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = {t.name: (t.dtype, t.shape) for t in Checkpoint.open(tmp_path).inventory}
+    assert found == replica.tensors(config)
+    facts = go(capsys, "inspect", tmp_path)
+    assert facts["bytes"] == sum(map(replica.size, found.values())) and facts["tensors"] == len(found)
+    assert go(capsys, "fit", tmp_path, "--devices", "4x141GiB")["disk_bytes"] == facts["bytes"]
+
+
+def test_what_a_release_leaves_out_is_not_missed(make, tmp_path):
+    """GLM-4.6's MTP layer has no embedding; a folder whose config counts a layer that no file holds is taken as it is."""
+    bare, full = make("glm4_moe", mtp=True, mtp_embedding=False), make("glm4_moe", mtp=True)
+    assert {t.name for t in full.inventory} - {t.name for t in bare.inventory} == {
+        "model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight",
+    }  # fmt: skip
+    none = make("glm4_moe")
+    for file in none.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    promised = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(promised))
+    opened = Checkpoint.open(tmp_path)
+    assert not opened.architecture.has_mtp and {t.name for t in opened.inventory} == {t.name for t in none.inventory}
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(("family", "source"), KINDS)
+def test_logits_are_those_of_transformers(make, reference, family, source):
+    """Batch of 3, in one piece and, of a small buffer, in chunks of queries."""
+    checkpoint, tokens_BT = make(family, source), text(3, 90)
+    wanted = logits(reference(checkpoint.path), tokens_BT)
+    assert (ours(LayerRun(checkpoint), tokens_BT) - wanted).abs().max() < TOLERANCE
+    assert (ours(LayerRun(checkpoint, block_bytes=64 << 10), tokens_BT) - wanted).abs().max() < TOLERANCE
+
+
+def gradient(found: dict[str, Tensor], n: Linear) -> Tensor:
+    """Of one matrix, from where transformers keeps it."""
+    name = n.name.removeprefix("language_model.")
+    if n.expert is None:
+        return found[f"{name}.weight"]
+    at = f"model.layers.{n.layer}.mlp.experts."
+    if n.projection == "down":
+        return found[f"{at}down_proj"][n.expert]
+    return found[f"{at}gate_up_proj"][n.expert].chunk(2)[n.projection == "up"]
+
+
+@FAMILY
+def test_gradients_are_those_of_the_whole_model(make, tmp_path, family):
+    """Of every matrix, and of the embedded tokens, relative to the largest of each."""
+    checkpoint, ids_BT, labels_BS = make(family), text(2, 40), text(2, 39, seed=1)
+    model = whole(checkpoint.path, tmp_path)
+    embedded = model.get_input_embeddings()(ids_BT).detach().requires_grad_()
+    logits_BSV = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+    F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="sum").backward()
+    truth = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    run, mine = LayerRun(checkpoint), dict[str, Tensor]()
+
+    def add(seen: Any) -> None:
+        for n, x_nI, slope_nO in zip(seen.linears, seen.x, seen.slope):
+            mine[n.name] = mine.get(n.name, torch.zeros(n.shape)) + slope_nO.T @ x_nI
+
+    hidden = [run.embed(ids_BT)]
+    for layer in range(run.architecture.layers):
+        hidden.append(run.advance(layer, [State(hidden[-1])])[0].hidden_BTD)
+    slope_BTD = tail(run, hidden[-1], labels_BS)
+    for layer in reversed(range(run.architecture.layers)):
+        slope_BTD = retreat(run, layer, hidden[layer], slope_BTD, Listener(add))
+    assert embedded.grad is not None
+    assert (slope_BTD - embedded.grad).abs().max() < 2e-5 * embedded.grad.abs().max()
+    for n in checkpoint.architecture.linears:
+        wanted = gradient(truth, n)
+        assert (mine.get(n.name, torch.zeros(n.shape)) - wanted).abs().max() <= 2e-5 * wanted.abs().max(), n.name
+
+
+@FAMILY
+def test_decoding_is_the_forward_pass(make, family):
+    """Token by token over caches of two sequences of different lengths, latent ones too."""
+    checkpoint, tokens_BT = make(family), text(2, 40)
+    decoder, prompts = Decoder(checkpoint, device="cpu"), [tokens_BT[0, :30].tolist(), tokens_BT[1, :17].tolist()]
+    found = generate(decoder, prompts, 6, Sampling())
+    for prompt, answer in zip(prompts, found):
+        row = torch.tensor([prompt + answer.ids])
+        best = ours(LayerRun(checkpoint), row)[0, len(prompt) - 1 : -1].argmax(-1)
+        assert best.tolist() == answer.ids
+
+
+# Commands
+
+
+@FAMILY
+def test_a_cut_is_what_its_mask_computes(make, reference, data, tmp_path, capsys, family):
+    """Bytes copied, config changed in one key, equal to the masked source and to transformers' model of the cut."""
+    source, out = make(family), tmp_path / "cut"
+    keep = source.architecture.counts[-2] if source.architecture.groups > 1 else source.architecture.experts - 3
+    go(capsys, "prune", source.path, out, "--experts", keep, "--data", data, *TEXT)
+    cut, tokens_BT = Checkpoint.open(out), text(2, 50)
+    kept = go(capsys, "inspect", out, "--base", source.path)["kept"]
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source.path, out))
+    assert changed_keys(before, after) == {experts_key(before)}
+    for n in cut.architecture.linears:
+        origin = n.name
+        if n.expert is not None:
+            origin = source.architecture.experts_of[n.layer, kept[str(n.layer)][n.expert]][n.projection].name
+        assert torch.equal(cut.read(f"{n.name}.weight"), source.read(f"{origin}.weight"))
+    gone = {int(layer): sorted(set(range(source.architecture.experts)) - set(ids)) for layer, ids in kept.items()}
+    masked = ours(LayerRun(source), tokens_BT, gone)
+    assert torch.allclose(masked, ours(LayerRun(cut), tokens_BT), atol=TOLERANCE)
+    assert torch.allclose(masked, logits(reference(out), tokens_BT), atol=TOLERANCE)
+    facts = go(capsys, "evaluate", out, "--against", source.path, "--data", data, *TEXT)
+    assert facts["scores"]["router_agreement"]["value"] > 0 and facts["scores"]["kl_mean"]["value"] > 0
+
+
+def changed_keys(before: dict, after: dict, at: str = "") -> set[str]:
+    found = set()
+    for key in before.keys() | after.keys():
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= changed_keys(a, b, f"{at}{key}.")
+        elif a != b:
+            found.add(at + key)
+    return found
+
+
+def experts_key(config: dict) -> str:
+    inner = "text_config" in config
+    return ("text_config." if inner else "") + replica.experts_key(replica.text(config))
+
+
+@FAMILY
+def test_a_budget_is_met_and_told(make, data, tmp_path, capsys, family):
+    """compress: calibration, prices, pruning and rounding, export, verify, evaluate, report; then what reads its outcome."""
+    source, run = make(family), tmp_path / "run"
+    keep = source.architecture.counts[-2]
+    whole_bytes = sum(t.bytes for t in source.inventory)
+    call = ("compress", source.path, run, "--fit", f"{int(0.55 * whole_bytes)}B", "--harm", "surrogate", "--data", data)
+    offer = ("--formats", "source,mxfp4,int2_g64", "--experts", keep, "--evaluation-tokens", 384)
+    facts = go(capsys, *call, *offer, *TEXT)
+    assert facts["bytes"] <= 0.55 * whole_bytes and facts["scores"]["kl_mean"]["value"] > 0
+    assert verify(run / "model", source, quiet=True).holds
+    go(capsys, "report", run, "--card", "--base-model", "someone/a-model")
+    assert "<svg" in (run / "report.html").read_text()
+    said = go(capsys, "serve", run / "model", "--devices", "1x24GiB", "--print", "command")["text"]
+    talk = FAMILIES[family].talk((source.path / "chat_template.jinja").read_text())
+    assert "vllm serve" in said and (f"--tool-call-parser {talk.tool_parser}" in said) == bool(talk.tool_parser)
+    assert (f"--reasoning-parser {talk.reasoning_parser}" in said) == bool(talk.reasoning_parser)
+
+
+@pytest.mark.long
+@FAMILY
+def test_measured_prices(make, data, tmp_path, capsys, family):
+    offer = ("--harm", "measured", "--formats", "source,mxfp4,int2_g64", "--criterion", "reap", "--data", data)
+    found = go(capsys, "measure", make(family).path, tmp_path / "run", *offer, *TEXT)
+    assert found["totals"]["experts"]["mxfp4"] > 0 and found["totals"]["dropping"]
+
+
+@pytest.mark.parametrize(("container", "format"), CARRIED)
+@FAMILY
+def test_every_container_carries_it(make, tmp_path, capsys, family, container, format):
+    source, out = make(family), tmp_path / "out"
+    go(capsys, "quantize", source.path, out, "--format", format, "--rest", "bf16", "--to", container)
+    export = Checkpoint.open(out)
+    assert {export.formats[n.name] for n in source.architecture.linears if n.role == "experts"} == {format}
+    for router in source.architecture.routers.values():
+        for name in router.tensors:
+            assert torch.equal(export.read(name), source.read(name)), "routers and their biases stay as they are"
+    error = (ours(LayerRun(export), text(2, 50)) - ours(LayerRun(source), text(2, 50))).std()
+    assert 0 < error < 1.0
+    assert verify(out, source, quiet=True).holds
+
+
+@pytest.mark.parametrize(("family", "source"), [kind for kind in KINDS if kind[1] != "bf16"])
+def test_what_a_vendor_rounded_is_kept(make, data, tmp_path, capsys, family, source):
+    """Copied by a cut, in the source's own dtypes of scales; moved to another container without rounding again."""
+    given, cut, moved = make(family, source), tmp_path / "cut", tmp_path / "moved"
+    keep = given.architecture.counts[-2]
+    go(capsys, "prune", given.path, cut, "--experts", keep, "--data", data, *TEXT)
+    kept = go(capsys, "inspect", cut, "--base", given.path)["kept"]
+    opened, values = Checkpoint.open(cut), decoded(given.path)
+    assert opened.container.name == given.container.name
+    for n in opened.architecture.linears:
+        if n.expert is not None:
+            origin = given.architecture.experts_of[n.layer, kept[str(n.layer)][n.expert]][n.projection]
+            assert torch.equal(opened.decode(n.name), values[f"{origin.name}.weight".removeprefix("language_model.")])
+            assert {k: t.dtype for k, t in opened.parts(n).items()} == {
+                k: t.dtype for k, t in given.parts(origin).items()
+            }
+    to = "compressed_tensors" if given.container.name == "fp8" else "auto_round"
+    go(capsys, "export", given.path, moved, "--to", to)
+    again = Checkpoint.open(moved)
+    for n in again.architecture.linears:
+        assert torch.equal(again.decode(n.name), values[f"{n.name}.weight".removeprefix("language_model.")]), n.name
+
+
+@FAMILY
+def test_rounding_on_text(make, data, tmp_path, capsys, family):
+    words = ("--only", "linears", "--format", "int4_g64", "--rounding", "gptq", "--data", data, *TEXT)
+    assert go(capsys, "quantize", make(family).path, tmp_path / "out", *words)["rendered"]
+    assert verify(tmp_path / "out", make(family), quiet=True).holds
+
+
+@FAMILY
+def test_a_local_server_speaks_for_it(make, family):
+    """What the model writes after its template's prompt, whatever special tokens it would write hidden."""
+    checkpoint = make(family)
+    with serving(local(checkpoint, KEY, Room(64 << 20, 4 << 20, context=400)), KEY) as server:
+        answer = server.client.chat.completions.create(
+            model=checkpoint.path.name, messages=[{"role": "user", "content": "hello"}], temperature=0, max_tokens=12
+        )
+    tokenizer = Tokenizer.open(checkpoint.path)
+    prompt = tokenizer.chat.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer.inner.encode(prompt, add_special_tokens=False).ids
+    (found,) = generate(Decoder(checkpoint, device="cpu"), [ids], 12, Sampling(stop=end_tokens(checkpoint)))
+    message = answer.choices[0].message
+    said = (getattr(message, "reasoning", None) or "") + (message.content or "")
+    words = [tokenizer.inner.decode([id], skip_special_tokens=False) for id in found.ids]
+    talk = checkpoint.family.talk(tokenizer.template)
+    shown = [id for id, word in zip(found.ids, words) if word not in (*talk.think,) and not hidden(tokenizer, talk, id)]
+    assert said == tokenizer.inner.decode(shown, skip_special_tokens=False)
+
+
+def hidden(tokenizer: Tokenizer, talk: Any, id: int) -> bool:
+    token = tokenizer.inner.get_added_tokens_decoder().get(id)
+    return token is not None and token.special and token.content not in talk.words
