@@ -32,6 +32,12 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 LARGEST = 448.0  # of E4M3
 BLOCK, GROUP = 128, 32  # of FP8 and of Kimi's int4
 IN_FP8 = ("attention", "dense", "shared", "expert")  # roles; in Kimi's int4 releases only "expert" is quantized
+SOURCES: dict[str | None, str] = {
+    "fp8": "fp8",
+    "float-quantized": "fp8_channel",
+    "pack-quantized": "int4",
+    None: "bf16",
+}  # by the config's word
 MTP_APART = ("glm4_7",)  # configs whose release keeps the MTP layer in mtp.safetensors
 
 
@@ -187,11 +193,15 @@ def vision(v: Config) -> Iterator[Entry]:
 
 
 def method(entry: Entry, config: Config) -> str:
-    """How this tensor is stored: "fp8", "int4" or "" (as it is)."""
-    quantized = {"fp8": IN_FP8, "compressed-tensors": ("expert",), None: ()}[quantization(config).get("quant_method")]
-    if entry.role not in quantized:
-        return ""
-    return "fp8" if quantized is IN_FP8 else "int4"
+    """How this tensor is stored: as one of SOURCES, or "" (as it is)."""
+    source = source_of(config)
+    quantized = ("expert",) if source == "int4" else IN_FP8
+    return source if source != "bf16" and entry.role in quantized else ""
+
+
+def source_of(config: Config) -> str:
+    q = quantization(config)
+    return SOURCES[q.get("format", q.get("quant_method"))]
 
 
 def stored(entry: Entry, config: Config) -> Kinds:
@@ -201,6 +211,8 @@ def stored(entry: Entry, config: Config) -> Kinds:
             scale = "BF16" if config["model_type"] == "qwen3_moe" else "F32"
             blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
             return {name: ("F8_E4M3", shape), f"{name}_scale_inv": (scale, blocks)}
+        case "fp8_channel":
+            return {name: ("F8_E4M3", shape), f"{name}_scale": ("F32", (shape[0], 1))}
         case "int4":
             packed, groups = (shape[0], shape[1] // 8), (shape[0], shape[1] // GROUP)
             scale = f"{name}_scale"
@@ -217,6 +229,9 @@ def encode(entry: Entry, value: Tensor, config: Config) -> dict[str, Tensor]:
             powers = quantization(config).get("scale_fmt") == "ue8m0"
             codes, scales = fp8(value, dtype, powers)
             return {name: codes, f"{name}_scale_inv": scales}
+        case "fp8_channel":
+            step = value.abs().amax(1, keepdim=True) / LARGEST
+            return {name: (value / step).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), f"{name}_scale": step}
         case "int4":
             packed, scales = int4(value)
             shape = torch.tensor(value.shape, dtype=torch.int32)
@@ -310,7 +325,7 @@ def make(
 ) -> Path:
     """Write a tiny model of `family` (a key of TINY) into the folder `path` and return it.
 
-    source         "bf16", "fp8" or "int4" (Kimi)
+    source         "bf16", "fp8" (blocks), "fp8_channel" (GLM) or "int4" (Kimi)
     layers         all of them, the dense one that GLM, DeepSeek and Kimi begin with included
     mtp            with an MTP layer (GLM, DeepSeek); without `mtp_embedding` as GLM-4.6 has it
     overrides      further keys of the text config, by their names on disk
@@ -331,7 +346,7 @@ def make(
     quantize(config, source)
     t.update(overrides)
     plan = list(entries(config, mtp_embedding))
-    return write(path, config, plan, dealt(inventory(plan, config), shards) | apart(plan, config, name), seed)
+    return write(path, config, plan, dealt(inventory(plan, config), shards, config) | apart(plan, config, name), seed)
 
 
 def layer(
@@ -339,7 +354,7 @@ def layer(
 ) -> Path:
     """Write one MoE layer of the released widths; `name` is that of a config in tests/configs.
 
-    source   as released, or "bf16", "fp8", "int4"
+    source   as released, or one that `make` takes
     experts  how many; in groups as released, so DeepSeek-V3 takes multiples of 8 from 16 on
 
     GLM-4.7-Flash has its dense layer before it: transformers takes layer 0 for one whatever the config says.
@@ -352,12 +367,11 @@ def layer(
         t.update(first_k_dense_replace=first, num_nextn_predict_layers=0)
     if experts is not None:
         t.update({experts_key(t): experts, "num_experts_per_tok": min(t["num_experts_per_tok"], experts)})
-    as_released = {"fp8": "fp8", "compressed-tensors": "int4"}.get(quantization(config).get("quant_method", ""), "bf16")
-    quantize(config, source or as_released)
+    quantize(config, source or source_of(config))
     if "vision_config" in config:
         config["vision_config"] |= VISION | {"text_hidden_size": t["hidden_size"]}
     plan = list(entries(config))
-    return write(path, config, plan, filled(inventory(plan, config), 1_000_000_000), seed)
+    return write(path, config, plan, filled(inventory(plan, config), 1_000_000_000, config), seed)
 
 
 def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
@@ -369,12 +383,12 @@ def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
     config = released(name)
     plan = list(entries(config, mtp_embedding))
     kinds, own = inventory(plan, config), apart(plan, config, name)
-    where = filled({name: kind for name, kind in kinds.items() if name not in own}, SHARD) | own
+    where = filled({name: kind for name, kind in kinds.items() if name not in own}, SHARD, config) | own
     path.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
-    for tensor, file in where.items():
-        files.setdefault(file, []).append(tensor)
-    for file, names in files.items():
+    for tensor, shard in where.items():
+        files.setdefault(shard, []).append(tensor)
+    for shard, names in files.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in sorted(names, key=lambda n: (-BYTES[kinds[n][0]], n)):  # the order in which safetensors writes
@@ -382,7 +396,7 @@ def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
             header[tensor] = {"dtype": kinds[tensor][0], "shape": kinds[tensor][1], "data_offsets": [start, end]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with (path / file).open("wb") as out:
+        with (path / shard).open("wb") as out:
             out.write(len(encoded).to_bytes(8, "little") + encoded)
             out.truncate(8 + len(encoded) + end)
     write_config(path, config, kinds, where)
@@ -390,24 +404,36 @@ def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
 
 
 def quantize(config: Config, source: str) -> None:
-    """Set `quantization_config` where a release of this kind has it, in its words; "bf16" removes it."""
+    """Set `quantization_config` where a release of this kind has it, in its words; "bf16" removes it.
+
+    "fp8_channel" is how zai-org/GLM-4.5-Air-FP8 is stored: by compressed-tensors, one scale a row.
+    """
     t = text(config)
     had = t.pop("quantization_config", {})
     match source:
         case "fp8":
-            t["quantization_config"] = (
-                had if had.get("quant_method") == "fp8" else released("deepseek_v3")["quantization_config"]
-            )
+            own = had.get("quant_method") == "fp8"
+            t["quantization_config"] = had if own else released("deepseek_v3")["quantization_config"]
             if t["model_type"] == "qwen3_moe":
                 words = ("input_layernorm", "mlp.gate", "post_attention_layernorm")
                 names = (f"model.layers.{n}.{word}" for n in range(t["num_hidden_layers"]) for word in words)
                 t["quantization_config"]["modules_to_not_convert"] = ["lm_head", *names]
+        case "fp8_channel":
+            plain = [entry.name for entry in entries(config) if entry.role in ("router", "mtp", "head")]
+            weights = {"dynamic": False, "num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"}
+            group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+            group["input_activations"] = weights | {"dynamic": True, "strategy": "token"}
+            t["quantization_config"] = {
+                "config_groups": {"group_0": group}, "format": "float-quantized", "kv_cache_scheme": None,
+                "ignore": [name.removesuffix(".weight") for name in plain], "quant_method": "compressed-tensors",
+                "quantization_status": "compressed",
+            }  # fmt: skip
         case "int4":
             t["quantization_config"] = released("kimi_k2_5")["text_config"]["quantization_config"]
         case "bf16":
             pass
         case _:
-            raise ValueError(f"unknown source {source!r}; use bf16, fp8 or int4")
+            raise ValueError(f"unknown source {source!r}; use {', '.join(SOURCES.values())}")
 
 
 def inventory(plan: Iterable[Entry], config: Config) -> Kinds:
@@ -418,12 +444,12 @@ def size(kind: tuple[str, Shape]) -> int:
     return BYTES[kind[0]] * math.prod(kind[1])
 
 
-def dealt(kinds: Kinds, count: int) -> dict[str, str]:
+def dealt(kinds: Kinds, count: int, config: Config) -> dict[str, str]:
     """Tensor -> file, in turn, so that a weight and its scale lie in different files."""
-    return {name: f"model-{1 + i % count:05d}-of-{count:05d}.safetensors" for i, name in enumerate(kinds)}
+    return {name: file(1 + i % count, count, config) for i, name in enumerate(kinds)}
 
 
-def filled(kinds: Kinds, limit: int) -> dict[str, str]:
+def filled(kinds: Kinds, limit: int, config: Config) -> dict[str, str]:
     """Tensor -> file, one file after the other, each with at most `limit` bytes of tensors."""
     numbers, number, used = {}, 1, 0
     for name, kind in kinds.items():
@@ -431,7 +457,13 @@ def filled(kinds: Kinds, limit: int) -> dict[str, str]:
             number, used = number + 1, 0
         used += size(kind)
         numbers[name] = number
-    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+    return {name: file(n, number, config) for name, n in numbers.items()}
+
+
+def file(number: int, of: int, config: Config) -> str:
+    """DeepSeek's and Kimi's count of files has a digit more."""
+    digits = 6 if text(config)["model_type"] in ("deepseek_v3", "kimi_k2") else 5
+    return f"model-{number:05d}-of-{of:0{digits}d}.safetensors"
 
 
 def apart(plan: Iterable[Entry], config: Config, name: str) -> dict[str, str]:
@@ -447,10 +479,10 @@ def write(path: Path, config: Config, plan: Iterable[Entry], where: Mapping[str,
     left, waiting = Counter(where.values()), defaultdict[str, dict[str, Tensor]](dict)
     for entry in plan:
         for name, tensor in encode(entry, value(entry, seed), config).items():
-            file = where[name]
-            waiting[file][name] = tensor.contiguous()
-            if len(waiting[file]) == left[file]:
-                save_file(waiting.pop(file), path / file, {"format": "pt"})
+            shard = where[name]
+            waiting[shard][name] = tensor.contiguous()
+            if len(waiting[shard]) == left[shard]:
+                save_file(waiting.pop(shard), path / shard, {"format": "pt"})
     ids = write_tokenizer(path, config["model_type"], text(config)["vocab_size"])
     for part in (config, text(config)):
         part.update({key: value for key, value in ids.items() if key in part})

@@ -196,6 +196,22 @@ def test_fp8_decodes_to_the_values_but_for_its_rounding(tmp_path, family, change
         assert error.max() > 0
 
 
+def test_channel_fp8_decodes_by_its_row_scales(tmp_path):
+    plain, coded = (read(replica.make(tmp_path / s, "glm4_moe", s, mtp=True)) for s in ("bf16", "fp8_channel"))
+    blocks = read(replica.make(tmp_path / "fp8", "glm4_moe", "fp8", mtp=True))
+    rounded = [name for name, t in coded.items() if t.dtype == torch.float8_e4m3fn]
+    assert rounded == [name for name, t in blocks.items() if t.dtype == torch.float8_e4m3fn]
+    for name in rounded:
+        step, t = coded[f"{name}_scale"], plain[name].float()
+        assert step.dtype == torch.float32 and step.shape == (len(t), 1)
+        error = (coded[name].float() * step - t).abs()
+        assert (error <= t.abs() * (2**-4 + 2**-8) + step * 2**-10).all() and error.max() > 0
+    ignored = json.loads((tmp_path / "fp8_channel/config.json").read_text())["quantization_config"]["ignore"]
+    assert not {f"{name}.weight" for name in ignored} & set(rounded)
+    matrices = {name for name, t in plain.items() if t.ndim == 2 and "embed" not in name}
+    assert matrices - set(rounded) == {f"{name}.weight" for name in ignored}
+
+
 @pytest.mark.parametrize("family", ["kimi_k2", "kimi_k25"])
 def test_int4_decodes_to_the_values_but_for_its_rounding(tmp_path, family):
     plain, coded = read(replica.make(tmp_path / "bf16", family)), read(replica.make(tmp_path / "int4", family, "int4"))
