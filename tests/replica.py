@@ -39,6 +39,7 @@ SOURCES: dict[str | None, str] = {
     None: "bf16",
 }  # by the config's word
 MTP_APART = ("glm4_7",)  # configs whose release keeps the MTP layer in mtp.safetensors
+ELEMENTS_AS_SIZE = ("glm4_7",)  # configs whose release has, in its index, a total_size of elements, not of bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
 
     name: str
     shape: Shape
-    role: str  # one of IN_FP8, or embedding, head, norm, router, correction, bias, mtp, vision
+    role: str  # one of IN_FP8, or embedding, head, norm, router, correction, bias, buffer, mtp, vision
 
 
 def released(name: str) -> Config:
@@ -85,6 +86,10 @@ def entries(config: Config, mtp_embedding: bool = True) -> Iterator[Entry]:
     for index in range(last + t.get("num_nextn_predict_layers", 0)):
         name = f"{prefix}model.layers.{index}."
         yield from attention(name, t)
+        if config["model_type"] == "kimi_k2":
+            # a buffer that nobody reads: of the width hidden / heads first, of 256 with the long context
+            width = 256 if t["max_position_embeddings"] > 131072 else t["hidden_size"] // t["num_attention_heads"]
+            yield Entry(f"{name}self_attn.rotary_emb.inv_freq", (width // 2,), "buffer")
         yield from dense(name, t) if index < t.get("first_k_dense_replace", 0) else moe(name, t)
         if index >= last:
             yield from mtp(name, t, mtp_embedding)
@@ -272,6 +277,8 @@ def value(entry: Entry, seed: int) -> Tensor:
             return 8 + 0.2 * x  # BF16 would leave steps of 1/16 or 1/32
         case "bias":
             return 0.1 * x
+        case "buffer":
+            return torch.logspace(0, -4, len(x)) * (1 + 0.01 * x)
         case "vision":
             return 0.02 * x
     return x * min(0.08, 2 / math.sqrt(entry.shape[1]))
@@ -346,7 +353,8 @@ def make(
     quantize(config, source)
     t.update(overrides)
     plan = list(entries(config, mtp_embedding))
-    return write(path, config, plan, dealt(inventory(plan, config), shards, config) | apart(plan, config, name), seed)
+    where = dealt(inventory(plan, config), shards, config) | apart(plan, config, name)
+    return write(path, config, plan, where, seed, name)
 
 
 def layer(
@@ -371,7 +379,7 @@ def layer(
     if "vision_config" in config:
         config["vision_config"] |= VISION | {"text_hidden_size": t["hidden_size"]}
     plan = list(entries(config))
-    return write(path, config, plan, filled(inventory(plan, config), 1_000_000_000, config), seed)
+    return write(path, config, plan, filled(inventory(plan, config), 1_000_000_000, config), seed, name)
 
 
 def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
@@ -399,7 +407,7 @@ def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
         with (path / shard).open("wb") as out:
             out.write(len(encoded).to_bytes(8, "little") + encoded)
             out.truncate(8 + len(encoded) + end)
-    write_config(path, config, kinds, where)
+    write_config(path, config, kinds, where, name)
     return path
 
 
@@ -461,8 +469,10 @@ def filled(kinds: Kinds, limit: int, config: Config) -> dict[str, str]:
 
 
 def file(number: int, of: int, config: Config) -> str:
-    """DeepSeek's and Kimi's count of files has a digit more."""
-    digits = 6 if text(config)["model_type"] in ("deepseek_v3", "kimi_k2") else 5
+    """DeepSeek's and Kimi-K2.5's count of files has a digit more; Kimi-K2 writes bare numbers."""
+    if config["model_type"] == "kimi_k2":
+        return f"model-{number}-of-{of}.safetensors"
+    digits = 6 if config["model_type"] in ("deepseek_v3", "kimi_k25") else 5
     return f"model-{number:05d}-of-{of:0{digits}d}.safetensors"
 
 
@@ -473,7 +483,7 @@ def apart(plan: Iterable[Entry], config: Config, name: str) -> dict[str, str]:
     return dict.fromkeys(inventory(mtp, config), "mtp.safetensors")
 
 
-def write(path: Path, config: Config, plan: Iterable[Entry], where: Mapping[str, str], seed: int) -> Path:
+def write(path: Path, config: Config, plan: Iterable[Entry], where: Mapping[str, str], seed: int, base: str) -> Path:
     """Values of every tensor, each file saved as soon as it is whole; then what lies beside them."""
     path.mkdir(parents=True, exist_ok=True)
     left, waiting = Counter(where.values()), defaultdict[str, dict[str, Tensor]](dict)
@@ -487,12 +497,12 @@ def write(path: Path, config: Config, plan: Iterable[Entry], where: Mapping[str,
     for part in (config, text(config)):
         part.update({key: value for key, value in ids.items() if key in part})
     (path / "LICENSE").write_text("A licence text that has to travel with the weights.\n")
-    write_config(path, config, inventory(plan, config), where)
+    write_config(path, config, inventory(plan, config), where, base)
     return path
 
 
-def write_config(path: Path, config: Config, kinds: Kinds, where: Mapping[str, str]) -> None:
-    total = sum(map(size, kinds.values()))
+def write_config(path: Path, config: Config, kinds: Kinds, where: Mapping[str, str], base: str) -> None:
+    total = sum(math.prod(kind[1]) if base in ELEMENTS_AS_SIZE else size(kind) for kind in kinds.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "config.json").write_text(json.dumps(config, indent=2))
