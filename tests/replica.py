@@ -32,12 +32,13 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 LARGEST = 448.0  # of E4M3
 BLOCK, GROUP = 128, 32  # of FP8 and of Kimi's int4
 IN_FP8 = ("attention", "dense", "shared", "expert")  # roles; in Kimi's int4 releases only "expert" is quantized
+# the config's word -> ours
 SOURCES: dict[str | None, str] = {
+    None: "bf16",
     "fp8": "fp8",
     "float-quantized": "fp8_channel",
     "pack-quantized": "int4",
-    None: "bf16",
-}  # by the config's word
+}
 MTP_APART = ("glm4_7",)  # configs whose release keeps the MTP layer in mtp.safetensors
 ELEMENTS_AS_SIZE = ("glm4_7",)  # configs whose release has, in its index, a total_size of elements, not of bytes
 
@@ -346,8 +347,10 @@ def make(
         t["rope_scaling"] |= {"factor": 4.0, "original_max_position_embeddings": 128}
     if "vision_config" in config:
         config["vision_config"].update(VISION)
-    if mtp or "num_nextn_predict_layers" in t:
+    if "num_nextn_predict_layers" in t:
         t["num_nextn_predict_layers"] = int(mtp)
+    elif mtp:
+        raise ValueError(f"{family} has no MTP layer")
     if layers is not None:
         t["num_hidden_layers"] = layers
     quantize(config, source)
@@ -382,13 +385,16 @@ def layer(
     return write(path, config, plan, filled(inventory(plan, config), 1_000_000_000, config), seed, name)
 
 
-def headers(path: Path, name: str, *, mtp_embedding: bool = True) -> Path:
+def headers(path: Path, name: str, *, source: str | None = None, mtp_embedding: bool = True) -> Path:
     """Write a whole release without its values; `name` is that of a config in tests/configs.
+
+    source   as released, or one that `make` takes
 
     Headers, offsets, sizes and index are a release's; the values are holes in the files, which read as zeros.
     There is no tokenizer.
     """
     config = released(name)
+    quantize(config, source or source_of(config))
     plan = list(entries(config, mtp_embedding))
     kinds, own = inventory(plan, config), apart(plan, config, name)
     where = filled({name: kind for name, kind in kinds.items() if name not in own}, SHARD, config) | own

@@ -239,6 +239,7 @@ def test_int4_decodes_to_the_values_but_for_its_rounding(tmp_path, family):
 @pytest.mark.parametrize("name", ["glm4_7", "kimi_k2"])
 def test_headers_of_a_whole_release(tmp_path, name):
     folder = replica.headers(tmp_path / "m", name)
+    assert json.loads((folder / "config.json").read_text()) == replica.released(name)
     kinds = replica.tensors(replica.released(name))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     counted = [prod(shape) if name == "glm4_7" else replica.size((dtype, shape)) for dtype, shape in kinds.values()]
