@@ -235,8 +235,8 @@ def test_an_export_is_a_source(m3, tmp_path):
         ({"formats": {"layers.1.experts": "mxfp5"}}, "carries .* and not mxfp5"),
         ({"container": "fp8", "formats": {"layers.1.experts": "mxfp4"}}, "fp8 carries fp8_block, bf16 and not mxfp4"),
         ({"kept": {1: (0, 1)}}, "keeps experts in 1 layers, and the model has 2 MoE layers"),
-        ({"kept": {0: (0,), 1: (1,)}}, "keeps 1 experts a layer; wanted at least the 2 that a token selects"),
-        ({"kept": {0: tuple(range(8)), 1: tuple(range(8))}}, "and fewer than the source's 8"),
+        ({"kept": {0: (0,), 1: (1,)}}, "keeps 1 experts a layer; wanted at least 2, which each token selects"),
+        ({"kept": {0: tuple(range(8)), 1: tuple(range(8))}}, "and fewer than the 8 there are"),
         ({"kept": {0: (0, 8), 1: (1, 2)}}, "keeps expert 8, and the source numbers them 0 to 7"),
     ],
 )

@@ -35,7 +35,9 @@ def decoded(path: Path) -> dict[str, Tensor]:
         elif (scale := stored.get(f"{name}_scale_inv")) is not None:
             o, i = torch.arange(w.shape[0]) // BLOCK, torch.arange(w.shape[1]) // BLOCK
             found[name] = w.float() * scale.float()[o][:, i]
-        else:
+        elif w.dtype == torch.float8_e4m3fn:  # by the row
+            found[name] = w.float() * stored[f"{name}_scale"].float()
+        elif not name.endswith(".inv_freq"):
             found[name] = w.float()
     outer = "language_model."
     if any(name.startswith(outer) for name in found):

@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.containers import Container
 from ..errors import PlanError
 from ..measure import Prices, Rule
-from ..plan import SOURCE, Plan
+from ..plan import DROP, SOURCE, Plan
 from ..plan.blueprint import Blueprint
 from .setting import Setting
 from .sizes import fixed_bytes, folder_bytes, listed_bytes, option_bytes
@@ -106,7 +106,7 @@ def plan_of(setting: Setting, prices: Prices, formats: Mapping[str, str], kept: 
         kept=prices.kept(kept),
         formats=dict(formats),
         rounding=setting.rounding,
-        drop_mtp=setting.ranking.drop_mtp,
+        drop_mtp=setting.ranking.mtp == DROP,
     )
 
 

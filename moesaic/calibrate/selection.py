@@ -32,7 +32,7 @@ class Ranking:
     domains       name -> share, of those to be heard; None: all alike
     until_stable  read more and more until the choice stops moving (see `calibrate_until_stable`)
     run           a folder where `calibrate` left statistics: all of them are used, and no text is read for it
-    drop_mtp      leave out a layer for multi-token prediction, whose experts a cut would have to rank too
+    mtp           "keep" or "drop" a layer for multi-token prediction, whose experts a cut would have to rank too
     """
 
     criterion: str = "reap"
@@ -40,7 +40,7 @@ class Ranking:
     domains: Mapping[str, float] | None = None
     until_stable: bool = False
     run: Path | None = None
-    drop_mtp: bool = False
+    mtp: str = "keep"
 
     @property
     def criteria(self) -> Sequence[str]:

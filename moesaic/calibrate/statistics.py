@@ -108,7 +108,8 @@ class Statistics:
         """What is known without any text (see `weigh`): enough for criteria that read weights alone."""
         layers, experts = checkpoint.architecture.moe_layers, checkpoint.architecture.experts
         sums = {name: np.zeros((len(layers), 0, 2, experts)) for name in (*SUMS, "peak", "nonfinite")}
-        return Statistics(layers, (), sums, np.zeros((0, 2)), (), weights, checkpoint.architecture.groups)
+        groups = checkpoint.architecture.groups
+        return Statistics(layers, (), sums, np.zeros((0, 2)), (), weights=weights, groups=groups)
 
     @staticmethod
     def of(chunks: Sequence[Path], checkpoint: Checkpoint) -> "Statistics":

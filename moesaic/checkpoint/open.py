@@ -35,6 +35,7 @@ HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own limit
 MOST_AXES = 16  # of a tensor
 LOOK_BYTES = 16 << 20  # of a tensor at a time
 SAMPLES, SAMPLE_BYTES = 8, 4096  # of each shard, for `Checkpoint.identity`
+UNREAD = (".rotary_emb.inv_freq",)  # ends of names: tables that releases hold (Kimi-K2) and every engine computes anew
 PLAUSIBLE_RMS = (1e-7, 1e3)  # of a decoded matrix; M3's scales read as plain numbers land at 1e4 and above
 
 
@@ -79,20 +80,15 @@ class Checkpoint:
         family = family_of(config)
         config = dict(family.released(config))
         architecture, stored = family.read(config), read_shards(path)
-        absent = left_out(architecture, stored)
+        stored = {name: where for name, where in stored.items() if not name.endswith(UNREAD)}
+        absent = architecture.absent(stored) if stored else frozenset()
         architecture = architecture.without(absent)
         container = container_of(config).of_release(architecture, {n: s.info.dtype for n, s in stored.items()})
         formats = container.formats(architecture, config, frozenset(stored) if stored else None)
         checkpoint = Checkpoint(
-            path=path,
-            config=config,
-            family=family,
-            architecture=architecture,
-            container=container,
-            formats=formats,
-            stored=stored,
-            absent=absent,
-        )
+            path=path, config=config, family=family, architecture=architecture, container=container, formats=formats,
+            stored=stored, absent=absent,
+        )  # fmt: skip
         if stored and whole and (bad := checkpoint.differences()):
             raise CheckpointError(
                 f"{path} disagrees with its config.json: {sample([f'{n} {what}' for n, what in bad.items()])}; "
@@ -260,17 +256,6 @@ class Checkpoint:
                     where = f", from element {start // part.itemsize:,} on" if start else ""
                     raise self.damaged(self.where(info.name), what + where)
         return True
-
-
-def left_out(architecture: Architecture, stored: Mapping[str, Stored]) -> frozenset[str]:
-    """Optional tensors that are not in the files, and the whole layer for multi-token prediction where none of it is."""
-    if not stored:
-        return frozenset()
-    mtp = {tensor.name for tensor in architecture.tensors if tensor.role == "mtp"}
-    absent = {name for name in architecture.optional if name not in stored}
-    if mtp and not mtp & stored.keys():
-        absent |= mtp | {linear.name for linear in architecture.linears if linear.role == "mtp"}
-    return frozenset(absent)
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from typing import Any
 
 from ..errors import InputError
 from .base import THREADS, Command, Swept
-from .base.groups import RankingArguments, TextArguments, corpus, ranking, ranking_options, text_options
+from .base.groups import CutArguments, TextArguments, corpus, cut_options, ranking, text_options
 from .base.resources import held_bytes
 from .base.telling import plus_minus, show, sizes, trying_out
 from .base.values import counts_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(TextArguments, RankingArguments):
+class Prune(TextArguments, CutArguments):
     model: Path
     out: Path
     experts: Sequence[int]
@@ -44,7 +44,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--run", type=Path, metavar="RUN", help="rank by all that `calibrate RUN` has gathered there; no sweep"
     )
-    ranking_options(p)
+    cut_options(p)
     p.add_argument(
         "--repair", action="store_true",
         help="let shared experts take over what dropped ones gave, if that helps on other text (M3)",

@@ -25,7 +25,8 @@ from .base import (
 )
 from .stated import expert_counts, with_experts
 
-FAMILIES = collect(__name__, Family, "blocks", "deepseekmoe", "mla", "rope", "stated")
+PARTS = ("blocks", "deepseekmoe", "mla", "rope", "stated")  # of families, each used by several
+FAMILIES = collect(__name__, Family, *PARTS)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

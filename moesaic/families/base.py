@@ -172,14 +172,17 @@ class Architecture:
     def has_mtp(self) -> bool:
         return any(linear.role == "mtp" for linear in self.linears)
 
-    def refusal(self, kept: int) -> str:
-        """Why no layer can keep so many experts; empty where it can.
+    def refusal(self, kept: int, all_too: bool = False) -> str:
+        """Why no layer can keep so many experts; empty where it can. To keep all of them is no cut, unless `all_too`.
 
         Of grouped experts each group keeps as many, and two at least: its score is a sum of its two best. Engines do not
         check that, and route otherwise than the source (transformers, vLLM's CUDA path) or fail (vLLM's CPU path).
         """
-        if not self.top_k <= kept <= self.experts:
-            return f"wanted {self.top_k}, which each token selects, to {self.experts}, as many as there are"
+        if not self.top_k <= kept < self.experts + all_too:
+            most = "no more" if all_too else "fewer"
+            return (
+                f"wanted at least {self.top_k}, which each token selects, and {most} than the {self.experts} there are"
+            )
         if kept in self.counts:
             return ""
         near = sorted(self.counts, key=lambda count: (abs(count - kept), count))[:2]
@@ -219,6 +222,14 @@ class Architecture:
             if linear.expert is not None:
                 found.setdefault((linear.layer, linear.expert), {})[linear.projection] = linear
         return found
+
+    def absent(self, stored: Collection[str]) -> frozenset[str]:
+        """Of what some releases leave out, what a model of these tensors has not: optional tensors, or all of MTP."""
+        mtp = {tensor.name for tensor in self.tensors if tensor.role == "mtp"}
+        found = {name for name in self.optional if name not in stored}
+        if mtp and mtp.isdisjoint(stored):
+            found |= mtp | {linear.name for linear in self.linears if linear.role == "mtp"}
+        return frozenset(found)
 
     def without(self, names: Collection[str]) -> "Architecture":
         """This architecture, but for small tensors and matrices of these names."""

@@ -19,7 +19,7 @@ from ..families import Architecture, Linear, TensorInfo, with_experts
 from ..formats import FORMATS, Scales, weights_of
 from ..formats.recode import twins
 from ..rounding import arithmetic
-from .plan import SOURCE, Plan
+from .plan import DROP, KEEP, SOURCE, Plan
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,8 @@ class Blueprint:
         """Raises `PlanError` where the plan does not fit the source, or its container cannot carry what it asks for."""
         old = source.architecture
         check_kept(old, plan)
-        if plan.kept and not plan.drop_mtp and any(linear.role == "mtp" for linear in old.linears):
-            raise PlanError(
-                f"{source.path} has a layer for multi-token prediction with {old.experts} experts of its own, which no engine "
-                "loads beside fewer; give --mtp drop to leave it out"
-            )
+        if plan.kept and not plan.drop_mtp:
+            check_mtp(source, KEEP)
         unknown = sorted(set(plan.formats) - set(old.units))
         if unknown:
             raise PlanError(f"the plan names units that the model lacks: {sample(unknown)}")
@@ -151,8 +148,6 @@ def check_kept(architecture: Architecture, plan: Plan) -> None:
             f"the plan keeps experts in {len(plan.kept)} layers, and the model has {len(architecture.moe_layers)} MoE layers"
         )
     count = plan.experts(architecture.experts)
-    if count == architecture.experts:
-        raise PlanError(f"the plan keeps {count} experts a layer, all that there are; leave `kept` empty for that")
     if why := architecture.refusal(count):
         raise PlanError(f"the plan keeps {count} experts a layer; {why}")
     size = architecture.experts // architecture.groups
@@ -167,6 +162,17 @@ def check_kept(architecture: Architecture, plan: Plan) -> None:
     if beyond:
         raise PlanError(
             f"the plan keeps expert {beyond[0]}, and the source numbers them 0 to {architecture.experts - 1}"
+        )
+
+
+def check_mtp(source: Checkpoint, mtp: str) -> None:
+    """Whether a cut may do this with a layer for multi-token prediction. Raises `PlanError` for what no engine loads."""
+    if mtp not in (KEEP, DROP):
+        raise PlanError(f"asked to {mtp} a layer for multi-token prediction; wanted {KEEP} or {DROP}")
+    if mtp == KEEP and source.architecture.has_mtp:
+        raise PlanError(
+            f"{source.path} has a layer for multi-token prediction with {source.architecture.experts} experts of its own, and "
+            f"no engine loads it beside fewer; give --mtp {DROP} to leave it out, or keep all experts"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..artifact import identity, read_json, write_json
 from ..errors import PlanError
 
+KEEP, DROP = "keep", "drop"  # what becomes of a layer for multi-token prediction
 SOURCE = "source"  # as a unit's format: the source's values; its bytes, copied, wherever the container has the same
 
 

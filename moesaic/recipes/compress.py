@@ -45,8 +45,8 @@ from ..fit import check_layout
 from ..formats import NAMES
 from ..lock import held
 from ..measure import Prices
-from ..plan import SOURCE, Plan, overlay
-from ..plan.blueprint import Blueprint
+from ..plan import DROP, SOURCE, Plan, overlay
+from ..plan.blueprint import Blueprint, check_mtp
 from ..report import report
 from ..rounding import ROUNDINGS, informed
 from ..verify import verify
@@ -172,7 +172,9 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
     """Refuse in the first second what would fail in the last hour."""
     a, experts, container = source.architecture, recipe.offer.experts, recipe.offer.container
     check_names(recipe.ranking.policy, (recipe.ranking.criterion,))
-    if experts is not None and (why := a.refusal(experts)):
+    if experts != a.experts and (recipe.limit or experts is not None):
+        check_mtp(source, recipe.ranking.mtp)
+    if experts is not None and (why := a.refusal(experts, all_too=True)):
         raise InputError(f"asked to keep {experts} experts; {why}")
     for name in (recipe.format, recipe.rest):
         if name != SOURCE and name not in NAMES:
@@ -210,7 +212,7 @@ def as_told(source: Checkpoint, recipe: Recipe, selection: Selection | None) -> 
             unit: recipe.format if m[0].role == "experts" else recipe.rest for unit, m in units if m[0].role != "mtp"
         },
         rounding=recipe.rounding,
-        drop_mtp=recipe.ranking.drop_mtp,
+        drop_mtp=recipe.ranking.mtp == DROP,
     )
 
 

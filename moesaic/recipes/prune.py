@@ -26,8 +26,8 @@ from ..export.repair import check_repairable, repair
 from ..lock import held
 from ..measure import Trial
 from ..measure.preview import Candidate, Kept, Outlook, candidates, preview
-from ..plan import Plan, overlay
-from ..plan.blueprint import Blueprint
+from ..plan import DROP, Plan, overlay
+from ..plan.blueprint import Blueprint, check_mtp
 from ..plan.pieces import NOTE
 from ..progress import progress
 from ..report.outlooks import plot
@@ -93,6 +93,7 @@ def prune(
     source, experts, ranking = Checkpoint.open(model), pruning.experts, pruning.ranking
     check_count(source, experts)
     check_names(ranking.policy, ranking.criteria)
+    check_mtp(source, ranking.mtp)
     if pruning.repair:
         check_repairable(source)
     work = out / "moesaic"
@@ -113,7 +114,7 @@ def pruned(setting: Setting, out: Path, pruning: Pruning, command: str) -> dict[
     if criterion == AUTO:
         criterion = look_ahead(setting, known.statistics, [experts])[0].candidate.criterion
     selection = select_experts(known.statistics, criterion, experts, ranking.policy, ranking.domains)
-    plan = Plan(container=source.container.name, kept=selection.cut.kept, drop_mtp=ranking.drop_mtp)
+    plan = Plan(container=source.container.name, kept=selection.cut.kept, drop_mtp=ranking.mtp == DROP)
     mended: dict[str, Any] = {}
     if pruning.repair:
         plan, mended["repair"] = repaired(setting, plan)
@@ -228,8 +229,5 @@ def look_ahead(setting: Setting, statistics: Statistics, counts: Sequence[int]) 
 
 
 def check_count(source: Checkpoint, experts: int) -> None:
-    a = source.architecture
-    if experts == a.experts:
-        raise InputError(f"asked to keep {experts} experts, and there are no more; wanted fewer")
-    if why := a.refusal(experts):
+    if why := source.architecture.refusal(experts):
         raise InputError(f"asked to keep {experts} experts; {why}")

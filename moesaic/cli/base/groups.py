@@ -83,7 +83,6 @@ class RankingArguments(Arguments):
     policy: str
     domains: Mapping[str, float] | None
     until_stable: bool
-    mtp: str
 
 
 def ranking_options(p: argparse.ArgumentParser) -> None:
@@ -100,9 +99,20 @@ def ranking_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--until-stable", action="store_true", help="begin with --tokens, and double until the choice stops moving"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutArguments(RankingArguments):
+    """Of commands that make a plan."""
+
+    mtp: str
+
+
+def cut_options(p: argparse.ArgumentParser) -> None:
+    ranking_options(p)
     p.add_argument(
-        "--mtp", choices=("keep", "drop"), default="keep",
-        help="a layer for multi-token prediction: keep it, or leave it out, as a cut has to (default %(default)s)",
+        "--mtp", default="keep",
+        help="keep or drop a layer for multi-token prediction; a cut has to drop it (default %(default)s)",
     )  # fmt: skip
 
 
@@ -115,7 +125,7 @@ def ranking(a: RankingArguments, run: Path | None = None) -> Ranking:
         domains=a.domains,
         until_stable=a.until_stable,
         run=run,
-        drop_mtp=a.mtp == "drop",
+        mtp=a.mtp if isinstance(a, CutArguments) else "keep",
     )
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from . import THREADS, Swept
 from .groups import (
+    CutArguments,
     ParallelArguments,
-    RankingArguments,
     TextArguments,
+    cut_options,
     layout,
     parallel_options,
     ranking,
-    ranking_options,
     rounding_option,
     text_options,
 )
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(TextArguments, RankingArguments, ParallelArguments):
+class Search(TextArguments, CutArguments, ParallelArguments):
     """Of `measure` and `allocate`, and most of `compress`."""
 
     model: Path
@@ -76,7 +76,7 @@ def offer_options(p: argparse.ArgumentParser) -> None:
         "--experts", type=count_of, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
     )
     p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
-    ranking_options(p)
+    cut_options(p)
     rounding_option(p)
     p.add_argument(
         "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
