@@ -1,7 +1,9 @@
 """Every family but MiniMax through every stage, as a user gives them; folders by replica.py, arithmetic by transformers."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from forward import final
 from local_server import serving
+from safetensors.torch import save_file
 from torch import Tensor
 from whole import decoded, logits, whole
 
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.data.tokens import Tokenizer
+from moesaic.errors import PlanError
 from moesaic.families import FAMILIES, Linear
 from moesaic.generate import Decoder, Sampling, end_tokens, generate
+from moesaic.plan import Plan
+from moesaic.plan.blueprint import Blueprint
 from moesaic.serve.local import Room, local
 from moesaic.stream import LayerRun, State
 from moesaic.stream.backward import Listener, retreat, tail
@@ -301,7 +307,9 @@ def test_what_a_vendor_rounded_is_kept(make, data, tmp_path, capsys, family, sou
             assert {k: t.dtype for k, t in opened.parts(n).items()} == {
                 k: t.dtype for k, t in given.parts(origin).items()
             }
-    to = "auto_round" if source == "int4" else "compressed_tensors"
+    to = {"int4": "auto_round", "fp8": "compressed_tensors"}.get(source)
+    if to is None:  # no other container has rows of FP8
+        return
     go(capsys, "export", given.path, moved, "--to", to)
     again = Checkpoint.open(moved)
     for n in again.architecture.linears:
@@ -340,3 +348,176 @@ def test_a_local_server_speaks_for_it(make, family):
 def hidden(tokenizer: Tokenizer, talk: Any, id: int) -> bool:
     token = tokenizer.inner.get_added_tokens_decoder().get(id)
     return token is not None and token.special and token.content not in talk.words
+
+
+# Groups: each keeps as many experts, because engines cut those that stay into equal groups again
+
+
+def test_a_count_that_groups_do_not_divide_is_refused(make, data, tmp_path, capsys):
+    source = make("deepseek_v3")  # 16 experts in 4 groups, of which a token selects 4 within 2
+    for count, near in ((14, "8 and 12"), (5, "8 and 12"), (4, "8 and 12")):
+        said = refused(capsys, "prune", source.path, tmp_path / "out", "--experts", count, "--data", data)
+        assert f"asked to keep {count} experts; they are selected within 4 groups" in said and said.endswith(near)
+    assert not (tmp_path / "out").exists()
+    for command in ("compress", "allocate", "measure"):
+        limit = () if command == "measure" else ("--bits", 8)
+        said = refused(capsys, command, source.path, tmp_path / "run", *limit, "--experts", 14, "--data", data)
+        assert said.endswith("the nearest that can be are 12 and 16")
+    assert source.architecture.counts == (8, 12, 16) and make("kimi_k2").architecture.counts == tuple(range(4, 17))
+
+
+def test_an_unequal_cut_is_refused(make):
+    """Kept 2, 2, 4 and 4, which nobody else refuses: transformers and vLLM route within other groups, without a word."""
+    source = make("deepseek_v3")
+    ids = (0, 1, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15)
+    plan = Plan(source.container.name, {layer: ids for layer in source.architecture.moe_layers})
+    with pytest.raises(PlanError, match="layer 1 keeps 2, 2, 4, 4 experts of its groups; as many of each are wanted"):
+        Blueprint.of(source, plan)
+
+
+def test_what_an_unequal_cut_would_do(make, tmp_path):
+    """Why that is refused, in stock transformers: equal groups compute what the mask does, unequal ones something else."""
+    source, tokens_BT = make("deepseek_v3"), text(2, 50)
+    for ids, same in (((0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13, 15), True), ((0, 1, 4, 5, *range(8, 16)), False)):
+        plan = Plan(source.container.name, {layer: ids for layer in source.architecture.moe_layers})
+        folder = tmp_path / str(same)
+        folder.mkdir()
+        write_cut(source, plan, folder)
+        gone = {layer: sorted(set(range(16)) - set(ids)) for layer in source.architecture.moe_layers}
+        apart = (
+            logits(whole(folder, tmp_path / f"{same} whole"), tokens_BT) - ours(LayerRun(source), tokens_BT, gone)
+        ).abs()
+        assert (float(apart.max()) < TOLERANCE) == same
+
+
+def write_cut(source: Checkpoint, plan: Plan, folder: Path) -> None:
+    """By hand, without a check."""
+    tensors = {}
+    for name in source.stored:
+        w = source.read(name)
+        if (layer := source.architecture.rows_of.get(name)) is not None:
+            w = w[list(plan.kept[layer])]
+        linear = source.architecture.by_name.get(name.removesuffix(".weight"))
+        if linear is not None and linear.expert is not None:
+            if linear.expert not in plan.kept[linear.layer]:
+                continue
+            at = plan.kept[linear.layer].index(linear.expert)
+            name = name.replace(f"experts.{linear.expert}.", f"experts.{at}.")
+        tensors[name] = w.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source.path / "config.json").read_text()) | {"n_routed_experts": len(plan.kept[1])}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("criterion", ("reap", "frequency", "aimer"))
+def test_each_group_keeps_its_best(make, data, tmp_path, capsys, criterion):
+    source, out = make("deepseek_v3"), tmp_path / "cut"
+    facts = go(capsys, "prune", source.path, out, "--experts", 8, "--criterion", criterion, "--data", data, *TEXT)
+    scores = json.loads((out / "moesaic" / "prune.json").read_text())["scores"]
+    for score_E, ids in zip(scores, facts["kept"].values()):
+        for group in range(4):
+            mine = range(4 * group, 4 * group + 4)
+            assert sorted(mine, key=lambda e: -score_E[e])[:2] == sorted(
+                (e for e in ids if e in mine), key=lambda e: -score_E[e]
+            )
+
+
+def test_surrogate_prices_of_grouped_experts(make, data, tmp_path, capsys):
+    """What a cut changes is also felt by tokens that never selected a dropped expert: their groups' scores move."""
+    offer = ("--harm", "surrogate", "--formats", "source,mxfp4", "--data", data, *TEXT)
+    found = go(capsys, "measure", make("deepseek_v3").path, tmp_path / "run", *offer)
+    assert set(found["totals"]["dropping"]) == {"to 12", "to 8"} and found["totals"]["dropping"]["to 8"] > 0
+
+
+# One more layer, for multi-token prediction: never beside fewer experts than it has itself
+
+MTP = pytest.mark.parametrize("family", ("glm4_moe", "deepseek_v3", "glm4_moe_lite"))
+
+
+@MTP
+def test_a_cut_beside_a_full_mtp_layer_is_refused_at_once(make, data, tmp_path, capsys, family):
+    source = make(family, mtp=True)
+    keep = source.architecture.counts[-2]
+    for words in (("prune", "--experts", keep), ("compress", "--bits", 3), ("compress", "--experts", keep)):
+        said = refused(capsys, words[0], source.path, tmp_path / "out", *words[1:], "--data", data)
+        assert f"with {source.architecture.experts} experts of its own" in said and "--mtp drop" in said
+    assert not (tmp_path / "out").exists()
+    said = refused(capsys, "prune", source.path, tmp_path / "out", "--experts", keep, "--mtp", "leave", "--data", data)
+    assert said.endswith("asked to leave a layer for multi-token prediction; wanted keep or drop")
+
+
+@MTP
+def test_mtp_dropped(make, reference, data, tmp_path, capsys, family):
+    source, out, tokens_BT = make(family, mtp=True), tmp_path / "cut", text(2, 50)
+    keep = source.architecture.counts[-2]
+    go(capsys, "prune", source.path, out, "--experts", keep, "--mtp", "drop", "--data", data, *TEXT)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source.path, out))
+    assert changed_keys(before, after) == {experts_key(before), "num_nextn_predict_layers"}
+    assert after["num_nextn_predict_layers"] == 0
+    behind = f"model.layers.{source.architecture.layers}."
+    cut = Checkpoint.open(out)
+    assert any(name.startswith(behind) for name in source.stored) and not any(n.startswith(behind) for n in cut.stored)
+    assert go(capsys, "verify", out, "--source", source.path)["holds"]
+    assert torch.allclose(ours(LayerRun(cut), tokens_BT), logits(reference(out), tokens_BT), atol=TOLERANCE)
+    facts = go(capsys, "evaluate", out, "--against", source.path, "--data", data, *TEXT)
+    assert facts["scores"]["kl_mean"]["value"] > 0
+
+
+@MTP
+def test_mtp_kept(make, tmp_path, capsys, family):
+    """With all experts it goes along as it is, whatever becomes of the others, and no engine is told to round it."""
+    source, out = make(family, mtp=True), tmp_path / "out"
+    go(capsys, "quantize", source.path, out, "--format", "mxfp4", "--rest", "mxfp8")
+    export, behind = Checkpoint.open(out), f"model.layers.{source.architecture.layers}."
+    there = {name for name in source.stored if name.startswith(behind)}
+    assert there and {name for name in export.stored if name.startswith(behind)} == there
+    assert all(torch.equal(export.read(name), source.read(name)) for name in there)
+    ignore = [re.compile(entry.removeprefix("re:")) for entry in export.config["quantization_config"]["ignore"]]
+    for name in ("eh_proj", "shared_head.head", "mlp.gate", "self_attn.o_proj", "mlp.experts.0.gate_proj"):
+        assert any(pattern.match(behind + name) for pattern in ignore), name
+    assert verify(out, source, quiet=True).holds
+    found = go(capsys, "fit", source.path, "--devices", "1x24GiB")
+    assert found["disk_bytes"] == sum(t.bytes for t in source.inventory)
+    mtp = sum(source.stored[name].info.bytes for name in there)
+    assert found["device"]["weight_bytes"] == found["disk_bytes"] - mtp, "a server leaves it on the disk"
+
+
+@pytest.mark.parametrize(("experts", "mtp", "share"), [(6, "drop", 0.32), (8, "drop", 0.35), (8, "keep", 0.75)])
+def test_a_budget_beside_mtp(make, data, tmp_path, capsys, experts, mtp, share):
+    """Bytes are counted without it or with it, and what is allowed is nearly used; matrices are rounded on text."""
+    source = make("glm4_moe", mtp=True)
+    limit = int(share * sum(t.bytes for t in source.inventory))
+    call = ("compress", source.path, tmp_path / "run", "--fit", f"{limit}B", "--harm", "surrogate")
+    offer = ("--rounding", "gptq", "--formats", "source,mxfp4,int2_g64", "--experts", experts, "--mtp", mtp)
+    facts = go(capsys, *call, *offer, "--evaluation-tokens", 384, "--data", data, *TEXT)
+    assert 0.7 * limit < facts["bytes"] <= limit
+    assert verify(tmp_path / "run" / "model", source, quiet=True).holds
+
+
+# Routers
+
+
+def test_a_correction_bias_in_bf16_would_show(make, reference, tmp_path):
+    """It lies around 8, where BF16 has steps of a 16th: the check on logits finds such a cast."""
+    for family in ("glm4_moe", "deepseek_v3", "kimi_k2"):
+        source, tokens_BT = make(family), text(3, 90)
+        run = LayerRun(source)
+        real = run.router
+
+        def rounded(layer: int, real: Any = real) -> Any:
+            router = real(layer)
+            return replace(router, correction_E=router.correction_E.bfloat16().float())
+
+        run.router = rounded  # type: ignore[method-assign]
+        assert (ours(run, tokens_BT) - logits(reference(source.path), tokens_BT)).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ("qwen3_moe", "glm4_moe", "kimi_k25"))
+def test_engines_are_told_to_leave_routers(make, tmp_path, capsys, family):
+    """vLLM's Qwen3 router takes the quantization config; nothing may make it one of 4 bits."""
+    go(capsys, "quantize", make(family).path, tmp_path / "out", "--format", "mxfp4", "--rest", "mxfp8")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    gate = make(family).architecture.routers[1].weight.removesuffix(".weight")
+    assert any(re.match(entry.removeprefix("re:"), gate) for entry in config["ignore"])
+    targets = [t.removeprefix("re:") for group in config["config_groups"].values() for t in group["targets"]]
+    assert not any(re.match(target, gate) for target in targets)

@@ -75,7 +75,7 @@ def check_limit(setting: Setting) -> None:
         np.zeros((0, a.experts), np.int64),
         tokens=0,
     )
-    menu = menu_of(setting.source, setting.container, prices, [least], listed=setting.reads_text)
+    menu = menu_of(setting.sized, setting.container, prices, [least], listed=setting.reads_text)
     if (budget_bytes := setting.limit.bytes(menu)) is not None:
         Frontier.of(menu).fit(budget_bytes)
 
@@ -132,7 +132,7 @@ def price_text(setting: Setting, work: float, calibration: TokenSet) -> TokenSet
 def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
     """Learn how prices compose, by plans measured whole on `text`, and draw the curve. Leaves rule.json, frontier.json."""
     rule = learn(setting, prices, text)
-    menu = menu_of(setting.source, setting.container, prices, setting.kept, rule.weight, setting.reads_text)
+    menu = menu_of(setting.sized, setting.container, prices, setting.kept, rule.weight, setting.reads_text)
     traced = Traced(prices, rule, menu, Frontier.of(menu), setting.limit.bytes(menu))
     inputs = {"source": setting.source.identity, "tokens": text.identity}
     write_frontier(setting.run / "frontier.json", traced, inputs)
@@ -142,7 +142,7 @@ def trace_frontier(setting: Setting, prices: Prices, text: TokenSet) -> Traced:
 def learn(setting: Setting, prices: Prices, text: TokenSet) -> Rule:
     """Measure plans whole and fit the rule; rule.json keeps both."""
     source, kept, formats_offered = setting.source, setting.kept, setting.offer.formats
-    menu = menu_of(source, setting.container, prices, kept, listed=setting.reads_text)
+    menu = menu_of(setting.sized, setting.container, prices, kept, listed=setting.reads_text)
     made = varied(menu, setting.pricing.rule_plans - 2, seed=0)
     middle = formats_offered[len(formats_offered) // 2]
     made += [(uniform(menu, f, len(kept) - 1)[0], kept[-1]) for f in dict.fromkeys((middle, formats_offered[-1]))]

@@ -4,7 +4,7 @@ Leaves out how experts are ranked (calibrate) and every step of the search (choi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..calibrate.selection import REAP, Ranking
@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..fit import Layout, servable
 from ..formats import FORMATS, heaviest_first
 from ..measure import ANCHORED, MEASURED, SURROGATE, TRACE, Branch, Measured, Trial, default_counts, measure, offers
-from ..plan import SOURCE, Plan
+from ..plan import DROP, SOURCE, Plan
 from ..rounding import ROUNDINGS
 from .solver.menu import Menu
 
@@ -104,6 +104,15 @@ class Setting:
     pricing: Pricing = field(default_factory=Pricing)
     rounding: str = "rtn"
     quiet: bool = False
+
+    @property
+    def sized(self) -> Checkpoint:
+        """The source as far as plans take from it: without a layer for multi-token prediction that they drop."""
+        a = self.source.architecture
+        if self.ranking.mtp != DROP or not a.has_mtp:
+            return self.source
+        gone = {n.name for n in a.linears if n.role == "mtp"} | {t.name for t in a.tensors if t.role == "mtp"}
+        return replace(self.source, architecture=a.without(gone))
 
     @property
     def container(self) -> Container:

@@ -185,7 +185,7 @@ class Architecture:
             )
         if kept in self.counts:
             return ""
-        near = sorted(self.counts, key=lambda count: (abs(count - kept), count))[:2]
+        near = sorted(self.counts[: None if all_too else -1], key=lambda count: (abs(count - kept), count))[:2]
         return (
             f"they are selected within {self.groups} groups, each of which has to keep as many; "
             f"the nearest that can be are {' and '.join(map(str, sorted(near)))}"

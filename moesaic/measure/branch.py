@@ -110,7 +110,7 @@ def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memo
     a, state_bytes = checkpoint.architecture, STATE_COPIES * 4 * tokens * checkpoint.architecture.hidden
     groups = packed([branch.first(a) for branch in branches], state_bytes, memory_bytes)
     stored_L = np.zeros(a.layers, np.int64)
-    for linear in a.linears:
+    for linear in (n for n in a.linears if n.role != "mtp"):
         stored_L[linear.layer] += checkpoint.container.packing(checkpoint.formats[linear.name]).bytes(linear.shape)
     starts = [branches[group[0]].first(a) for group in groups]
     passed = sum(a.layers - b.first(a) for b in branches) + sum(a.layers - s for s in starts) + max(starts, default=0)
@@ -128,7 +128,7 @@ def effort(checkpoint: Checkpoint, branches: Sequence[Branch], tokens: int, memo
 def head_layers(architecture: Architecture) -> float:
     """Layers that weigh as much as a branch's logits: one product with the head, and an exponential of each."""
     a, per_layer = architecture, np.zeros(architecture.layers)
-    for n in a.linears:
+    for n in (n for n in a.linears if n.role != "mtp"):
         per_layer[n.layer] += n.elements if n.expert is None else n.elements * a.top_k / a.experts
     return 2 * a.vocab * a.hidden / float(per_layer.mean())
 
