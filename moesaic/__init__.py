@@ -34,4 +34,5 @@ FLOORS = (
     "report",
     "recipes",
     "cli",
+    "__main__",
 )
