@@ -48,7 +48,7 @@ def free_port() -> int:
 def command(model: Path, way: str, port: int, peer: str | None) -> list[str]:
     if way == "transformers":
         return [str(peer), "serve", str(model), "--device", "cpu", "--dtype", "float32", "--port", str(port)]
-    words = [sys.executable, "-m", "moesaic.cli", "serve", str(model), "--engine", "local", "--port", str(port)]
+    words = [sys.executable, "-m", "moesaic", "serve", str(model), "--engine", "local", "--port", str(port)]
     return [*words, "--memory", way]
 
 

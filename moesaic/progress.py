@@ -1,6 +1,7 @@
-"""Progress of a long stage: a bar with rate and time left on a terminal, plain lines elsewhere, nothing if told so.
+"""Progress of a long stage: a bar with rate and time left on a terminal, plain lines elsewhere, nothing with `quiet`.
 
-Leaves out results: those go to standard output, progress to standard error.
+A caller from Python gets it as calls of a function of its own (`heard`). Leaves out results: those go to standard
+output, progress to standard error.
 """
 
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from rich import table
@@ -18,6 +20,34 @@ from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 MOST_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a stage is: `done` of `total`, both in `unit` ("B" is bytes); `seconds_left` is None before the first step."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    seconds_left: float | None
+
+
+Listener = Callable[[Step], None]
+LISTENER: ContextVar[Listener | None] = ContextVar("LISTENER", default=None)
+
+
+@contextmanager
+def heard(listener: Listener | None) -> Iterator[None]:
+    """While it lasts, every stage that begins in this thread calls `listener` at its beginning and after each step.
+
+    One call at a time for a stage, from whichever thread made the step. What it raises ends the stage.
+    """
+    token = LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        LISTENER.reset(token)
 
 
 @dataclass
@@ -33,6 +63,7 @@ class Meter:
     unit: str  # "B" is shown as GB; anything else as it is: "tokens", "experts"
     done: int = 0
     plain: bool = False
+    listener: Listener | None = None
     clock: Callable[[], float] = time.monotonic  # seconds
     lock: threading.Lock = field(default_factory=threading.Lock)
     samples: list[tuple[float, int]] = field(default_factory=list)  # when, and what was done by then
@@ -55,6 +86,11 @@ class Meter:
             if self.plain and self.clock() - self.shown > PLAIN_SECONDS:
                 self.shown = self.clock()
                 print(self.line(), file=sys.stderr, flush=True)
+            self.tell()
+
+    def tell(self) -> None:
+        if self.listener is not None:
+            self.listener(Step(self.title, self.done, self.total, self.unit, self.left()))
 
     def rate(self) -> float | None:
         """Units a second; None before the first step has ended."""
@@ -114,7 +150,8 @@ class Bar(BarColumn):
 def progress(title: str, total: int, unit: str, quiet: bool = False) -> Iterator[Meter]:
     """A `Meter` shown while the block runs, and one line that sums up when it ends."""
     console = Console(stderr=True)
-    meter = Meter(title, total, unit, plain=not quiet and not console.is_terminal)
+    meter = Meter(title, total, unit, plain=not quiet and not console.is_terminal, listener=LISTENER.get())
+    meter.tell()
     if quiet or not console.is_terminal:
         yield meter
     else:

@@ -25,13 +25,11 @@ from children import contents, mend_threads
 
 import moesaic
 from moesaic import __version__
-from moesaic import resources as resources_module
 from moesaic.allocate import folder_bytes, stored_bytes
 from moesaic.artifact import read_json
 from moesaic.checkpoint import Checkpoint
 from moesaic.checkpoint.inspect import size
 from moesaic.cli import COMMANDS, main, parser
-from moesaic.cli import base as cli_base
 from moesaic.data.corpus import TRYING_OUT
 from moesaic.errors import FaultError, MoesaicError, PluginError
 from moesaic.evaluate.repetition import probe
@@ -426,10 +424,6 @@ def test_ctrl_c_at_once(model, smaller, tmp_path, command):
         assert codes[-1] in (0, 130) and (not said.exists() or "Traceback" not in said.read_text())
     assert 130 in codes
     assert main([*words, "--quiet"]) == 0
-
-
-def test_the_name_of_the_file_of_threads_is_said_twice_and_alike():
-    assert cli_base.THREADS == resources_module.THREADS
 
 
 # Faults of ours ---------------------------------------------------------------------------------------------------

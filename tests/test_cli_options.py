@@ -42,11 +42,11 @@ SOURCE = SimpleNamespace(
 )  # fmt: skip
 OPEN = {"checkpoint.Checkpoint.open": SOURCE}
 LAYOUT = {"fit.layout_of": SimpleNamespace(name="TP4")}
-ROOM = {"cli.base.search.room_on": (1 << 60, SimpleNamespace(name="TP1"))}
+ROOM = {"recipes.compress.room_on": (1 << 60, SimpleNamespace(name="TP1"))}
 MACHINE = {"fit.Machine.parse": "MACHINE"}
 READ = {
-    "data.corpus.Corpus.evaluation": "rows", "evaluate.Reading.of": "reading", "evaluate.scores.needle.haystacks": ["hay"],
-    "evaluate.scores.perplexity.windows": "windows", "data.tokenizer.Tokenizer.open": "tokenizer",
+    "data.corpus.Corpus.evaluation": "rows", "evaluate.Reading.of": "reading", "recipes.evaluate.haystacks": ["hay"],
+    "recipes.evaluate.windows": "windows", "data.tokenizer.Tokenizer.open": "tokenizer",
 }  # fmt: skip
 CASES = {
     "demo": Case("demo RUN", {"recipes.demo.demo": Recorded}),
@@ -81,12 +81,12 @@ CASES = {
     "allocate": Case("allocate MODEL RUN --devices 2xH100NVL", {**ROOM, **LAYOUT, "recipes.compress.allocate_run": Recorded}),
     "evaluate": Case(
         "evaluate EXPORT --against MODEL --scores kld,needle",
-        {**OPEN, **READ, "evaluate.evaluate": Recorded},
+        {**OPEN, **READ, "recipes.evaluate.evaluate": Recorded},
         frozenset({"text", "window", "stride", "scores", "tasks", "task_files", "limit", "server", "key_file"}),
     ),
     "evaluate --text": Case(
         "evaluate EXPORT --against MODEL --text FILE --stride 7",
-        {**OPEN, **READ, "evaluate.evaluate": Recorded},
+        {**OPEN, **READ, "recipes.evaluate.evaluate": Recorded},
         frozenset({"scores", "tasks", "task_files", "limit", "server", "key_file", "lengths", *TEXT} - {"seed"}),
     ),
     "evaluate by a server": Case(
@@ -149,7 +149,8 @@ def received(case: Case, words: list[str], monkeypatch: pytest.MonkeyPatch) -> d
     found: dict[str, Any] = {}
     with monkeypatch.context() as patch:
         patch.setattr("moesaic.cli.base.resources.used", lambda *_: nullcontext())
-        patch.setattr("moesaic.lock.held", lambda _: nullcontext())  # folders of these names are there for nobody
+        for held in ("lock.held", "recipes.evaluate.held"):
+            patch.setattr(f"moesaic.{held}", lambda _: nullcontext())  # folders of these names are there for nobody
         for stage, result in case.stages.items():
             owner, name = place(stage)
             patch.setattr(owner, name, recorder(stage, getattr(owner, name), result, found))

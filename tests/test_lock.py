@@ -178,7 +178,7 @@ def test_every_command_that_writes_a_folder_holds_it(name, model, tmp_path, caps
 
 def test_a_stopped_command_keeps_its_folder_and_goes_on(model, tmp_path, capsys):
     words = ["quantize", str(model), str(tmp_path / "out"), "--format", "mxfp4"]
-    child = subprocess.Popen([sys.executable, "-m", "moesaic.cli", *words], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-m", "moesaic", *words], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     file = tmp_path / "out" / "moesaic" / FILE
     while not (file.exists() and file.read_text()):

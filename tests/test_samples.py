@@ -8,13 +8,13 @@ import pytest
 from test_evaluate import changed, noisy
 
 from moesaic.checkpoint import Checkpoint
-from moesaic.cli import parsed
-from moesaic.cli.evaluate import SCORES, SWEPT, chosen, of_text
+from moesaic.cli.evaluate import SCORES, SWEPT
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.evaluate import EVALUATIONS
 from moesaic.evaluate.samples import PROBES, PROMPTS, Prompt, compare, judge, local
 from moesaic.evaluate.samples.writing import asked
 from moesaic.evaluate.scores import Score, Scores
+from moesaic.recipes.evaluate import OF_TEXT, chosen
 
 RIGHT = {
     "train": "It came 60 + 160 = 220 miles in 3.5 hours: 62.86 mph.",
@@ -93,12 +93,9 @@ def test_files_of_the_former_name_are_read(tmp_path: Path) -> None:
 
 
 def test_the_former_name_works_on_the_command_line() -> None:
-    said = {
-        name: chosen(parsed(["evaluate", "e", "--against", "m", "--scores", f"kld,{name}"])[1], SCORES, of_text())  # type: ignore[arg-type]
-        for name in ("samples", "spots")
-    }
-    assert said["samples"] == said["spots"] == ("kld", "samples")
+    said = [chosen(("kld", name), SCORES) for name in ("samples", "spots")]
+    assert said == [("kld", "samples")] * 2
 
 
 def test_scores_are_listed_by_their_files() -> None:
-    assert tuple(sorted(EVALUATIONS)) == SWEPT and of_text() == ("kld", "perplexity", "router")
+    assert tuple(sorted(EVALUATIONS)) == SWEPT and OF_TEXT == ("kld", "perplexity", "router")

@@ -395,7 +395,7 @@ def test_the_command_serves_until_interrupted(m2, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "moesaic.cli", "serve", str(m2.path), "--engine", "local", "--port", str(port)]
+    words = [sys.executable, "-m", "moesaic", "serve", str(m2.path), "--engine", "local", "--port", str(port)]
     words += ["--expert-memory", "64MB", "--context", "500", "--key-file", str(tmp_path / "key")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     running, status = Running(port, None, KEY), None

@@ -22,7 +22,7 @@ from ..errors import FaultError, MoesaicError
 from ..registry import collect
 from .base import Arguments, Command, resources
 
-FOUND: dict[str, Command[Any]] = collect(__name__, Command, "__main__")
+FOUND: dict[str, Command[Any]] = collect(__name__, Command)
 COMMANDS = {c.name: c for c in sorted(FOUND.values(), key=lambda c: c.place)}
 
 JSON_HELP = 'standard output is one JSON object of facts, or of the error; an infinite number in it is {"float": "inf"}'
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="moesaic", description="Make a giant mixture-of-experts model fit, and prove what that cost."
     )
+    top.add_argument("--version", action="version", version=f"moesaic {__version__}")
     words = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         example = f"example: {command.example}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from .base import Command
 from .base.groups import corpus
-from .base.search import Search, budget_options, offer_options, recipe, sweeps, threads_in
+from .base.search import Search, budget_options, offer_options, recipe, use
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -43,6 +43,5 @@ COMMAND = Command(
     options=options,
     arguments=Search,
     run=run,
-    threads_in=threads_in,
-    sweeps=sweeps,
+    use=use,
 )

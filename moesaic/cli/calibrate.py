@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import THREADS, Command, Swept
+from .base import Command
 from .base.groups import RankingArguments, TextArguments, corpus, ranking, ranking_options, text_options
 from .base.telling import show
 from .base.values import counts_of
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+    from ..recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,10 @@ def gather(a: Calibrate, source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def sweeps(a: Calibrate) -> Swept:
-    from ..calibrate import CHUNK_TOKENS
+def use(a: Calibrate) -> Use:
+    from ..recipes.compress import use
 
-    return Swept(a.model, min(a.tokens, CHUNK_TOKENS))
+    return use(a.model, a.run, corpus(a))
 
 
 COMMAND = Command(
@@ -104,6 +105,5 @@ COMMAND = Command(
     options=options,
     arguments=Calibrate,
     run=run,
-    threads_in=lambda a: [a.run / THREADS],
-    sweeps=sweeps,
+    use=use,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from .base import Command
 from .base.groups import corpus
-from .base.search import Search, budget_options, offer_options, recipe, sweeps, threads_in
+from .base.search import Search, budget_options, offer_options, recipe, use
 from .base.telling import told, trying_out
 from .base.values import count_of
 
@@ -55,6 +55,5 @@ COMMAND = Command(
     options=options,
     arguments=Compress,
     run=run,
-    threads_in=threads_in,
-    sweeps=sweeps,
+    use=use,
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base import THREADS, Command
+from .base import Command
 from .base.groups import ResourceArguments, resource_options
 from .base.telling import told
+
+if TYPE_CHECKING:
+    from ..recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,12 @@ def run(a: Demo) -> dict[str, Any]:
     return told(demo(a.run, a.quiet))
 
 
+def use(a: Demo) -> Use:
+    from ..recipes.demo import use
+
+    return use(a.run)
+
+
 COMMAND = Command(
     name="demo",
     place=10,
@@ -36,5 +45,5 @@ COMMAND = Command(
     options=options,
     arguments=Demo,
     run=run,
-    threads_in=lambda a: [a.run / THREADS],
+    use=use,
 )

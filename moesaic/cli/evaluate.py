@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..registry import names_in
-from .base import THREADS, Command, Swept
+from .base import Command
 from .base.groups import TextArguments, corpus, text_options
-from .base.resources import held_bytes
 from .base.telling import plus_minus
 from .base.values import count_of, counts_of, names_of
 
@@ -22,13 +21,12 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..evaluate import Reading, Scores
     from ..evaluate.tasks import Asked
+    from ..recipes.evaluate import Evaluating
+    from ..recipes.machine import Use
 
 SWEPT = names_in(Path(__file__).parents[1] / "evaluate" / "scores")  # by file: their modules take a second to import
 SCORES = (*SWEPT, "tasks", "samples")
 SERVED = ("perplexity", "needle", "samples")
-FORMER = {"spots": "samples"}  # names of scores that still work in this version
-NOTHING: dict[str, Any] = {"readings": [], "layers": [], "activations": {}}  # facts of an evaluation without a sweep
-LENGTHS = (1024, 4096, 8192)  # of haystacks; the longer ones are beyond what M3's sparse attention looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,53 +85,46 @@ def run(a: Evaluate) -> dict[str, Any]:
         raise InputError("no source is named; give --against MODEL, or --server URL")
     from ..checkpoint import Checkpoint
     from ..lock import held
+    from ..recipes.evaluate import OF_TEXT, chosen
 
-    wanted = chosen(a, *((SERVED, ("perplexity",)) if a.server else (SCORES, of_text())))
+    scores = a.scores or (*(("perplexity",) if a.server else OF_TEXT), *(("tasks",) if a.tasks else ()))
+    wanted = chosen(scores, SERVED if a.server else SCORES)
     export = Checkpoint.open(a.export)
     if a.server:
         with held(out):
             return by_server(a, a.server, export, out, wanted)
     assert a.against is not None
     source = Checkpoint.open(a.against)
-    source.check_values()
-    export.check_values()
     with held(out):
         return by_sweep(a, source, export, out, wanted)
 
 
 def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Both models in one sweep, and what text they write where that is asked for."""
-    from ..evaluate import Conditions, Scores, evaluate, ways
+    """Both models in one sweep, and the marks of tasks where they are asked for."""
+    from ..evaluate import ways
+    from ..recipes.evaluate import evaluate_export
 
-    asked = ask(a, source) if "tasks" in wanted else None
-    readings = read_what(a, source, out, wanted) + (list(asked.readings) if asked else [])
-    scores = None
-    if readings:
-        conditions = Conditions(activations=a.activations, seed=a.seed, cache=a.cache)
-        scores = evaluate(source, export, readings, out, conditions, a.quiet)
-    if asked and scores:
+    tasks, others = ask(a, source) if "tasks" in wanted else None, tuple(s for s in wanted if s != "tasks")
+    if tasks and not tasks.readings:
+        raise InputError("the tasks ask for nothing; give others")
+    asked = evaluating(a, others, tuple(tasks.readings) if tasks else ())
+    scores = evaluate_export(source, export, out, asked, corpus(a), a.quiet)
+    if tasks:
         from ..evaluate.tasks import mark
 
-        more, facts = mark(asked, out, list(ways(export, a.activations)), a.seed)
+        more, facts = mark(tasks, out, list(ways(export, a.activations)), a.seed)
         scores = scores.add(more, {"tasks": facts}, out / "scores.json")
-    if "samples" in wanted:
-        from ..data.tokens import Tokenizer
-        from ..evaluate.samples import compare, local
-
-        held = held_bytes(a)  # of one writer at a time
-        writers = {"source": local(source, held), "export": local(export, held)}
-        more, facts = compare(writers, Tokenizer.open(source.path))
-        inputs = {"source": source.identity, "export": export.identity}
-        scores = (scores or Scores((), NOTHING)).add(more, {"samples": facts}, out / "scores.json", inputs)
-    if scores is None:
-        raise InputError("the tasks ask for nothing; give others")
-    if "kld" in wanted:
-        from ..artifact import atomic
-        from ..evaluate.scores.kld import llama_text
-
-        with atomic(out / "kld.txt") as partial:
-            partial.write_text(llama_text(scores) + "\n", encoding="utf-8")
     return told(scores.add((), {"command": a.line}, out / "scores.json"), out / "scores.json")
+
+
+def evaluating(a: Evaluate, scores: tuple[str, ...], readings: tuple[Reading, ...] = ()) -> Evaluating:
+    from ..recipes.evaluate import Evaluating
+    from ..recipes.machine import held_bytes
+
+    return Evaluating(
+        scores=scores, activations=a.activations, text=a.text, window=a.window, stride=a.stride, lengths=a.lengths,
+        readings=readings, cache=a.cache, memory_bytes=held_bytes(a.memory_bytes),
+    )  # fmt: skip
 
 
 def by_server(a: Evaluate, url: str, export: Checkpoint, out: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -142,11 +133,12 @@ def by_server(a: Evaluate, url: str, export: Checkpoint, out: Path, wanted: tupl
     from ..evaluate import Scores
     from ..evaluate.samples import compare
     from ..evaluate.server import Server, read, score, swept, writer
+    from ..recipes.evaluate import readings_of
     from ..serve.local import read_key
 
     tokenizer = Tokenizer.open(a.export)
     server = Server.open(url, read_key(a.key_file) if a.key_file else "")
-    readings = read_what(a, export, out, wanted)
+    readings = readings_of(export, evaluating(a, wanted), wanted, corpus(a), out)
     values = swept(out / "scores.safetensors", export, readings)
     word: Callable[[int], str] = lambda id: str(tokenizer.inner.decode([id], skip_special_tokens=False))  # noqa: E731
     divergences, before = read(server, readings, word, a.quiet)
@@ -167,27 +159,6 @@ def by_server(a: Evaluate, url: str, export: Checkpoint, out: Path, wanted: tupl
     return told(scores.add((), {"command": a.line}, out / "served.json"), out / "served.json")
 
 
-def read_what(a: Evaluate, model: Checkpoint, out: Path, wanted: tuple[str, ...]) -> list[Reading]:
-    """The readings of text and of haystacks."""
-    from ..data.tokens import Tokenizer
-    from ..evaluate import Reading
-    from ..evaluate.scores.needle import haystacks
-    from ..evaluate.scores.perplexity import windows
-
-    tokenizer, architecture = Tokenizer.open(model.path), model.architecture
-    found: list[Reading] = []
-    if set(wanted) & set(of_text()):
-        if a.text:
-            stride = a.stride or a.window
-            found.append(windows(a.text, tokenizer, vocab=architecture.vocab, window=a.window, stride=stride))
-        else:
-            found.append(Reading.of(corpus(a).evaluation(model, out / "evaluation.safetensors")))
-    if "needle" in wanted:
-        lengths = a.lengths or [n for n in LENGTHS if n <= architecture.context]
-        found += haystacks(model, lengths, seed=a.seed)
-    return found
-
-
 def ask(a: Evaluate, source: Checkpoint) -> Asked:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("tasks are lm-evaluation-harness's, and it is not installed; pip install moesaic[tasks]")
@@ -200,20 +171,6 @@ def ask(a: Evaluate, source: Checkpoint) -> Asked:
     return ask(
         a.tasks, tokenizer, vocab=architecture.vocab, context=architecture.context, folder=a.task_files, limit=a.limit
     )
-
-
-def of_text() -> tuple[str, ...]:
-    """Scores of a reading of text: one sweep gives them all."""
-    from ..evaluate import EVALUATIONS
-
-    return tuple(name for name, evaluation in EVALUATIONS.items() if "text" in evaluation.reads)
-
-
-def chosen(a: Evaluate, there_are: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = tuple(FORMER.get(s, s) for s in a.scores or (default + (("tasks",) if a.tasks else ())))
-    if unknown := sorted(set(wanted) - set(there_are)):
-        raise InputError(f"no score {unknown[0]!r} here; there are {', '.join(there_are)}")
-    return wanted
 
 
 def told(scores: Scores, path: Path) -> dict[str, Any]:
@@ -232,13 +189,10 @@ def told(scores: Scores, path: Path) -> dict[str, Any]:
     return {"scores": found, "nonfinite": next(iter(nonfinite.values()), None), "file": str(path)}
 
 
-def threads_in(a: Evaluate) -> Sequence[Path]:
-    out = a.out or a.export / "moesaic"  # an export may be judged on another machine than it was made on
-    return [out / f"evaluate-{THREADS}", *([a.cache / THREADS] if a.cache else [])]
+def use(a: Evaluate) -> Use:
+    from ..recipes.evaluate import use
 
-
-def sweeps(a: Evaluate) -> Swept | None:
-    return None if a.server or a.against is None else Swept(a.against, a.tokens, states=2)
+    return use(None if a.server else a.against, a.out or a.export / "moesaic", a.cache, corpus(a))
 
 
 COMMAND = Command(
@@ -249,6 +203,5 @@ COMMAND = Command(
     options=options,
     arguments=Evaluate,
     run=run,
-    threads_in=threads_in,
-    sweeps=sweeps,
+    use=use,
 )

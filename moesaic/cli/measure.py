@@ -8,7 +8,7 @@ from typing import Any
 
 from .base import Command
 from .base.groups import corpus
-from .base.search import Search, offer_options, recipe, sweeps, threads_in
+from .base.search import Search, offer_options, recipe, use
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -38,6 +38,5 @@ COMMAND = Command(
     options=options,
     arguments=Search,
     run=run,
-    threads_in=threads_in,
-    sweeps=sweeps,
+    use=use,
 )

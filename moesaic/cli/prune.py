@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import THREADS, Command, Swept
+from .base import Command
 from .base.groups import CutArguments, TextArguments, corpus, cut_options, ranking, text_options
-from .base.resources import held_bytes
 from .base.telling import plus_minus, show, sizes, trying_out
 from .base.values import counts_of
+
+if TYPE_CHECKING:
+    from ..recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: Prune) -> dict[str, Any]:
+    from ..recipes.machine import held_bytes
     from ..recipes.prune import Pruning, prune
 
     if a.loops and not a.preview:
@@ -67,7 +70,11 @@ def run(a: Prune) -> dict[str, Any]:
     if len(a.experts) > 1:
         raise InputError(f"asked to keep {a.experts} experts; wanted one count, or --preview to compare several")
     pruning = Pruning(
-        experts=a.experts[0], ranking=ranking(a, a.run), repair=a.repair, check=a.check, memory_bytes=held_bytes(a)
+        experts=a.experts[0],
+        ranking=ranking(a, a.run),
+        repair=a.repair,
+        check=a.check,
+        memory_bytes=held_bytes(a.memory_bytes),
     )
     with trying_out(reads_library(a)):
         return told_pruning(prune(a.model, a.out, pruning, corpus(a), command=a.line, quiet=a.quiet))
@@ -108,9 +115,10 @@ def told_pruning(facts: dict[str, Any]) -> dict[str, Any]:
 
 def preview(a: Prune) -> dict[str, Any]:
     from ..measure.preview import table
+    from ..recipes.machine import held_bytes
     from ..recipes.prune import Cuts, preview_cuts, probe_cuts
 
-    cuts = Cuts(counts=a.experts, ranking=ranking(a, a.run), memory_bytes=held_bytes(a))
+    cuts = Cuts(counts=a.experts, ranking=ranking(a, a.run), memory_bytes=held_bytes(a.memory_bytes))
     outlooks = preview_cuts(a.model, a.out, cuts, corpus(a), quiet=a.quiet)
     probes = probe_cuts(a.model, a.out, outlooks, cuts.memory_bytes, quiet=a.quiet) if a.loops else {}
     show(table(outlooks))
@@ -122,8 +130,10 @@ def preview(a: Prune) -> dict[str, Any]:
     return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
 
 
-def threads_in(a: Prune) -> Sequence[Path]:
-    return [folder / THREADS for folder in (a.out / "moesaic", a.run) if folder]
+def use(a: Prune) -> Use:
+    from ..recipes.prune import use
+
+    return use(a.model, a.out, a.run, corpus(a))
 
 
 COMMAND = Command(
@@ -134,6 +144,5 @@ COMMAND = Command(
     options=options,
     arguments=Prune,
     run=run,
-    threads_in=threads_in,
-    sweeps=lambda a: Swept(a.model, a.tokens),
+    use=use,
 )

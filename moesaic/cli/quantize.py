@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base import THREADS, Command, Swept
+from .base import Command
 from .base.groups import (
     ParallelArguments,
     TextArguments,
@@ -18,6 +18,9 @@ from .base.groups import (
     text_options,
 )
 from .base.telling import sizes, tell_rounding, trying_out
+
+if TYPE_CHECKING:
+    from ..recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,10 @@ def told_rounding(facts: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def sweeps(a: Quantize) -> Swept:
-    return Swept(a.model, 0 if a.rounding in (None, "rtn") else a.tokens)
+def use(a: Quantize) -> Use:
+    from ..recipes.quantize import use
+
+    return use(a.model, a.out, a.rounding or "rtn", corpus(a))
 
 
 COMMAND = Command(
@@ -83,6 +88,5 @@ COMMAND = Command(
     options=options,
     arguments=Quantize,
     run=run,
-    threads_in=lambda a: [a.out / "moesaic" / THREADS],
-    sweeps=sweeps,
+    use=use,
 )

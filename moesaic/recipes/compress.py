@@ -28,7 +28,7 @@ from ..allocate import (
     trace_frontier,
 )
 from ..artifact import read_json, sweep_partials, write_json
-from ..calibrate import Statistics, calibrate, check_domains
+from ..calibrate import CHUNK_TOKENS, Statistics, calibrate, check_domains
 from ..calibrate.criteria import CRITERIA
 from ..calibrate.selection import REAP, Ranking, Selection, check_names, select_experts
 from ..calibrate.until_stable import calibrate_until_stable, statistics_of_run
@@ -41,16 +41,19 @@ from ..evaluate import Conditions, Reading, Scores, evaluate
 from ..export import export
 from ..export.activations import calibrated
 from ..export.sequential import overlaid_on_text
-from ..fit import check_layout
+from ..fit import Layout, Machine, Shapes, budget, check_layout
+from ..fit import choose as fastest
 from ..formats import NAMES
 from ..lock import held
 from ..measure import Prices
 from ..plan import DROP, SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint, check_mtp
 from ..report import report
+from ..resources import THREADS
 from ..rounding import ROUNDINGS, informed
 from ..verify import verify
 from ..verify.verdict import Verdict, expert_errors
+from .machine import Use
 
 CURVE = 12  # points of the frontier that are told
 CHOICE_TOKENS = 16_384  # of unseen text, at most, to choose among candidates; as many judge, or more
@@ -66,7 +69,7 @@ class Recipe:
     format             of routed experts, where there is no limit
     rest               of every other matrix
     evaluation_tokens  to judge the result by
-    devices            that the limit was found for, with `context`: the report shows how they hold the result
+    devices            that the result has to fit, with a request of `context` tokens (see `fitted`): "2x95GiB"
     """
 
     ranking: Ranking = REAP
@@ -108,7 +111,7 @@ def compress(
     before the first sweep for what cannot be, `CheckError` when the export does not verify, `FaultError`
     when it is larger than its budget.
     """
-    source = Checkpoint.open(model)
+    source, recipe = Checkpoint.open(model), fitted(model, recipe)
     recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
     check(source, recipe)
     check_goal(source, recipe)
@@ -119,6 +122,27 @@ def compress(
     source.check_values()
     with held(run):
         return compressed(source, run, recipe, corpus, command, quiet)
+
+
+def fitted(model: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the room that its devices have for a limit, and served there as is fastest, unless it says how."""
+    if not recipe.devices:
+        return recipe
+    (room, layout), limit = room_on(model, recipe.devices, recipe.context), recipe.limit
+    least = room if limit.budget_bytes is None else min(room, limit.budget_bytes)
+    offer = replace(recipe.offer, layout=recipe.offer.layout or layout)
+    return replace(recipe, limit=replace(limit, budget_bytes=least), offer=offer)
+
+
+def room_on(model: Path, devices: str, context: int | None) -> tuple[int, Layout]:
+    """The bytes that devices have room for, and how they would serve the model."""
+    machine, source = Machine.parse(devices), Checkpoint.open(model)
+    return budget(machine, source, context), fastest(Shapes.of(source), machine)
+
+
+def use(model: Path, run: Path, corpus: Corpus) -> Use:
+    """What of the machine `compress` takes, and each stage of it."""
+    return Use((run / THREADS,), model, min(corpus.tokens, CHUNK_TOKENS))
 
 
 def compressed(
@@ -255,7 +279,7 @@ def allocate_run(
 
 def priced(model: Path, run: Path, recipe: Recipe, corpus: Corpus, quiet: bool) -> tuple[Setting, Prices, TokenSet]:
     """Calibrated and priced, with the text that it was priced on."""
-    source = Checkpoint.open(model)
+    source, recipe = Checkpoint.open(model), fitted(model, recipe)
     recipe = replace(recipe, rounding=informed(recipe.rounding, corpus.is_own))
     check(source, recipe)
     setting = recipe.setting(source, run, quiet)

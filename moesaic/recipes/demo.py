@@ -9,6 +9,8 @@ from typing import Any
 from ..allocate import Offer
 from ..data.corpus import Corpus
 from .compress import Recipe, compress
+from .compress import use as use_of
+from .machine import Use
 
 MODEL = Path(__file__).parent / "demo_model"
 TEXT = Corpus(tokens=24_576, length=256)
@@ -18,3 +20,8 @@ RECIPE = Recipe(offer=Offer(experts=16), format="mxfp4", evaluation_tokens=16_38
 def demo(run: Path, quiet: bool = False) -> dict[str, Any]:
     """Compress the demo model into `run`; returns the facts of `compress`."""
     return compress(MODEL, run, RECIPE, TEXT, command=f"moesaic demo {run}", quiet=quiet)
+
+
+def use(run: Path) -> Use:
+    """What of the machine `demo` takes."""
+    return use_of(MODEL, run, TEXT)

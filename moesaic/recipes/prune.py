@@ -31,7 +31,9 @@ from ..plan.blueprint import Blueprint, check_mtp
 from ..plan.pieces import NOTE
 from ..progress import progress
 from ..report.outlooks import plot
+from ..resources import THREADS
 from ..verify import verify
+from .machine import Use
 
 PREVIEW_TOKENS = 8_192  # enough to tell criteria apart; the verdict on what ships is evaluate's
 
@@ -104,6 +106,11 @@ def prune(
     setting = Setting(source, work, ranking, corpus, quiet, pruning.memory_bytes)
     with held(work):
         return pruned(setting, out, pruning, command)
+
+
+def use(model: Path, out: Path, run: Path | None, corpus: Corpus) -> Use:
+    """What of the machine `prune` and its preview take; `run` is that of the ranking."""
+    return Use(tuple(folder / THREADS for folder in (out / "moesaic", run) if folder), model, corpus.tokens)
 
 
 def pruned(setting: Setting, out: Path, pruning: Pruning, command: str) -> dict[str, Any]:

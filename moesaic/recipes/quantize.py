@@ -21,9 +21,11 @@ from ..formats import NAMES
 from ..lock import held
 from ..plan import SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint
+from ..resources import THREADS
 from ..rounding import ROUNDINGS, informed
 from ..verify import verify
 from ..verify.verdict import expert_errors
+from .machine import Use
 
 SCOPES = {"experts": ("experts",), "linears": ("experts", "shared", "dense", "qkv", "o")}
 
@@ -98,6 +100,11 @@ def quantize(
             verdict.require(out, "remove it and quantize again")
         write_json(out / "moesaic" / "quantize.json", "quantize", facts, {"source": source.identity})
         return facts
+
+
+def use(model: Path, out: Path, rounding: str, corpus: Corpus) -> Use:
+    """What of the machine `quantize` takes."""
+    return Use((out / "moesaic" / THREADS,), model, 0 if rounding == "rtn" else corpus.tokens)
 
 
 def formats_of(source: Checkpoint, format: str, only: str, rest: str) -> dict[str, str]:

@@ -1,10 +1,14 @@
 """What a file of this folder holds: one command, with its options, what it was given, its run and what it prints."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from ...recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,35 +23,16 @@ class Arguments:
     quiet: bool
 
 
-THREADS = "threads.json"  # as `resources.THREADS`, which would take a second to import
 A = TypeVar("A", bound=Arguments)
-
-
-@dataclass(frozen=True)
-class Swept:
-    """What a command takes through a model: so many tokens, in so many states side by side."""
-
-    model: Path
-    tokens: int
-    states: int = 1
-
-
-def nowhere(a: Any) -> Sequence[Path]:
-    return ()
-
-
-def nothing(a: Any) -> Swept | None:
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Generic[A]):
     """One word of the command line. Its file imports a stage where it runs, so that --help answers at once.
 
-    place       in the list of commands: the least stands first
-    run         prints, and returns facts for --json; "exit" among them is the exit code
-    threads_in  the files that keep the counts of threads of what it reads and writes (`Resources.used`)
-    sweeps      what has to fit into --memory
+    place  in the list of commands: the least stands first
+    run    prints, and returns facts for --json; "exit" among them is the exit code
+    use    what of the machine it takes; None: of a command that has no --memory and --threads, or reads no run
     """
 
     name: str
@@ -57,5 +42,4 @@ class Command(Generic[A]):
     options: Callable[[argparse.ArgumentParser], None]
     arguments: type[A]
     run: Callable[[A], dict[str, Any]]
-    threads_in: Callable[[A], Sequence[Path]] = nowhere
-    sweeps: Callable[[A], Swept | None] = nothing
+    use: Callable[[A], Use] | None = None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import THREADS, Swept
 from .groups import (
     CutArguments,
     ParallelArguments,
     TextArguments,
+    corpus,
     cut_options,
     layout,
     parallel_options,
@@ -20,12 +19,11 @@ from .groups import (
     rounding_option,
     text_options,
 )
-from .resources import held_bytes
 from .values import bits_of, bytes_of, count_of, names_of, seconds_of
 
 if TYPE_CHECKING:
-    from ...fit import Layout
     from ...recipes.compress import Recipe
+    from ...recipes.machine import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,38 +87,25 @@ def recipe(a: Search) -> Recipe:
     """What the options of a search say; a size that --devices leaves is asked of `fit`."""
     from ...allocate import FORMATS_OFFERED, Limit, Offer, Pricing
     from ...checkpoint.inspect import size
-    from ...recipes.compress import Recipe
+    from ...recipes.compress import Recipe, fitted
+    from ...recipes.machine import held_bytes
 
-    budget_bytes, served = a.budget_bytes, layout(a)
-    if a.devices:
-        room, fastest = room_on(a.model, a.devices, a.context)
-        budget_bytes, served = room if budget_bytes is None else min(room, budget_bytes), served or fastest
-        print(f"budget   {size(room)} on {a.devices}, served as {served.name}")
-    return Recipe(
+    found = Recipe(
         ranking=ranking(a),
-        offer=Offer(experts=a.experts, formats=a.formats or FORMATS_OFFERED, container=a.container, layout=served),
-        limit=Limit(budget_bytes=budget_bytes, bits=a.bits),
-        pricing=Pricing(harm=a.harm, seconds=a.seconds, memory_bytes=held_bytes(a)),
+        offer=Offer(experts=a.experts, formats=a.formats or FORMATS_OFFERED, container=a.container, layout=layout(a)),
+        limit=Limit(budget_bytes=a.budget_bytes, bits=a.bits),
+        pricing=Pricing(harm=a.harm, seconds=a.seconds, memory_bytes=held_bytes(a.memory_bytes)),
         rounding=a.rounding or "rtn",
         devices=a.devices or "",
         context=a.context,
     )
+    found = fitted(a.model, found)
+    if (room := found.limit.budget_bytes) and found.devices and found.offer.layout:
+        print(f"budget   {size(room)} on {a.devices}, served as {found.offer.layout.name}")
+    return found
 
 
-def room_on(model: Path, devices: str, context: int | None) -> tuple[int, Layout]:
-    """The bytes that devices have room for, and how they would serve the model."""
-    from ...checkpoint import Checkpoint
-    from ...fit import Machine, Shapes, budget, choose
+def use(a: Search) -> Use:
+    from ...recipes.compress import use
 
-    machine, source = Machine.parse(devices), Checkpoint.open(model)
-    return budget(machine, source, context), choose(Shapes.of(source), machine)
-
-
-def threads_in(a: Search) -> Sequence[Path]:
-    return [a.run / THREADS]
-
-
-def sweeps(a: Search) -> Swept:
-    from ...calibrate import CHUNK_TOKENS
-
-    return Swept(a.model, min(a.tokens, CHUNK_TOKENS))
+    return use(a.model, a.run, corpus(a))
