@@ -35,16 +35,23 @@ from moesaic.verify import verify
 KEY = "a-key-of-tests"
 NAMES = tuple(sorted(replica.TINY))
 FAMILY = pytest.mark.parametrize("family", NAMES)
+QUICK = (
+    "deepseek_v3",
+    "glm4_moe",
+    "qwen3_moe",
+)  # which differ most; what takes long for the others is in `make test-ci`
+SOME_QUICK = pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
+)
 KINDS = [(family, "bf16") for family in NAMES] + [
     ("qwen3_moe", "fp8"), ("glm4_moe", "fp8_channel"), ("deepseek_v3", "fp8"), ("kimi_k2", "fp8"), ("kimi_k25", "int4"),
 ]  # fmt: skip
 # (container, format of experts) that engines read for these families: all, but for AutoRound under latent attention
 CARRIED = [
-    ("compressed_tensors", "mxfp4"),
-    ("compressed_tensors", "fp8_block"),
-    ("auto_round", "int4_g64"),
-    ("mlx", "mxfp4"),
-]
+    ("compressed_tensors", "mxfp4"), ("compressed_tensors", "fp8_block"), ("auto_round", "int4_g64"), ("mlx", "mxfp4"),
+    pytest.param("compressed_tensors", "nvfp4", marks=pytest.mark.long),
+    pytest.param("gptq", "int4_g128", marks=pytest.mark.long),
+]  # fmt: skip
 TOLERANCE = 1e-4  # on logits, whose standard deviation is about 1.3
 TEXT = ("--tokens", 512, "--length", 64)
 
@@ -115,8 +122,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.parametrize("name", [
-    "qwen3_30b_a3b", "qwen3_30b_a3b_fp8", "coder_480b", "olmoe", "mixtral_8x22b", "glm4_air", "glm4_7", "glm4_7_flash",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("deepseek_v3", "kimi_k2", "kimi_k2_5", "qwen3_235b_a22b")),
+    "qwen3_30b_a3b_fp8", "olmoe", "mixtral_8x22b", "glm4_7", "glm4_7_flash",
+    *(pytest.param(name, marks=pytest.mark.long) for name in (
+        "qwen3_30b_a3b", "qwen3_235b_a22b", "coder_480b", "glm4_air", "deepseek_v3", "kimi_k2", "kimi_k2_5",
+    )),
 ])  # fmt: skip
 def test_a_bare_config_tells_every_tensor_of_its_release(name, tmp_path, capsys):
     """Names, dtypes and shapes are those of the tables; test_replica holds their totals to published ones."""
@@ -167,7 +176,7 @@ def gradient(found: dict[str, Tensor], n: Linear) -> Tensor:
     return found[f"{at}gate_up_proj"][n.expert].chunk(2)[n.projection == "up"]
 
 
-@FAMILY
+@SOME_QUICK
 def test_gradients_are_those_of_the_whole_model(make, tmp_path, family):
     """Of every matrix, and of the embedded tokens, relative to the largest of each."""
     checkpoint, ids_BT, labels_BS = make(family), text(2, 40), text(2, 39, seed=1)
@@ -249,7 +258,7 @@ def experts_key(config: dict) -> str:
     return ("text_config." if inner else "") + replica.experts_key(replica.text(config))
 
 
-@FAMILY
+@SOME_QUICK
 def test_a_budget_is_met_and_told(make, data, tmp_path, capsys, family):
     """compress: calibration, prices, pruning and rounding, export, verify, evaluate, report; then what reads its outcome."""
     source, run = make(family), tmp_path / "run"
@@ -277,7 +286,7 @@ def test_measured_prices(make, data, tmp_path, capsys, family):
 
 
 @pytest.mark.parametrize(("container", "format"), CARRIED)
-@FAMILY
+@SOME_QUICK
 def test_every_container_carries_it(make, tmp_path, capsys, family, container, format):
     source, out = make(family), tmp_path / "out"
     go(capsys, "quantize", source.path, out, "--format", format, "--rest", "bf16", "--to", container)
@@ -316,7 +325,7 @@ def test_what_a_vendor_rounded_is_kept(make, data, tmp_path, capsys, family, sou
         assert torch.equal(again.decode(n.name), values[f"{n.name}.weight".removeprefix("language_model.")]), n.name
 
 
-@FAMILY
+@SOME_QUICK
 def test_rounding_on_text(make, data, tmp_path, capsys, family):
     words = ("--only", "linears", "--format", "int4_g64", "--rounding", "gptq", "--data", data, *TEXT)
     assert go(capsys, "quantize", make(family).path, tmp_path / "out", *words)["rendered"]

@@ -32,6 +32,6 @@ def test_a_wheel_takes_along_every_file_that_is_no_code():
     setuptools = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = setuptools["package-data"]["moesaic"]
     taken = {path for pattern in patterns for path in ROOT.glob(pattern)}
-    others = {p for p in ROOT.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    others = {p for p in ROOT.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
     assert ROOT / "py.typed" in others, "type checkers ask for it"
     assert others - taken == set()
