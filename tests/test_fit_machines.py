@@ -1,6 +1,7 @@
 """Machines as people write them: by card, by size, or not at all."""
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +63,22 @@ def test_what_an_engine_claims(text, claimed):
 )
 def test_no_machines(text):
     with pytest.raises(InputError):
+        Machine.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8xH1000", "did you mean H100, H200, H100 NVL? A size"),
+        ("2xSpark", "did you mean DGX Spark? A size"),
+        ("RTX5O90", "did you mean RTX 5090, RTX 4090? A size"),
+        ("Mac Studio 500 GB", "did you mean Mac Studio 512 GB, "),
+        ("4xMI300X", f"there are {', '.join(card.name for card in CARDS)}. A size will do too: 2x95GiB"),
+        ("", "there are A100, "),
+    ],
+)
+def test_a_device_that_is_not_known_gets_the_nearest(text, said):
+    with pytest.raises(InputError, match=re.escape(f"{text!r} names no device; {said}")):
         Machine.parse(text)
 
 

@@ -5,6 +5,7 @@ number on the box and is what vLLM multiplies with --gpu-memory-utilization; of 
 the GPU wire. Leaves out speed: bandwidth, links, arithmetic.
 """
 
+import difflib
 import re
 from dataclasses import dataclass, replace
 
@@ -60,6 +61,15 @@ def plain(name: str) -> str:
 BY_NAME = {plain(card.name): card for card in CARDS}
 
 
+def known(what: str) -> str:
+    """What to write instead of a name that no card has: those that contain it or are near, all where there are none."""
+    asked = plain(what)
+    near = [name for name in BY_NAME if len(asked) > 2 and asked in name]
+    near += [name for name in difflib.get_close_matches(asked, BY_NAME, 3) if name not in near]
+    names = ", ".join(BY_NAME[name].name for name in near or BY_NAME)
+    return f"did you mean {names}?" if near else f"there are {names}."
+
+
 @dataclass(frozen=True)
 class Machine:
     """`count` devices of one kind."""
@@ -82,8 +92,7 @@ class Machine:
         elif plain(what) in BY_NAME:
             card = BY_NAME[plain(what)]
         else:
-            names = ", ".join(card.name for card in CARDS)
-            raise InputError(f"{text!r} names no devices; write 2x95GiB, or a count and one of {names}: 4xH100 NVL")
+            raise InputError(f"{text!r} names no device; {known(what)} A size will do too: 2x95GiB")
         if not 1 <= count <= 1024 or not card.bytes:
             raise InputError(f"{text!r} is {count} devices of {card.bytes:,} bytes; wanted 1 to 1024 that have memory")
         return Machine(replace(card, utilization=float(found[3])) if found and found[3] else card, count)
