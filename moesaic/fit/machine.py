@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..errors import InputError
 
 GB, GIB = 10**9, 2**30
-UNITS = {"GB": GB, "GIB": GIB, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+UNITS = {"MB": 10**6, "GB": GB, "GIB": GIB, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
