@@ -1,4 +1,4 @@
-"""The facts of `fit`, to look at: one table of a device, one of the plans, and every formula.
+"""The facts of `fit`, to look at: one table of a device, one of the plans, the answer in words, and every formula.
 
 Tables have few columns and rows, so that 80 columns of a terminal hold each number and each name whole.
 """
@@ -84,8 +84,78 @@ def gigabytes(cell: dict[str, Any]) -> str:
     return count if cell["fits"] else f"({count})"
 
 
-def explain(facts: dict[str, Any]) -> str:
-    """Every number of `facts` with the formula that it follows, a line each."""
-    return "\n".join(
-        f"{line['name']}: {line['formula']} = {line['value']:,} {line['unit']}" for line in facts["explain"]
+def answer(facts: dict[str, Any]) -> str:
+    """What to do, in words: what fits unchanged, else what the rule recommends; how much it holds, and how fast it can be."""
+    plan, machine, asked = facts["recommendation"], facts["machine"], requests(facts["concurrency"], facts["context"])
+    if plan["format"] is None:
+        more = (
+            f"{plan['devices']} such devices would do"
+            if plan["devices"]
+            else "Ask for less cache, or for larger devices"
+        )
+        return (
+            f"Neither the model as it is nor a plan that the rule allows fits {machine['name']} with the "
+            f"{facts['kv']} cache of {asked}. {more}.\n{plan['rule']}"
+        )
+    return "\n".join([*what(facts, asked), *held(facts), *speed(facts)])
+
+
+def what(facts: dict[str, Any], asked: str) -> list[str]:
+    """The plan, and why."""
+    plan, name, layout = facts["recommendation"], facts["machine"]["name"], facts["recommendation"]["layout"]["name"]
+    if plan["unchanged"]:
+        return [f"It fits unchanged: {size(plan['bytes'])} on {name} as {layout}."]
+    engine = {"mlx": "MLX", "vllm": "vLLM"}[facts["machine"]["engine"]]
+    fits = facts["verdict"] != "does not fit"
+    why = (
+        f"{engine} does not load it as it is"
+        if fits
+        else f"It does not fit {name} with the {facts['kv']} cache of {asked}"
     )
+    every = facts["experts"]
+    experts = f"all {every} experts" if plan["experts"] == every else f"{plan['experts']} of {every} experts"
+    form = "as they are" if plan["format"] == "source" else f"in {plan['format']}"
+    rest = "" if plan["rest"] == "source" else ", all else in BF16"
+    found = [
+        f"{why}. Recommended: {experts} {form}{rest}, {size(plan['bytes'])}, as {layout}.",
+        f"The rule: {plan['rule']} It rests on evidence from two small models, which --explain shows.",
+    ]
+    if plan["humming"]:
+        found.append(f"For {plan['format']} vLLM needs its humming kernels.")
+    return found
+
+
+def held(facts: dict[str, Any]) -> list[str]:
+    """The cache beside it."""
+    plan, least = facts["recommendation"], facts["concurrency"]
+    tight = " It is tight: with the reserve at its highest that does not fit." if plan["tight"] else ""
+    found = [requests(plan["concurrency"], facts["context"]), requests(least, plan["longest_context"])]
+    return [f"Beside it the cache of {' or '.join(dict.fromkeys(found))}.{tight}"]
+
+
+def speed(facts: dict[str, Any]) -> list[str]:
+    """The bound of tokens a second."""
+    found = facts["recommendation"]["speed"]
+    if not found:
+        return ["Tokens a second: the bandwidth of a size is not known; name the device for a bound."]
+    rates = f"{rate(found[0]['tokens_second'])} for one request after {found[0]['context']:,} tokens"
+    rates += "".join(f", {rate(s['tokens_second'])} for {s['requests']} at once" for s in found[1:])
+    return [f"Tokens a second by bandwidth alone, at most: {rates}. Engines stay below."]
+
+
+def rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:,.1f}"
+
+
+def requests(count: int, context: int) -> str:
+    return f"one request of {context:,} tokens" if count == 1 else f"{count:,} requests of {context:,} tokens"
+
+
+def explain(facts: dict[str, Any]) -> str:
+    """Every number of `facts` with the formula that it follows, a line each; then the rule, and what it comes from."""
+    plan = facts["recommendation"]
+    lines = [("", line) for line in facts["explain"]]
+    for bound in plan.get("speed", []):
+        lines += [(f", {bound['requests']} at once", line) for line in bound["lines"]]
+    found = [f"{line['name']}{of}: {line['formula']} = {line['value']:,} {line['unit']}" for of, line in lines]
+    return "\n".join([*found, f"rule: {plan['rule']}", f"evidence: {plan['evidence']}"])
