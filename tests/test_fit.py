@@ -352,14 +352,15 @@ def computed(formula: str) -> float:
 
 def test_every_formula_gives_its_number(situation):
     _, facts = situation
-    for line in facts["explain"]:
+    bounds = [line for bound in facts["recommendation"].get("speed", []) for line in bound["lines"]]
+    for line in [*facts["explain"], *bounds]:
         assert int(computed(line["formula"])) == line["value"], line
     values = {line["name"]: line["value"] for line in facts["explain"]}
     assert values["on disk"] == facts["disk_bytes"]
     assert values["Model loading took"] == facts["device"]["weight_bytes"]
     assert values["cache of a token"] == facts["cache"]["token_bytes"]
     assert values["KV cache memory"] == facts["cache"]["bytes"]["typical"]
-    assert len(explain(facts).splitlines()) == len(facts["explain"])
+    assert len(explain(facts).splitlines()) == len(facts["explain"]) + len(bounds) + 2  # the rule, and its evidence
 
 
 def test_a_formula_with_another_operand_is_seen():

@@ -1,6 +1,7 @@
 """Machines as people write them: by card, by size, or not at all."""
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ GIB = 2**30
         ("2 x DGX Spark", "2 × DGX Spark", 2, round(121.69 * GIB), 2),
         ("Mac Studio 512 GB", "1 × Mac Studio 512 GB", 1, 384 * GIB, 1),
         ("80GB", "1 × 80 GB", 1, 80 * 10**9, 1),
+        ("500MB", "1 × 500 MB", 1, 500 * 10**6, 1),
         ("8x1.5tib", "8 × 1.5 tib", 8, 3 * 2**39, 1),
     ],
 )
@@ -62,6 +64,22 @@ def test_what_an_engine_claims(text, claimed):
 )
 def test_no_machines(text):
     with pytest.raises(InputError):
+        Machine.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("8xH1000", "did you mean H100, H200, H100 NVL? A size"),
+        ("2xSpark", "did you mean DGX Spark? A size"),
+        ("RTX5O90", "did you mean RTX 5090, RTX 4090? A size"),
+        ("Mac Studio 500 GB", "did you mean Mac Studio 512 GB, "),
+        ("4xMI300X", f"there are {', '.join(card.name for card in CARDS)}. A size will do too: 2x95GiB"),
+        ("", "there are A100, "),
+    ],
+)
+def test_a_device_that_is_not_known_gets_the_nearest(text, said):
+    with pytest.raises(InputError, match=re.escape(f"{text!r} names no device; {said}")):
         Machine.parse(text)
 
 

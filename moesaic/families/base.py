@@ -263,6 +263,7 @@ class Serving:
     latent_width: int = 0  # of what all heads' keys and values are made of, cached once and whole on every device (MLA)
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0
+    index_tokens: int = 0  # of a request's, that such a layer reads at most for a new token; 0: all of them
     block_tokens: int = 0  # of a cache page; 0 leaves it to the server
     attention_backend: str = ""  # vLLM's name; "" leaves it to the server
 

@@ -297,6 +297,7 @@ def serving(config: Config) -> Serving:
     return Serving(
         heads=t["num_attention_heads"], kv_heads=t["num_key_value_heads"], head_width=t["head_dim"],
         cached_layers=t["num_hidden_layers"], index_layers=sum(s["sparse_attention_freq"]), index_width=s["sparse_index_dim"],
+        index_tokens=s["sparse_topk_blocks"] * s["sparse_block_size"],
         cuts=cuts | {f"{name}.weight": "columns" for name in ("out_proj", "fc2", "linear_2")},
         block_tokens=s["sparse_block_size"], attention_backend="TRITON_ATTN",
     )  # fmt: skip

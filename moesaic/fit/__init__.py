@@ -11,8 +11,9 @@ from .footprint import Footprint
 from .machine import CARDS, Card, Machine
 from .parallel import check_layout, layout_of, servable
 from .plans import asked, budget, budget_of, choose, plans
+from .recommend import recommendation
 from .shapes import Figure, Layout, Model, Shapes
-from .show import explain, table
+from .show import answer, explain, table
 
 
 def fit(
@@ -37,6 +38,7 @@ def fit(
     }
     return {
         "family": model.architecture.family,
+        "experts": shapes.experts,
         "machine": {
             "name": machine.name, "devices": machine.count, "nodes": machine.nodes,
             "utilization": machine.card.utilization, "engine": machine.card.engine,
@@ -62,6 +64,7 @@ def fit(
             "longest_context": longest,
         },
         "plans": plans(shapes, machine, context, kv, concurrency),
+        "recommendation": recommendation(shapes, machine, context, kv, concurrency),
         "explain": [asdict(line) for line in (*at.lines(context, concurrency), room)],
     }  # fmt: skip
 
@@ -74,6 +77,6 @@ def verdict(longest: dict[str, int], context: int) -> str:
 
 
 __all__ = [
-    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "budget", "check_layout", "choose", "explain", "fit",
-    "layout_of", "servable", "table",
+    "CARDS", "Card", "Figure", "Footprint", "Layout", "Machine", "Shapes", "answer", "budget", "check_layout", "choose",
+    "explain", "fit", "layout_of", "servable", "table",
 ]  # fmt: skip

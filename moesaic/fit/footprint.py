@@ -39,6 +39,7 @@ class Footprint:
     machine: Machine
     layout: Layout
     shapes: Shapes
+    kv: str
     token: Figure  # cache of one token
     activations: Figure
     reserve: Band
@@ -55,6 +56,7 @@ class Footprint:
             machine=machine,
             layout=layout,
             shapes=shapes,
+            kv=kv,
             token=token,
             activations=activations,
             reserve=reserve(activations, machine),
@@ -84,6 +86,10 @@ class Footprint:
         """Tokens that each of `concurrency` requests may have, no more than the model's own context."""
         usable = max(0, self.pages(reserved) - 1)
         return min(self.shapes.context, usable // concurrency * self.page_tokens)
+
+    def requests(self, context: int) -> int:
+        """How many of that length have their cache at once, with the reserve at its typical value."""
+        return max(0, self.pages(self.reserve.typical) - 1) // self.request_pages(context)
 
     def pages(self, reserved: int) -> int:
         return max(0, self.cache_bytes(reserved) // self.page_bytes)

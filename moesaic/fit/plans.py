@@ -14,7 +14,11 @@ from .footprint import Footprint
 from .machine import Machine
 from .shapes import Figure, Layout, Model, Shapes
 
-CONTAINER = "compressed_tensors"
+WRITTEN = {"vllm": "compressed_tensors", "mlx": "mlx"}  # engine -> the container of a plan for it
+READ = {  # engine -> the containers that it loads
+    "vllm": ("compressed_tensors", "fp8", "mxfp8", "auto_round", "gptq", "unquantized"),
+    "mlx": ("mlx", "unquantized"),
+}
 HUMMING = "needs vLLM's humming kernels"
 SIXTEENTHS = (16, 14, 13, 12, 11, 10, 8)  # of the experts, kept
 CONTEXT = 32_768  # tokens, where none is asked for
@@ -70,38 +74,50 @@ def budget(machine: Machine, model: Model, context: int | None = None, kv: str =
     return found
 
 
+def options(shapes: Shapes, machine: Machine) -> dict[str, Shapes]:
+    """The model with its experts in each format, heaviest first, as the machine's engine loads it; "source" as it is."""
+    engine, container = machine.card.engine, CONTAINERS[WRITTEN[machine.card.engine]]
+    rest = shapes.carried(container)
+    found = {"source": shapes} if shapes.container in READ[engine] else {}
+    for format in heaviest_first(f for f in FORMATS.values() if f.tabled and f.name in container.packings):
+        option = rest.rounded(container.packing(format))
+        if "source" not in found or option.expert_bytes < shapes.expert_bytes:
+            found[format] = option
+    return found
+
+
 def plans(shapes: Shapes, machine: Machine, context: int, kv: str, concurrency: int) -> list[dict[str, Any]]:
     """For each format of the experts, heaviest first: kept counts with bytes and contexts, and the most that fit."""
-    rounded = [
-        (format, shapes.rounded(CONTAINERS[CONTAINER].packing(format)))
-        for format in heaviest_first(f for f in FORMATS.values() if f.tabled)
-    ]
-    rows = [("source", shapes)] + [row for row in rounded if row[1].disk.value < shapes.disk.value]
-    return [plan_row(format, option, machine, context, kv, concurrency) for format, option in rows]
+    found = options(shapes, machine).items()
+    return [plan_row(format, option, machine, context, kv, concurrency) for format, option in found]
+
+
+def footprint(shapes: Shapes, machine: Machine, kv: str, concurrency: int) -> Footprint | None:
+    """None where no engine starts it."""
+    layout = shapes.layout(machine.count)
+    return Footprint.of(shapes, machine, layout, kv, concurrency) if layout else None
 
 
 def plan_row(format: str, shapes: Shapes, machine: Machine, context: int, kv: str, concurrency: int) -> dict[str, Any]:
     every, least = shapes.experts, max(shapes.top_k, machine.count)  # an engine wants an expert for each device
-
-    def at(experts: int) -> Footprint | None:
-        option = shapes.pruned(experts)
-        layout = option.layout(machine.count)
-        return Footprint.of(option, machine, layout, kv, concurrency) if layout else None
+    counts = [n for n in shapes.counts if n >= least] or [every]
 
     def longest(experts: int) -> int:
-        found = at(experts)
+        found = footprint(shapes.pruned(experts), machine, kv, concurrency)
         return found.longest(found.reserve.typical, concurrency) if found else 0
 
-    most = least - 1 + bisect(range(least, every + 1), False, key=lambda experts: longest(experts) < context)
+    fitting = bisect(counts, False, key=lambda experts: longest(experts) < context)
+    most = counts[fitting - 1] if fitting else 0
     layout = shapes.layout(machine.count)
+    columns = (counts[max(0, bisect(counts, every * sixteenths // 16) - 1)] for sixteenths in SIXTEENTHS)
     return {
         "format": format,
         "layout": layout.name if layout else None,
-        "note": HUMMING if format in FORMATS and FORMATS[format].element_bits < 4 else "",
-        "most_experts": most if most >= least else 0,
-        "most_bytes": shapes.pruned(most).disk.value if most >= least else 0,
+        "note": HUMMING if format in FORMATS and FORMATS[format].element_bits < 4 and machine.card.engine == "vllm" else "",
+        "most_experts": most,
+        "most_bytes": shapes.pruned(most).disk.value if most else 0,
         "kept": [
             {"experts": n, "bytes": shapes.pruned(n).disk.value, "longest_context": longest(n), "fits": longest(n) >= context}
-            for n in dict.fromkeys(max(least, every * sixteenths // 16) for sixteenths in SIXTEENTHS)
+            for n in dict.fromkeys(columns)
         ],
     }  # fmt: skip

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.containers import Packing, Part
+from ..checkpoint.containers import Container, Packing, Part
 from ..families import DTYPE_BYTES, FAMILIES, Serving, TensorInfo
 from ..plan.blueprint import Blueprint
 
@@ -136,6 +136,8 @@ class Shapes:
     vocab: int
     context: int
     top_k: int
+    container: str
+    counts: tuple[int, ...]  # of experts that a layer can keep, ascending
 
     @staticmethod
     def of(model: Model) -> "Shapes":
@@ -151,6 +153,8 @@ class Shapes:
             vocab=a.vocab,
             context=a.context,
             top_k=a.top_k,
+            container=model.container.name,
+            counts=a.counts,
         )
 
     def pruned(self, experts: int) -> "Shapes":
@@ -160,6 +164,20 @@ class Shapes:
         """With another format for the experts."""
         changed = (replace(k, packing=packing) if k.role == "experts" else k for k in self.kinds)
         return replace(self, kinds=tuple(changed))
+
+    def carries(self, container: Container) -> bool:
+        """Whether a container can carry all that are no routed experts."""
+        return all(k.format in container.packings for k in self.served if k.packing and k.role != "experts")
+
+    def carried(self, container: Container) -> "Shapes":
+        """In another container; all but experts in BF16 where it cannot carry them as they are."""
+
+        def packing(kind: Kind) -> Packing:
+            kept = kind.format in container.packings and self.carries(container)
+            return container.packing(kind.format if kept else "bf16")
+
+        changed = (replace(k, packing=packing(k)) if k.packing else k for k in self.kinds)
+        return replace(self, kinds=tuple(changed), container=container.name)
 
     @property
     def served(self) -> list[Kind]:
@@ -176,6 +194,12 @@ class Shapes:
     def repeated_bytes(self, layout: Layout) -> int:
         """Those of them that other devices hold too."""
         return sum(k.device_bytes(layout, self.experts) for k in self.served if k.repeated(layout))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the experts' matrices, on disk."""
+        one = Layout(1)
+        return sum(k.device_bytes(one, self.experts) for k in self.kinds if k.role == "experts")
 
     @property
     def disk(self) -> Figure:

@@ -57,6 +57,7 @@ def affine(bits: int, group: int) -> NumberFormat:
         round=partial(round, bits=bits),
         value=value,
         times=times,
+        tabled=bits < 5 and group == 64,  # mlx-lm's own default group
         reference="https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html",
     )
 

@@ -89,3 +89,10 @@ def show(renderable: RenderableType) -> None:
     from rich.console import Console
 
     Console().print(renderable)
+
+
+def tell(text: str) -> None:
+    """Prose, broken between words at the terminal's width."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(text)
