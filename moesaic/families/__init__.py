@@ -12,20 +12,19 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Refusal,
     Router,
     Serving,
     Split,
     Stack,
-    Talk,
     TensorInfo,
     Vision,
     Wiring,
 )
 from .stated import expert_counts, with_experts
+from .talk import Markup, Talk
 
-PARTS = ("blocks", "deepseekmoe", "mla", "rope", "stated")  # of families, each used by several
+PARTS = ("blocks", "deepseekmoe", "mla", "rope", "stated", "talk")  # of families, each used by several
 FAMILIES = collect(__name__, Family, *PARTS)
 
 

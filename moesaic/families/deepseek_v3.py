@@ -16,9 +16,7 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Split,
-    Talk,
     TensorInfo,
     Wiring,
 )
@@ -26,6 +24,7 @@ from .blocks import as_on_disk, ends, norms
 from .deepseekmoe import MTP_KEY, check, mlp, mtp, optional, parameters, routers, small_tensors
 from .rope import plain_rope
 from .stated import MOST_LAYERS, Config, count, expect, section
+from .talk import Markup, Talk
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 

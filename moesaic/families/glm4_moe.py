@@ -12,10 +12,8 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Serving,
     Split,
-    Talk,
     TensorInfo,
     Wiring,
 )
@@ -23,6 +21,7 @@ from .blocks import as_on_disk, attended, ends, norms
 from .deepseekmoe import MTP_KEY, check, mlp, mtp, optional, parameters, routers, small_tensors
 from .rope import plain_rope
 from .stated import Config, count, expect
+from .talk import Markup, Talk
 
 PREFIX = "model.layers."
 

@@ -13,17 +13,16 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Router,
     Serving,
     Split,
-    Talk,
     TensorInfo,
     Wiring,
 )
 from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
+from .talk import Markup, Talk
 
 PREFIX = "model.layers."
 

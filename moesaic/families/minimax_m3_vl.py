@@ -14,12 +14,10 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Refusal,
     Router,
     Serving,
     Split,
-    Talk,
     TensorInfo,
     Vision,
     Wiring,
@@ -27,6 +25,7 @@ from .base import (
 from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect, schedule, section
+from .talk import Markup, Talk
 
 PREFIX = "language_model.model.layers."
 INDEXER_REFUSALS = (

@@ -13,13 +13,13 @@ from .base import (
     Linear,
     Router,
     Serving,
-    Talk,
     TensorInfo,
     Wiring,
 )
 from .blocks import attended, gated
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, count, expect
+from .talk import Talk
 
 PREFIX = "model.layers."
 NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -5,10 +5,22 @@ Released in BF16, router included. It has no words for thoughts or tool calls.
 
 from torch.nn.functional import silu
 
-from .base import Architecture, Arithmetic, Engine, Family, Linear, Router, Serving, Split, Talk, TensorInfo, Wiring
+from .base import (
+    Architecture,
+    Arithmetic,
+    Engine,
+    Family,
+    Linear,
+    Router,
+    Serving,
+    Split,
+    TensorInfo,
+    Wiring,
+)
 from .blocks import PROJECTIONS, as_on_disk, attended, ends, norms, routed
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, allow, count, expect
+from .talk import Talk
 
 PREFIX = "model.layers."
 NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")

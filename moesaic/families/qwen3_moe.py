@@ -14,17 +14,16 @@ from .base import (
     Engine,
     Family,
     Linear,
-    Markup,
     Router,
     Serving,
     Split,
-    Talk,
     TensorInfo,
     Wiring,
 )
 from .blocks import PROJECTIONS, as_on_disk, attended, ends, gated, norms, routed
 from .rope import plain_rope
 from .stated import MOST_EXPERTS, MOST_LAYERS, Config, allow, count, expect
+from .talk import Markup, Talk
 
 PREFIX = "model.layers."
 NORMS = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm")
