@@ -46,6 +46,7 @@ SAID = [
     ("mixtral", "RTX 5090", 2048, "bf16", 1, "int4_g128", 8, "TP 1", "all 8 experts in int4_g128"),
     ("mixtral", "RTX 5090", 8192, "bf16", 1, "int3_g128", 8, "TP 1", "all 8 experts in int3_g128"),
     ("mixtral", "H200", None, "bf16", 1, "source", 8, "TP 1", "It fits unchanged"),
+    ("mixtral", "Mac Studio 256 GB", None, "bf16", 1, "source", 8, "TP 1", "mlx_lm.server serves it there"),
     ("m2.7", "Mac Studio 512 GB", None, "bf16", 1, "mxfp8", 256, "TP 1", "MLX does not load it as it is"),
     ("m3_mxfp8", "Mac Studio 256 GB", None, "bf16", 1, "affine3_g64", 128, "TP 1", "experts in affine3_g64"),
     ("kimi_k2", "4xH200", None, "fp8", 1, "int3_g128", 384, "TP 4", "all 384 experts in int3_g128"),
@@ -150,6 +151,12 @@ def test_the_command_for_what_fits_runs(m2, capsys):
     assert plan["unchanged"] and plan["search"] == ""
     assert main(shlex.split(plan["command"])[1:]) == 0
     assert f"vllm serve {m2.path}" in capsys.readouterr().out
+
+
+def test_on_a_mac_what_fits_is_served_here(folder, capsys):
+    assert main(["fit", str(folder("mixtral")), "--devices", "Mac Studio 256 GB", "--json"]) == 0
+    a = parser().parse_args(shlex.split(json.loads(capsys.readouterr().out)["recommendation"]["command"])[1:])
+    assert (a.command, a.engine, a.context) == ("serve", "local", 32_768)
 
 
 @pytest.mark.long
