@@ -1,6 +1,7 @@
 """What `fit` recommends: the rule, plan by plan; that the plan holds on the machine; and that its command is one that runs."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -45,6 +46,7 @@ SAID = [
     ("mixtral", "RTX 5090", 2048, "bf16", 1, "int4_g128", 8, "TP 1", "all 8 experts in int4_g128"),
     ("mixtral", "RTX 5090", 8192, "bf16", 1, "int3_g128", 8, "TP 1", "all 8 experts in int3_g128"),
     ("mixtral", "H200", None, "bf16", 1, "source", 8, "TP 1", "It fits unchanged"),
+    ("mixtral", "Mac Studio 256 GB", None, "bf16", 1, "source", 8, "TP 1", "mlx_lm.server serves it there"),
     ("m2.7", "Mac Studio 512 GB", None, "bf16", 1, "mxfp8", 256, "TP 1", "MLX does not load it as it is"),
     ("m3_mxfp8", "Mac Studio 256 GB", None, "bf16", 1, "affine3_g64", 128, "TP 1", "experts in affine3_g64"),
     ("kimi_k2", "4xH200", None, "fp8", 1, "int3_g128", 384, "TP 4", "all 384 experts in int3_g128"),
@@ -102,7 +104,7 @@ def test_nothing_is_recommended_where_half_in_three_bits_does_not_fit(folder):
     ("name", "devices"),
     [
         ("m2.7", "DGX Spark"), ("m2.7", "85GB"), ("m3_mxfp8", "2xRTX PRO 6000"), ("mixtral", "RTX 5090"), ("m3", "8xH100"),
-        ("m2.7", "Mac Studio 192 GB"), ("kimi_k2", "4xH200"), ("deepseek_v3", "4xRTX PRO 6000"), ("olmoe", "12GB"),
+        ("m2.7", "Mac Studio 192 GB"), ("deepseek_v3", "4xRTX PRO 6000"), ("olmoe", "12GB"),
         ("glm4_7", "2xH100"), ("qwen3_235b_a22b", "2xL40S"),
     ],
 )  # fmt: skip
@@ -151,6 +153,13 @@ def test_the_command_for_what_fits_runs(m2, capsys):
     assert f"vllm serve {m2.path}" in capsys.readouterr().out
 
 
+def test_on_a_mac_what_fits_is_served_here(folder, capsys):
+    assert main(["fit", str(folder("mixtral")), "--devices", "Mac Studio 256 GB", "--json"]) == 0
+    a = parser().parse_args(shlex.split(json.loads(capsys.readouterr().out)["recommendation"]["command"])[1:])
+    assert (a.command, a.engine, a.context) == ("serve", "local", 32_768)
+
+
+@pytest.mark.long
 def test_the_command_for_what_does_not_fit_runs(m3, capsys, tmp_path, monkeypatch):
     """On a machine just too small for the model: what the command writes is as large as was told, and fits unchanged."""
     monkeypatch.chdir(tmp_path)
@@ -190,3 +199,12 @@ def test_the_evidence_is_what_the_log_says():
         ".18": ".182 ± .015", ".15": ".150 ± .012",
     }.items():  # fmt: skip
         assert told in EVIDENCE and measured in log, told
+
+
+def test_the_document_names_every_fact(folder):
+    """docs/FIT.md has a row for each key of --json's recommendation, and for no other."""
+    document = (Path(__file__).parents[1] / "docs" / "FIT.md").read_text()
+    rows = [line.split("|")[1] for line in document.splitlines() if line.startswith("| `")]
+    plans = [fit(Checkpoint.open(folder("m2.7")), Machine.parse(d))["recommendation"] for d in ("DGX Spark", "24GB")]
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == plans[0].keys() | {"command", "search"}
+    assert plans[1].keys() == {"format", "devices", "rule", "evidence"}

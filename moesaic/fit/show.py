@@ -104,7 +104,10 @@ def what(facts: dict[str, Any], asked: str) -> list[str]:
     """The plan, and why."""
     plan, name, layout = facts["recommendation"], facts["machine"]["name"], facts["recommendation"]["layout"]["name"]
     if plan["unchanged"]:
-        return [f"It fits unchanged: {size(plan['bytes'])} on {name} as {layout}."]
+        found = [f"It fits unchanged: {size(plan['bytes'])} on {name} as {layout}."]
+        if facts["machine"]["engine"] == "mlx":
+            found.append("mlx_lm.server serves it there; what is printed below starts moesaic's own small server.")
+        return found
     engine = {"mlx": "MLX", "vllm": "vLLM"}[facts["machine"]["engine"]]
     fits = facts["verdict"] != "does not fit"
     why = (
@@ -118,7 +121,8 @@ def what(facts: dict[str, Any], asked: str) -> list[str]:
     rest = "" if plan["rest"] == "source" else ", all else in BF16"
     found = [
         f"{why}. Recommended: {experts} {form}{rest}, {size(plan['bytes'])}, as {layout}.",
-        f"The rule: {plan['rule']} It rests on evidence from two small models, which --explain shows.",
+        f"The rule: {plan['rule'][0].lower()}{plan['rule'][1:]} It rests on evidence from two small models, which --explain "
+        "shows.",
     ]
     if plan["humming"]:
         found.append(f"For {plan['format']} vLLM needs its humming kernels.")
