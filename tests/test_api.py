@@ -174,9 +174,9 @@ def test_what_is_wrong_is_an_error_of_one_sentence(path, tmp_path):
     model = moesaic.open(path)
     with pytest.raises(moesaic.InputError, match="names no devices"):
         model.fit("two large ones")
-    with pytest.raises(moesaic.InputError, match="no score 'beauty'"):
+    with pytest.raises(moesaic.InputError, match="unknown score 'beauty'"):
         model.evaluate(path, moesaic.Evaluating(scores=("beauty",)))
-    with pytest.raises(moesaic.InputError, match="no score is asked for"):
+    with pytest.raises(moesaic.InputError, match="no score was asked for"):
         model.evaluate(path, moesaic.Evaluating(scores=()), out=tmp_path / "scores")
     with pytest.raises(moesaic.InputError, match="no goal was given"):
         model.compress(tmp_path / "run", moesaic.Recipe())

@@ -146,7 +146,7 @@ def check(linear: Linear, format: str) -> None:
     _, _, group = MODES[format]
     if linear.shape[1] % group:
         raise PlanError(
-            f"{linear.unit} has rows of {linear.shape[1]} weights, no whole groups of {format}'s {group}; "
+            f"{linear.unit} has rows of {linear.shape[1]} weights, which are not whole groups of {format}'s {group}; "
             "give it a format of smaller groups, or bf16"
         )
     if format == "nvfp4" and linear.expert is None:
