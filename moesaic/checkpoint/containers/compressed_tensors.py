@@ -315,7 +315,7 @@ def matches(target: str, name: str) -> bool:
 
 
 def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
-    """The format that a config group describes. Raises `CheckpointError` for one nobody wrote code for."""
+    """The format that a config group describes. Raises `CheckpointError` for one that is not supported."""
     wire, weights = group.get("format") or quantization.get("format"), table(group, "weights")
     found = [
         format

@@ -158,7 +158,7 @@ def check(linear: Linear, format: str) -> None:
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
     """The format of every linear, by the map; of a module that it leaves out, the default, if there are scales on disk.
 
-    Raises `CheckpointError` for a mode nobody wrote code for, and where the tensors are not those of the format.
+    Raises `CheckpointError` for a mode that is not supported, and where the tensors are not those of the format.
     """
     quantization = table(config, "quantization")
     found: dict[str, str] = {}
