@@ -69,7 +69,8 @@ class Model:
         return inspect(self.path, None if base is None else Path(base))
 
     def fit(self, devices: str, context: int | None = None, kv: str = "bf16", concurrency: int = 1) -> dict[str, Any]:
-        """What fits on devices that serve the model: the object that `moesaic fit --json` prints. Sizes are in bytes.
+        """What fits on devices that serve the model: what `moesaic fit --json` prints, without the next
+        command. Sizes are in bytes.
 
         devices      a count and a size or a name: "2x95GiB", "4xH100 NVL"
         context      tokens of a request; None: 32,768, or the model's own if that is fewer

@@ -43,7 +43,9 @@ def writing(path: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
         remedy = "make room" if full else "make it writable"
-        raise InputError(f"{path} cannot be written: {why}; {remedy}, and the same command continues") from error
+        raise InputError(
+            f"{path} cannot be written: {why}; {remedy}, then run the same command again to continue"
+        ) from error
 
 
 def is_elsewhere(named: Any, path: Path) -> bool:
@@ -184,7 +186,7 @@ def header(kind: str, inputs: Mapping[str, str]) -> dict[str, Any]:
 
 def check(path: Path, found: Any, kind: str, inputs: Mapping[str, str] | None) -> None:
     if not isinstance(found, dict) or not isinstance(found.get("inputs"), dict):
-        raise InputError(f"{path} is no {kind} file of moesaic's; run the stage that writes it")
+        raise InputError(f"{path} is not a {kind} file written by moesaic; run the stage that writes it")
     if found.get("kind") != kind or found.get("schema") != SCHEMA:
         raise InputError(
             f"{path} is a {found.get('kind')!r} file of schema {found.get('schema')}, wanted {kind!r} of {SCHEMA}"

@@ -1,17 +1,17 @@
-"""Everything this package raises on purpose. Leaves out the language's own errors: those are our bugs.
+"""All exceptions raised by this package. Any other exception is a bug of ours.
 
 MoesaicError            the message says what was found, what was wanted, what to do
 ├── InputError          the call, or something it names, is wrong                     exit 2
 │   ├── CheckpointError a checkpoint is incomplete, torn, foreign or contradicts itself
 │   ├── FileError       a file is a FIFO, a device, endless, or a link that leaves its folder
-│   ├── FamilyError     a model family, or a value in its config, that nobody wrote code for
+│   ├── FamilyError     a model family, or a value in its config, is not supported
 │   ├── PlanError       a plan cannot be made, or does not fit its checkpoint
 │   ├── StaleError      a stage's input is not the one its file was made from
 │   └── HeldError       another process is writing the folder
 ├── CheckError          a check of a result did not hold                              exit 1
-├── EngineError         generation broke off, by no fault of who asked for it         exit 1
+├── EngineError         generation ended early, not because of the request            exit 1
 │   └── BusyError       there is no room for another request now
-└── FaultError          what this package promises itself did not hold: our bug        exit 70
+└── FaultError          an internal check failed: a bug of ours                         exit 70
     └── PluginError     a plug-in file breaks the rule of its folder
 """
 
@@ -35,7 +35,7 @@ class FileError(InputError, OSError):
 
 
 class FamilyError(InputError):
-    """A model family, or a value in its config, for which no code was written."""
+    """A model family, or a value in its config, is not supported."""
 
 
 class PlanError(InputError):
@@ -57,7 +57,7 @@ class CheckError(MoesaicError):
 
 
 class EngineError(MoesaicError):
-    """Generation broke off, by no fault of who asked for it."""
+    """Generation ended early, not because of the request."""
 
     exit_code = 1
 
@@ -67,7 +67,7 @@ class BusyError(EngineError):
 
 
 class FaultError(MoesaicError):
-    """What this package promises itself did not hold: our bug, never the user's. Says what was found."""
+    """An internal check failed: a bug of ours. The message says what was found."""
 
     exit_code = 70
 

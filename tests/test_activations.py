@@ -98,7 +98,7 @@ def test_what_engines_round_is_what_the_config_says(m3: Checkpoint, m2: Checkpoi
     assert declared(Checkpoint.open(four.path)) == {"mxfp8", "mxfp4"}
     write_folder(m3, deal(m3, "bf16", "bf16"), "compressed_tensors", tmp_path / "plain")
     assert told(Checkpoint.open(tmp_path / "plain"), "engine") == "not rounded"
-    with pytest.raises(InputError, match="no way 'twice'"):
+    with pytest.raises(InputError, match="unknown rounding of activations 'twice'"):
         intakes(m3, "twice")
 
 

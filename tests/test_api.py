@@ -89,7 +89,9 @@ def test_inspect_and_fit(path, call):
     assert model.inspect(base=path)["kept"] == {"1": list(range(8)), "2": list(range(8))}
     facts = model.fit("2x24GiB", context=1024, kv="fp8", concurrency=3)
     asked = ["--context", "1024", "--kv", "fp8", "--concurrency", "3"]
-    assert json.loads(json.dumps(facts)) == call("fit", path, "--devices", "2x24GiB", *asked)
+    said = call("fit", path, "--devices", "2x24GiB", *asked)
+    del said["recommendation"]["command"], said["recommendation"]["search"]  # the next words of the command line
+    assert json.loads(json.dumps(facts)) == said
 
 
 def test_prune_and_evaluate(path, text, data, call, tmp_path, capsys):
@@ -172,11 +174,11 @@ def test_what_is_wrong_is_an_error_of_one_sentence(path, tmp_path):
         moesaic.open(tmp_path)
     assert isinstance(caught.value, CheckpointError) and isinstance(caught.value, moesaic.InputError)
     model = moesaic.open(path)
-    with pytest.raises(moesaic.InputError, match="names no devices"):
+    with pytest.raises(moesaic.InputError, match="names no device"):
         model.fit("two large ones")
-    with pytest.raises(moesaic.InputError, match="no score 'beauty'"):
+    with pytest.raises(moesaic.InputError, match="unknown score 'beauty'"):
         model.evaluate(path, moesaic.Evaluating(scores=("beauty",)))
-    with pytest.raises(moesaic.InputError, match="no score is asked for"):
+    with pytest.raises(moesaic.InputError, match="no score was asked for"):
         model.evaluate(path, moesaic.Evaluating(scores=()), out=tmp_path / "scores")
     with pytest.raises(moesaic.InputError, match="no goal was given"):
         model.compress(tmp_path / "run", moesaic.Recipe())

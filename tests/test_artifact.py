@@ -179,7 +179,7 @@ def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_is_swept(tmp_pa
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     with (
-        pytest.raises(InputError, match="the disk is full; make room, and the same command continues"),
+        pytest.raises(InputError, match="the disk is full; make room, then run the same command again to continue"),
         writing(tmp_path / "a"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -409,7 +409,7 @@ def test_tokens_that_are_no_numbers_are_counted_and_named(small, tmp_path, monke
         assert s.totals()[name] == pytest.approx(clean.totals()[name], rel=1e-5), "the other rows count as if alone"
     selection = select_experts(s, "reap", 2)
     assert sum(count for layer, _, count in selection.nonfinite if layer == 1) == 24 * top_k
-    assert "gave values that are no numbers" in selection.warnings[0]
+    assert "gave NaN or infinite values" in selection.warnings[0]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupting(patch, LayerSums, "route", 2)
         calibrate(broken, tokens, tmp_path / "again", quiet=True)

@@ -236,7 +236,9 @@ def test_a_missing_shard_without_an_index(broken):
 def test_a_truncated_shard(broken, keep):
     file = sorted(broken.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"{file.name} (is no whole|has [\d,]+ bytes, and its header describes)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name} (is not a complete|has [\d,]+ bytes, and its header describes)"
+    ):
         Checkpoint.open(broken)
 
 
@@ -345,7 +347,7 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_a_config_that_is_no_json(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
         Checkpoint.open(tmp_path)
 
 
@@ -461,8 +463,8 @@ def test_a_plain_header_is_read(tmp_path):
 
 
 ATTACKS: dict[str, tuple[bytes, int]] = {  # header, payload bytes
-    "is no JSON": (b"\x80\x00 not json", 0),
-    "no JSON (maximum recursion": (b'{"a":' * 50_000, 0),
+    "is not valid JSON": (b"\x80\x00 not json", 0),
+    "not valid JSON (maximum recursion": (b'{"a":' * 50_000, 0),
     "deep list": (b"[" * 100_000 + b"]" * 100_000, 0),
     "stands there twice": (f'{{"a": {entry()}, "a": {entry()}}}'.encode(), 2),
     "twice inside": (b'{"a": {"dtype": "U8", "dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', 2),

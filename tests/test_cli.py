@@ -111,7 +111,7 @@ def test_preview_and_domains(tell, model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("moesaic.recipes.prune.probe", partial(probe, prompts=2, new_tokens=8))
     asked = ["prune", model, tmp_path / "out", "--experts", "5,3", "--preview", "--domains", "code=2,prose", *text]
     facts, said = tell(*asked, "--criterion", "ean", "--policy", "quota", "--loops")
-    assert list(facts["loops"]) == ["source", "5 ean", "3 ean"] and said.count(" texts end so") == 3
+    assert list(facts["loops"]) == ["source", "5 ean", "3 ean"] and said.count(" texts end in a loop") == 3
     assert [(c["experts"], c["criterion"]) for c in facts["candidates"]] == [(5, "ean"), (3, "ean")]
     assert f"{facts['candidates'][0]['kl_nats']['value']:.4f}" in said
     assert f"plot: {tmp_path / 'out' / 'moesaic' / 'preview.svg'}" in said.replace("\n", "")
@@ -154,7 +154,8 @@ def test_calibrate(tell, model, text, tmp_path):
     assert facts["tokens"] == 384 and facts["domains"] == ["code", "prose"]
     assert "384 tokens of code, prose through 2 MoE layers" in said
     assert (
-        f"fewer than 32 tokens: {len(facts['few_tokens'])}" in said and f"no numbers: {len(facts['nonfinite'])}" in said
+        f"fewer than 32 tokens: {len(facts['few_tokens'])}" in said
+        and f"infinite values: {len(facts['nonfinite'])}" in said
     )
 
 
@@ -291,19 +292,19 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too few experts": (["prune", "MODEL", "OUT", "--experts", "1"], "asked to keep 1 experts; wanted at least 2"),
     "too many experts": (["prune", "MODEL", "OUT", "--experts", "8"], "fewer than the 8 there are"),
     "several counts": (["prune", "MODEL", "OUT", "--experts", "4,5"], "wanted one count, or --preview to compare several"),
-    "no such criterion": (["prune", "MODEL", "OUT", "--experts", "4", "--criterion", "luck"], "no criterion 'luck'"),
-    "no such policy": (["prune", "MODEL", "OUT", "--experts", "4", "--policy", "vote"], "no domain policy 'vote'"),
-    "no such domain": (["prune", "MODEL", "OUT", "--experts", "4", "--tokens", "512", "--domains", "a"], "no domain 'a'"),
+    "no such criterion": (["prune", "MODEL", "OUT", "--experts", "4", "--criterion", "luck"], "unknown criterion 'luck'"),
+    "no such policy": (["prune", "MODEL", "OUT", "--experts", "4", "--policy", "vote"], "unknown domain policy 'vote'"),
+    "no such domain": (["prune", "MODEL", "OUT", "--experts", "4", "--tokens", "512", "--domains", "a"], "unknown domain 'a'"),
     "no statistics": (["prune", "MODEL", "OUT", "--experts", "4", "--run", "/nowhere"], "holds no statistics"),
-    "no such text": (["prune", "MODEL", "OUT", "--experts", "4", "--data", "/nowhere"], "/nowhere is no folder"),
+    "no such text": (["prune", "MODEL", "OUT", "--experts", "4", "--data", "/nowhere"], "/nowhere is not a folder"),
     "loops of nothing": (["prune", "MODEL", "OUT", "--experts", "4", "--loops"], "give --preview too"),
     "text for a run": (["prune", "MODEL", "OUT", "--experts", "4", "--run", "R", "--until-stable"], "give one of them"),
-    "a folder that is taken": (["prune", "MODEL", "OTHER", "--experts", "4"], "exists and is no export of moesaic's"),
-    "a file for a folder": (["prune", "MODEL", __file__, "--experts", "4"], "exists and is no export of moesaic's"),
+    "a folder that is taken": (["prune", "MODEL", "OTHER", "--experts", "4"], "exists and was not written by moesaic"),
+    "a file for a folder": (["prune", "MODEL", __file__, "--experts", "4"], "exists and was not written by moesaic"),
     "into the source": (["quantize", "MODEL", "MODEL", "--format", "mxfp4"], "lies in the source's own folder"),
-    "no such format": (["quantize", "MODEL", "OUT", "--format", "mxfp5"], "no format 'mxfp5'; there are"),
-    "no such container": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--to", "zip"], "no container 'zip'"),
-    "no such rounding": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--rounding", "up"], "no rounding 'up'"),
+    "no such format": (["quantize", "MODEL", "OUT", "--format", "mxfp5"], "unknown format 'mxfp5'; choose from"),
+    "no such container": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--to", "zip"], "unknown container 'zip'"),
+    "no such rounding": (["quantize", "MODEL", "OUT", "--format", "mxfp4", "--rounding", "up"], "unknown rounding 'up'"),
     "no export": (["verify", "MODEL", "--source", "MODEL"], "has no moesaic/plan.json"),
     "no source": (["verify", "MODEL", "--source", "/nowhere"], "/nowhere has no config.json"),
     "nothing to compare": (["evaluate", "MODEL", "--against", "/nowhere"], "/nowhere has no config.json"),
@@ -395,7 +396,7 @@ def test_ctrl_c_from_outside_in_calibration_and_the_same_command_goes_on(model, 
         return any(time.time() - p.stat().st_mtime > 0.02 for p in out.rglob("001.safetensors"))
 
     code = interrupted_when(in_the_next_layer, spawn(words, said))
-    assert code == 130 and "\nmoesaic prune: interrupted; the same command continues\n" in said.read_text()
+    assert code == 130 and "\nmoesaic prune: interrupted; run the same command again to continue\n" in said.read_text()
     assert "Traceback" not in said.read_text() and not list(out.rglob("*.partial"))
     before = {p: p.stat().st_mtime_ns for p in out.rglob("001.safetensors")}
     tell(*words)
@@ -455,8 +456,8 @@ def test_a_fault_of_ours_asks_to_be_reported(error, said, has_traceback, quiet, 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (FileNotFoundError(2, "No such file or directory", "x"), "x is not there; check the path"),
-        (PermissionError(13, "Permission denied", "x"), "x is not yours to use: Permission denied; change its mode"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "x does not exist; check the path"),
+        (PermissionError(13, "Permission denied", "x"), "x cannot be used: Permission denied; change its permissions"),
     ],
 )
 def test_a_file_that_cannot_be_had_is_no_fault_of_ours(error, said, monkeypatch, capsys):
@@ -497,7 +498,10 @@ def test_an_interruption_is_one_object_too(monkeypatch, capsys):
 
     monkeypatch.setattr("moesaic.checkpoint.inspect.inspect", stop)
     assert main(["inspect", "model", "--json"]) == 130
-    assert json.loads(capsys.readouterr().out) == {"error": "interrupted; the same command continues", "exit": 130}
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "interrupted; run the same command again to continue",
+        "exit": 130,
+    }
 
 
 def test_what_does_not_hold_is_facts(tell, smaller, tmp_path):

@@ -96,15 +96,15 @@ def test_shares_are_above_zero_or_refused(shares):
 
 @pytest.mark.parametrize(("word", "near"), [("comprss", "compress"), ("quantise", "quantize"), ("evalute", "evaluate")])
 def test_a_mistyped_command_gets_the_nearest(word, near, capsys):
-    assert refused([word, "m"], capsys).endswith(f"no command {word!r}; did you mean {near}?")
+    assert refused([word, "m"], capsys).endswith(f"unknown command {word!r}; did you mean {near}?")
 
 
 def test_another_word_gets_the_list(capsys):
-    assert refused(["xyzzy"], capsys).endswith(f"no command 'xyzzy'; there are {', '.join(COMMANDS)}")
+    assert refused(["xyzzy"], capsys).endswith(f"unknown command 'xyzzy'; choose from {', '.join(COMMANDS)}")
 
 
 def test_evaluate_judges(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "tokens to judge by" in text and "tokens to calibrate on" not in text
+    assert "tokens for evaluation" in text and "tokens for calibration" not in text

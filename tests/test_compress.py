@@ -89,7 +89,7 @@ def test_experts_are_ranked_by_the_domains_named_and_by_as_much_text_as_it_takes
     assert found.domains == {"sums": 0.0, "words": 1.0} and found.tokens == settled.statistics.tokens > 96
     assert settled_by(tmp_path / "run") == settled.verdict and settled_by(tmp_path) is None
     assert recipe.setting(m2, tmp_path, True).ranking == ranking
-    with pytest.raises(InputError, match="no domain 'law'"):
+    with pytest.raises(InputError, match="unknown domain 'law'"):
         select(m2, tmp_path / "run", Recipe(Ranking(domains={"law": 1.0}), Offer(5)), corpus, True)
 
 
@@ -136,8 +136,8 @@ def test_refused_in_the_first_second(model: Checkpoint, tmp_path: Path, capsys: 
     few = model.architecture.top_k - 1
     for options, sentence in (
         (["--experts", str(few)], f"asked to keep {few} experts"),
-        (["--format", "int7"], "no format 'int7'"),
-        (["--to", "zip"], "no container 'zip'"),
+        (["--format", "int7"], "unknown format 'int7'"),
+        (["--to", "zip"], "unknown container 'zip'"),
         ([], "no goal was given, so the result would be a copy of the model; name one: --fit 90GB"),
         (["--to", "mlx"], "no goal was given"),
         (["--experts", str(model.architecture.experts)], "no goal was given"),

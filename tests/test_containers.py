@@ -178,7 +178,11 @@ DAMAGED = [
     ("compressed_tensors", {"config_groups": {"group_0": {"targets": "Linear", "weights": {}}}}, "list of names"),
     ("compressed_tensors", {"config_groups": {"group_0": {"targets": ["Linear"], "weights": []}}}, "moesaic reads"),
     ("compressed_tensors", {"ignore": "re:.*"}, "list of names"),
-    ("compressed_tensors", {"ignore": ["re:(" * 3]}, r"pattern '\(re:\(re:\(', which is none"),
+    (
+        "compressed_tensors",
+        {"ignore": ["re:(" * 3]},
+        r"pattern '\(re:\(re:\(', which is not a valid regular expression",
+    ),
     ("auto_round", {"bits": "four", "group_size": 32}, "'bits': 'four'"),
     ("auto_round", {"extra_config": [{}], "bits": 4, "group_size": 32}, "extra_config"),
     ("auto_round", {"extra_config": {"(": {}}, "bits": 4, "group_size": 32}, "pattern '\\('"),

@@ -125,7 +125,7 @@ def test_refusals_name_the_unit_and_who_can(m2: Checkpoint, m3: Checkpoint, tmp_
     )
     refused(m2.path, "unquantized", r"fp8_block")  # BF16 has too few bits for an F32 scale
     refused(m2.path, "fp8", "is in fp8 already")
-    refused(m2.path, "gguf", "no container 'gguf'")
+    refused(m2.path, "gguf", "unknown container 'gguf'")
     write_folder(m2, deal(m2, "mxfp4", "nvfp4"), "compressed_tensors", tmp_path / "dense")
     refused(tmp_path / "dense", "mlx", r"layers\.0\.qkv holds no routed experts")
     write_folder(m2, deal(m2, ["int4_g32", "int8_g32"], "bf16"), "auto_round", tmp_path / "two")

@@ -191,7 +191,7 @@ def test_policies_by_hand():
     assert combine(score_DLE, "mean", np.array([3.0, 1.0])).tolist() == [[0.25, 0.75, 0.5]]
     for policy in POLICIES:  # a domain without a share is not heard
         assert combine(score_DLE, policy, np.array([0.0, 2.0])).argmax() == 0
-    with pytest.raises(InputError, match="no domain policy 'vote'; there are mean, union, intersection, quota"):
+    with pytest.raises(InputError, match="unknown domain policy 'vote'; choose from mean, union, intersection, quota"):
         combine(score_DLE, "vote")
 
 
@@ -270,7 +270,7 @@ def test_the_same_statistics_ranked_for_other_domains():
 @pytest.mark.parametrize(
     "domains, sentence",
     [
-        ({"code": 1.0}, "no domain 'code' in the text; there are d0, d1"),
+        ({"code": 1.0}, "unknown domain 'code' in the text; choose from d0, d1"),
         ({"d0": -1.0, "d1": 1.0}, "wanted numbers from 0 up, and one above 0"),
         ({"d0": 0.0}, "wanted numbers from 0 up, and one above 0"),
         ({}, "wanted numbers from 0 up, and one above 0"),
@@ -324,9 +324,7 @@ def test_experts_with_values_that_are_no_numbers_are_named():
     bad[..., 2] = 4
     found = select_experts(statistics(t, nonfinite=bad), "frequency", 2)
     assert found.nonfinite == ((3, 2, 8),) and found.facts()["nonfinite"] == [[3, 2, 8]]
-    assert (
-        "1 experts gave values that are no numbers (layer 3 expert 2); those tokens count for nothing" in found.warnings
-    )
+    assert "1 experts gave NaN or infinite values (layer 3 expert 2); those tokens count for nothing" in found.warnings
     t[..., 2] = 0
     with pytest.raises(InputError, match=r"1 experts gave no finite value \(layer 3 expert 2\) and cannot be ranked"):
         select_experts(statistics(t, nonfinite=bad), "frequency", 2)
@@ -351,7 +349,9 @@ def test_every_criterion_with_every_policy_on_the_smallest_calibration(criterion
 
 def test_names_that_there_are_not():
     s = statistics(halves([[4, 3, 2, 1]]))
-    with pytest.raises(InputError, match="no criterion 'luck'; there are aimer, dropout, ean, easy_ep, frequency"):
+    with pytest.raises(
+        InputError, match="unknown criterion 'luck'; choose from aimer, dropout, ean, easy_ep, frequency"
+    ):
         select_experts(s, "luck", 2)
-    with pytest.raises(InputError, match="no domain policy 'vote'"):
+    with pytest.raises(InputError, match="unknown domain policy 'vote'"):
         select_experts(s, "frequency", 2, "vote")

@@ -229,8 +229,8 @@ def test_an_export_is_a_source(m3, tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"container": "zip"}, "no container 'zip'; there are"),
-        ({"rounding": "magic"}, "no rounding 'magic'; there are"),
+        ({"container": "zip"}, "unknown container 'zip'; choose from"),
+        ({"rounding": "magic"}, "unknown rounding 'magic'; choose from"),
         ({"formats": {"layers.77.experts": "mxfp4"}}, r"names units that the model lacks: layers\.77\.experts"),
         ({"formats": {"layers.1.experts": "mxfp5"}}, "carries .* and not mxfp5"),
         ({"container": "fp8", "formats": {"layers.1.experts": "mxfp4"}}, "fp8 carries fp8_block, bf16 and not mxfp4"),
@@ -266,10 +266,10 @@ def test_a_bare_config_can_be_planned_and_not_exported(tmp_path):
 def test_a_folder_with_other_things_in_it(m2, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="out exists and is no export of moesaic's; name another folder or remove it"):
+    with pytest.raises(InputError, match="out exists and was not written by moesaic; name another folder or remove it"):
         export(m2, pruning(m2), tmp_path / "out", quiet=True)
     assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
-    with pytest.raises(InputError, match=r"thesis\.txt exists and is no export"):
+    with pytest.raises(InputError, match=r"thesis\.txt exists and was not written"):
         export(m2, pruning(m2), tmp_path / "out" / "thesis.txt", quiet=True)
 
 
@@ -465,7 +465,9 @@ def test_a_full_disk(larger, mixed, whole, tight_disk, monkeypatch):
             export(larger, mixed, out, quiet=True)
             break
         except InputError as error:
-            assert "cannot be written: the disk is full; make room, and the same command continues" in str(error)
+            assert "cannot be written: the disk is full; make room, then run the same command again to continue" in str(
+                error
+            )
             assert not [n for n in contents(out) if n.endswith(".partial")]
             failed += 1
             size += 120_000

@@ -210,7 +210,7 @@ def test_a_batch_refuses_what_it_cannot_hold(m2):
     batch = Batch(Decoder(m2, PLENTY, device="cpu"), 100)
     for prompt, new, words in (
         ([], 1, "a prompt of 0 tokens"), ([1], -1, "go on for -1"), ([1] * 60, 41, "the cache here holds 100"),
-        ([320], 1, "token 320 is none of the 320"), ([-1], 1, "token -1"),
+        ([320], 1, "token 320 is not among the 320"), ([-1], 1, "token -1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             batch.add(prompt, new, Sampling())

@@ -146,7 +146,7 @@ def test_samples_that_will_not_do(m2, m3, data, tmp_path):
         pictured(m3, Corpus(data, length=2048))
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "torn.png", "text": "x" * 100}))
     (tmp_path / "torn.png").write_bytes((data / "0.png").read_bytes()[:60])
-    with pytest.raises(InputError, match=r"torn\.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"torn\.png cannot be read as an image"):
         pictured(m3, Corpus(tmp_path, length=32))
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "gone.png", "text": "x" * 100}))
     with pytest.raises(InputError, match=r"a\.jsonl line 1 names the image .gone\.png., and .* cannot be read"):

@@ -167,7 +167,7 @@ def test_what_a_run_gathered_is_ranked_again_without_a_sweep(m2, corpus, tmp_pat
         assert facts["calibration_tokens"] == 2 * 8 * 24 and facts["statistics"] == str(tmp_path / "run")
         kept[name] = kept_of(facts)
     assert kept["code"] != kept["prose"]
-    with pytest.raises(InputError, match="no domain 'maths' in the text; there are code, prose"):
+    with pytest.raises(InputError, match="unknown domain 'maths' in the text; choose from code, prose"):
         prune(
             m2.path,
             tmp_path / "no",
@@ -288,7 +288,7 @@ def test_a_count_that_cannot_be(m2, corpus, tmp_path, count):
 
 @pytest.mark.parametrize(
     "criterion, policy, sentence",
-    [("luck", "pooled", "no criterion 'luck'"), ("reap", "vote", "no domain policy 'vote'")],
+    [("luck", "pooled", "unknown criterion 'luck'"), ("reap", "vote", "unknown domain policy 'vote'")],
 )
 def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path, criterion, policy, sentence):
     with pytest.raises(InputError, match=sentence):
@@ -299,7 +299,7 @@ def test_a_name_that_there_is_not_is_said_before_the_hours(m2, corpus, tmp_path,
 def test_a_folder_that_is_taken(m2, m3, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="exists and is no export of moesaic's"):
+    with pytest.raises(InputError, match="exists and was not written by moesaic"):
         prune(m2.path, tmp_path / "out", Pruning(4), corpus=corpus, quiet=True)
     assert contents(tmp_path / "out") == {"thesis.txt": b"years of work"}
     prune(m2.path, tmp_path / "mine", Pruning(4), corpus=corpus, quiet=True)
@@ -314,7 +314,7 @@ def test_a_folder_that_is_taken(m2, m3, corpus, tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"data": Path("/nowhere")}, "/nowhere is no folder; wanted text, one domain a file"),
+        ({"data": Path("/nowhere")}, "/nowhere is not a folder; wanted text, one domain a file"),
         ({"tokens": 10}, "asked for 10 tokens in rows of 48; wanted at least one row"),
         ({"tokens": 10**7}, r"asked for 208,333 rows, and the text holds \d+"),
         ({"length": 5000, "tokens": 10_000}, "rows of 5,000 tokens are longer than the model's context, 4,096"),

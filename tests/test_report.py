@@ -242,7 +242,7 @@ def questioned(everything: Facts) -> Facts:
 def test_needles_tasks_and_texts_have_sections(questioned: Facts) -> None:
     parts = [PARTS[name].section(questioned) for name in ("needle", "tasks", "samples")]
     text = sections_as_html([part for part in parts if part is not None])
-    for title in ("In long contexts", "At tasks", "In their own words"):
+    for title in ("In long contexts", "At tasks", "Samples"):
         assert f"<h2>{title}</h2>" in text
     for shown in (
         "<b>100%</b>",

@@ -190,7 +190,7 @@ def test_other_text_or_another_plan_is_refused(m2, tmp_path) -> None:
     with pytest.raises(PlanError, match="rounding gptq needs hessian_EII: round the plan on text first"):
         export(m2, plan, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(PlanError, match="no rounding 'magic'; there are"):
+    with pytest.raises(PlanError, match="unknown rounding 'magic'; choose from"):
         round_on_text(m2, dataclasses.replace(plan, rounding="magic"), tokens, tmp_path / "none", quiet=True)
 
 

@@ -227,11 +227,11 @@ def test_without_the_key_nothing_is_said(server):
 WRONG = [
     ("/v1/completions", {"prompt": "x" * 700}, "600 together"),
     ("/v1/completions", {"prompt": "x", "max_tokens": 201}, "200 new ones"),
-    ("/v1/completions", {"prompt": [320]}, "token 320 is none"),
+    ("/v1/completions", {"prompt": [320]}, "token 320 is not in"),
     ("/v1/completions", {"prompt": []}, "a prompt of 0 tokens"),
     ("/v1/completions", {"prompt": ""}, "a prompt of 0 tokens"),
     ("/v1/completions", {"prompt": "x", "temperature": "hot"}, 'temperature is "hot"'),
-    ("/v1/completions", {"prompt": "x", "model": "another"}, "no model 'another'"),
+    ("/v1/completions", {"prompt": "x", "model": "another"}, "unknown model 'another'"),
     ("/v1/completions", {"prompt": "x", "logit_bias": {"5": 1}}, "cannot follow"),
     ("/v1/completions", {"prompt": "x", "n": 128, "max_tokens": 2}, "at once"),
     ("/v1/chat/completions", {}, "messages is empty"),

@@ -155,7 +155,7 @@ def test_what_fills_a_row_up_is_not_seen(m3: Checkpoint) -> None:
 
 def test_what_cannot_be_asked_is_refused(m2: Checkpoint, folder: Path) -> None:
     tokenizer = Tokenizer.open(m2.path)
-    for name, message in (("writing", "generates text"), ("nothing", "no task 'nothing'")):
+    for name, message in (("writing", "generates text"), ("nothing", "unknown task 'nothing'")):
         with pytest.raises(InputError, match=message):
             ask([name], tokenizer, vocab=320, context=4096, folder=folder)
 

@@ -180,8 +180,8 @@ def test_jsonl_of_text_and_of_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no .txt and no .jsonl file"),
-        ({"notes.md": "text"}, "holds no .txt and no .jsonl file"),
+        ({}, "has no .txt or .jsonl file"),
+        ({"notes.md": "text"}, "has no .txt or .jsonl file"),
         ({"a.txt": " \n"}, "a.txt holds no text"),
         ({"a.txt": "text", "a.jsonl": '{"text": "more"}'}, "two files of the domain 'a'"),
         ({"a.jsonl": "{"}, "a.jsonl line 1 is not JSON"),
@@ -202,12 +202,12 @@ def test_bad_text_is_one_clear_sentence(
 
 
 def test_no_folder_no_tokenizer_bad_bytes_foreign_ids(tmp_path: Path, byte_level: Tokenizer) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         read_texts(tmp_path / "nowhere", byte_level)
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="no tokenizer that can be read"):
+    with pytest.raises(InputError, match="cannot be read as a tokenizer"):
         Tokenizer.open(tmp_path)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="UTF-8"):

@@ -72,7 +72,7 @@ def test_with_data_it_is_not(model, data, tmp_path, said, command):
     lines = said([command, model, tmp_path / "out", *MADE[command], "--data", data])
     assert NOTE not in lines
     for text in shown(tmp_path / "out"):
-        assert "trying out" not in text and PYTHON_TEXT.split(":")[0] not in text
+        assert "trials only" not in text and PYTHON_TEXT.split(":")[0] not in text
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_run_is_what_it_was_calibrated_on(model, data, tmp_path, said):
         said(["calibrate", model, tmp_path / name, *FEW, *more])
         lines = said(["prune", model, tmp_path / f"{name}-out", "--experts", "4", "--run", tmp_path / name])
         assert lines.count(NOTE) == count
-        assert ("trying out" in shown(tmp_path / f"{name}-out")[0]) == bool(count)
+        assert ("trials only" in shown(tmp_path / f"{name}-out")[0]) == bool(count)
 
 
 def test_json_says_it_too_and_stands_alone(model, tmp_path, capsys):
@@ -114,4 +114,4 @@ def test_a_folder_called_python_is_the_users(model, tmp_path, said):
     (tmp_path / "Python 3").mkdir()
     (tmp_path / "Python 3" / "a.txt").write_text("\n".join(f"{i} words of the user" for i in range(200)))
     said(["prune", model, tmp_path / "out", *MADE["prune"], "--data", tmp_path / "Python 3"])
-    assert "trying out" not in shown(tmp_path / "out")[0]
+    assert "trials only" not in shown(tmp_path / "out")[0]

@@ -169,8 +169,8 @@ def test_a_mark_is_no_part_of_a_perplexity(tmp_path, tokenizer):
         (b"[" * 100_000, "line 1 is not JSON"),
         (b'{"text": ' + b'{"a": ' * 100_000, "line 1 is not JSON"),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
-        (b'"text"\n', "line 1: it is no object"),
-        (b"null\n", "line 1: it is no object"),
+        (b'"text"\n', "line 1: it is not an object"),
+        (b"null\n", "line 1: it is not an object"),
         (b'{"text": null}\n', "line 1: it has neither `text` nor `messages`"),
         (b'{"text": "a", "image": {"bytes": "iVBOR"}}\n', "line 1 has an `image` that is a dict"),
         (b'{"text": "a", "image": ["b.png"]}\n', "line 1 has an `image` that is a list"),
@@ -200,7 +200,7 @@ def test_hidden_files_are_no_texts(tmp_path, tokenizer):
     assert [(t.domain, t.joined) for t in read_texts(tmp_path, tokenizer)] == [("a", "text"), ("b", "more")]
     assert list(read_samples(tmp_path, tokenizer)) == []
     (tmp_path / "a.txt").unlink(), (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(InputError, match=r"holds no \.txt and no \.jsonl"):
+    with pytest.raises(InputError, match=r"has no \.txt or \.jsonl"):
         read_texts(tmp_path, tokenizer)
 
 

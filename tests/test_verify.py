@@ -272,11 +272,11 @@ COPIED: dict[str, tuple[Callable[[Path], Any], str]] = {  # fault -> (how it is 
     ),
     "a plan that is none": (
         lambda p: edit(p / PLAN, lambda b: b.pop("kept")),
-        r"plan: moesaic/plan\.json is not this export's: .* no whole plan",
+        r"plan: moesaic/plan\.json is not this export's: .* not a complete plan",
     ),
     "a plan of no known rounding": (
         lambda p: edit(p / PLAN, lambda b: b.update(rounding="magic")),
-        "no rounding 'magic'",
+        "unknown rounding 'magic'",
     ),
 }
 

@@ -105,9 +105,7 @@ def test_an_interrupted_export_is_not_finished_by_another_version(m2, tmp_path, 
     assert child(dying(work, 12, signal.SIGKILL)) == -signal.SIGKILL
     with monkeypatch.context() as other:
         newer(other, ROUNDINGS, "search")
-        with pytest.raises(
-            StaleError, match=r"begun by another arithmetic: search version 1, this moesaic has version 2"
-        ):
+        with pytest.raises(StaleError, match=r"begun by another version: search version 1, this moesaic has version 2"):
             work()
     work()
     newer(monkeypatch, ROUNDINGS, "search")

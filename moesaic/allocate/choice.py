@@ -1,9 +1,9 @@
-"""Within a budget: prices, the rule, the frontier, a few candidates measured on unseen text, and the one that ships.
+"""Within a budget: prices, the rule, the frontier, a few candidates measured on unseen text, and the selected plan.
 
     price_options → trace_frontier → choose
 
 Every step leaves files in the run folder: costs.json; rule.json and frontier.json; candidates.json. Leaves out
-calibration, and making the plan true (compress, export).
+calibration, and writing the export (compress, export).
 """
 
 import math
@@ -67,7 +67,7 @@ def check_limit(setting: Setting) -> None:
     """Raise `PlanError` for prices there are not, and where the smallest plan is too large: before anything is read."""
     a, free = setting.source.architecture, Price(0.0, 0.0)
     if setting.pricing.harm not in HARMS:
-        raise PlanError(f"no prices {setting.pricing.harm!r}; there are {', '.join(HARMS)}")
+        raise PlanError(f"unknown way to find costs {setting.pricing.harm!r}; choose from {', '.join(HARMS)}")
     least = setting.kept[0]
     prices = Prices(
         {unit: dict.fromkeys(formats, free) for unit, formats in setting.offer.units(setting.source).items()},
@@ -174,12 +174,12 @@ def choose(setting: Setting, statistics: Statistics, calibration: TokenSet, choi
     """
     traced = trace_frontier(setting, *price_options(setting, statistics, calibration))
     if traced.budget_bytes is None:
-        raise PlanError("no budget is given; say fit in bytes, or bits per weight")
+        raise PlanError("no size was given; add --fit 90GB or --bits 4.25")
     found = candidates(setting, traced, traced.budget_bytes)
     measured, rounding = setting.measure([c.plan for c in found], choice, "candidates"), setting.trial(choice).rounding
     best = min(range(len(found)), key=lambda i: (measured[i].nats, found[i].bytes))
     if math.isinf(measured[best].nats):
-        raise PlanError(f"all {len(found)} candidates give values that are no numbers; offer other formats")
+        raise PlanError(f"all {len(found)} candidates give NaN or infinite values; offer other formats")
     inputs = {"source": setting.source.identity, "tokens": choice.identity}
     body = {
         "budget_bytes": traced.budget_bytes,

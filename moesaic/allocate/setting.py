@@ -20,7 +20,7 @@ from ..rounding import ROUNDINGS
 from .solver.menu import Menu
 
 FORMATS_OFFERED = (SOURCE, *heaviest_first(f for f in FORMATS.values() if f.offered))
-STAND_IN = "rtn"  # for roundings that look at data, until the plan is made true: search ranks formats no better
+STAND_IN = "rtn"  # for roundings that look at data, until the export is written: search ranks formats no better
 HARMS = (MEASURED, ANCHORED, SURROGATE, TRACE)
 
 
@@ -142,5 +142,5 @@ class Setting:
 
 def container_named(name: str) -> Container:
     if name not in CONTAINERS:
-        raise PlanError(f"no container {name!r}; there are {', '.join(CONTAINERS)}")
+        raise PlanError(f"unknown container {name!r}; choose from {', '.join(CONTAINERS)}")
     return CONTAINERS[name]

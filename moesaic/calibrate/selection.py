@@ -1,4 +1,4 @@
-"""Which experts stay: a criterion's ranking, what it was told to protect, and how far to trust it.
+"""Which experts stay: a criterion's ranking, protected experts, and how far to trust it.
 
 Leaves out prices in nats (measure, allocate): this is the choice for a kept count that is given.
 """
@@ -78,7 +78,7 @@ class Selection:
         if not CRITERIA[self.criterion].reads_text and not self.tokens:
             found.append("no text was read: experts whose loss would wreck the model, if there are any, are not known")
         if self.nonfinite:
-            bad = f"{len(self.nonfinite)} experts gave values that are no numbers ({listed(self.nonfinite)})"
+            bad = f"{len(self.nonfinite)} experts gave NaN or infinite values ({listed(self.nonfinite)})"
             found.append(f"{bad}; those tokens count for nothing")
         if self.few:
             rare = f"{len(self.few)} experts were reached by fewer than {FEW_TOKENS} of {self.tokens:,} tokens"
@@ -154,13 +154,13 @@ def order_experts(
 
 
 def check_names(policy: str, criteria: Sequence[str]) -> None:
-    """Raises `InputError` for a policy or a criterion there is not. Call it before the hours, not after."""
+    """Raises `InputError` for an unknown policy or criterion. Call it before long-running work."""
     for what, name, there_are in (
         ("domain policy", policy, (POOLED, *POLICIES)),
         *(("criterion", c, CRITERIA) for c in criteria),
     ):
         if name not in there_are:
-            raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
+            raise InputError(f"unknown {what} {name!r}; choose from {', '.join(there_are)}")
 
 
 def check_ranked(statistics: Statistics) -> None:

@@ -153,7 +153,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 def check_domains(wanted: Mapping[str, float], there_are: Sequence[str]) -> None:
     """Raises `InputError` for a domain that the text lacks, and for shares of which none is above 0."""
     if unknown := [name for name in wanted if name not in there_are]:
-        raise InputError(f"no domain {unknown[0]!r} in the text; there are {', '.join(there_are)}")
+        raise InputError(f"unknown domain {unknown[0]!r} in the text; choose from {', '.join(there_are)}")
     if not wanted or min(wanted.values()) < 0 or not max(wanted.values()) > 0:
         raise InputError(f"the shares of domains are {dict(wanted)}; wanted numbers from 0 up, and one above 0")
 

@@ -1,4 +1,4 @@
-"""How much text is enough: chunks added, each doubling what was read, until the choice of experts stops moving.
+"""Adaptive calibration size: double the text until the selection of experts is stable.
 
 The rows of a text have a fixed order, spread over all its domains from the first row on, and every chunk is
 the next piece of it. So a longer calibration contains each shorter one, and what was swept stays swept.

@@ -23,7 +23,7 @@ def weigh(checkpoint: Checkpoint, folder: Path, quiet: bool = False) -> dict[str
     """Σ|w|, Σw² and how many weights, float64 [L, E] over MoE layers and experts; a file a layer stays in `folder`.
 
     Interrupted, the same call goes on at the layer it had reached. Raises `CheckpointError` for weights that
-    are no numbers.
+    are NaN or infinite.
     """
     a, inputs = checkpoint.architecture, {"source": checkpoint.identity, "statistics": VERSION}
     sweep_partials(folder)

@@ -285,7 +285,7 @@ def read_object(path: Path) -> dict[str, Any]:
         with reading(path):
             found = json.loads(decoded(read_file(path, path.parent)))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, wanted an object; fetch it again")
     return found
@@ -332,7 +332,7 @@ def read_header(file: Path) -> list[tuple[TensorInfo, int]]:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise CheckpointError(f"{file} is no whole safetensors file ({size:,} bytes); fetch it again")
+            raise CheckpointError(f"{file} is not a complete safetensors file ({size:,} bytes); fetch it again")
         text = f.read(length)
     base, at, found = 8 + length, 0, []
     for info, start, end in sorted(parse_header(file, text), key=lambda e: e[1:]):
@@ -353,7 +353,7 @@ def parse_header(file: Path, text: bytes) -> list[tuple[TensorInfo, int, int]]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a header that is no JSON ({error}); fetch it again") from error
+        raise CheckpointError(f"{file} has a header that is not valid JSON ({error}); fetch it again") from error
     found = []
     for name, entry in header.items() if isinstance(header, dict) else [("the header", header)]:
         if name == "__metadata__":
@@ -374,7 +374,7 @@ def parse_header(file: Path, text: bytes) -> list[tuple[TensorInfo, int, int]]:
                     found.append((TensorInfo(name, dtype, tuple(shape)), start, end))
                     continue
         raise CheckpointError(
-            f"{file} describes {name!a:.200} as {reprlib.repr(entry)}, which is no tensor; fetch it again"
+            f"{file} describes {name!a:.200} as {reprlib.repr(entry)}, which is not a tensor; fetch it again"
         )
     return found
 

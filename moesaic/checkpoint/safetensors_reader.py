@@ -1,4 +1,4 @@
-"""Tensors of a model folder by the safetensors library, for whoever must not trust our own reading.
+"""Tensors of a model folder by the safetensors library: an independent reader used only by verify.
 
 Pages of a mapped file count as memory for as long as it is open; so few files are open at a time, and
 each is opened anew after `MAPPED` bytes. Leaves out what the tensors mean.

@@ -5,7 +5,7 @@ Exit 0     done
      2     the call or its input is wrong: one sentence of what was found, what was wanted, what to do
      70    a fault of ours: one sentence that asks to report it; an exception that nobody foresaw has its traceback
            before that, with --quiet too, which is of progress alone
-     130   interrupted; the same command continues
+     130   interrupted; run the same command again to continue
 """
 
 import argparse
@@ -25,12 +25,14 @@ from .base import Arguments, Command, resources
 FOUND: dict[str, Command[Any]] = collect(__name__, Command)
 COMMANDS = {c.name: c for c in sorted(FOUND.values(), key=lambda c: c.place)}
 
-JSON_HELP = 'standard output is one JSON object of facts, or of the error; an infinite number in it is {"float": "inf"}'
+JSON_HELP = 'print the result, or the error, as one JSON object; an infinite number is written {"float": "inf"}'
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="moesaic", description="Make a giant mixture-of-experts model fit, and prove what that cost."
+        prog="moesaic",
+        description="Make a giant mixture-of-experts model fit the machine you have, and prove what that cost.",
+        epilog="Start with: moesaic demo. Each command has a --help with an example.",
     )
     top.add_argument("--version", action="version", version=f"moesaic {__version__}")
     words = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         p = words.add_parser(name, help=command.summary, description=command.summary, epilog=example)
         command.options(p)
         p.add_argument("--json", action="store_true", help=JSON_HELP)
-        p.add_argument("--quiet", action="store_true", help="no progress")
+        p.add_argument("--quiet", action="store_true", help="show no progress")
     return top
 
 
@@ -49,7 +51,8 @@ def parsed(argv: Sequence[str]) -> tuple[str, Arguments]:
     if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
         near = difflib.get_close_matches(argv[0], COMMANDS, 1)
         top.error(
-            f"no command {argv[0]!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
+            f"unknown command {argv[0]!r}; "
+            + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}")
         )
     found = vars(top.parse_args(argv))
     word = found.pop("command")
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = COMMANDS[word].run(a)
         code = int(facts.pop("exit", 0))
     except KeyboardInterrupt:
-        said, code = "interrupted; the same command continues", 130
+        said, code = "interrupted; run the same command again to continue", 130
         print(f"\nmoesaic {word}: {said}", file=sys.stderr)
         facts = {"error": said}
     except Exception as error:
@@ -94,9 +97,9 @@ def ended(error: Exception, line: str) -> tuple[str, int]:
     if isinstance(error, MoesaicError) and not isinstance(error, FaultError):
         return str(error), error.exit_code
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename} is not there; check the path", 2
+        return f"{error.filename} does not exist; check the path", 2
     if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename} is not yours to use: {error.strerror}; change its mode, or name another", 2
+        return f"{error.filename} cannot be used: {error.strerror}; change its permissions, or use another path", 2
     if not isinstance(error, FaultError):
         traceback.print_exception(error)
     what = str(error) if isinstance(error, FaultError) else f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -13,8 +13,10 @@ from .base.search import Search, budget_options, offer_options, recipe, use
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder: run/frontier.json is the result, and with a size run/plan.json")
+    p.add_argument("model", type=Path, help="folder of the source model")
+    p.add_argument(
+        "run", type=Path, help="run folder; the result is RUN/frontier.json, and with a size also RUN/plan.json"
+    )
     budget_options(p)
     offer_options(p)
 
@@ -38,7 +40,7 @@ def run(a: Search) -> dict[str, Any]:
 COMMAND = Command(
     name="allocate",
     place=70,
-    summary="the whole curve of bytes against nats, and the best plan of a size",
+    summary="compute the lowest KL for every size, and the best plan for one size",
     example="moesaic allocate MiniMax-M2.7 run --fit 90GB --data texts/",
     options=options,
     arguments=Search,

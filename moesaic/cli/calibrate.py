@@ -26,18 +26,20 @@ class Calibrate(TextArguments, RankingArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
+    p.add_argument("model", type=Path, help="folder of the source model")
     p.add_argument(
         "run",
         type=Path,
-        help="run folder; other text later adds to what is there; a line of .jsonl may name an `image`",
+        help="run folder; text of a later call is added to its statistics; a line of a .jsonl file may name an `image`",
     )
-    p.add_argument("--criterion", default="reap", help="what --until-stable watches (default %(default)s)")
+    p.add_argument(
+        "--criterion", default="reap", help="with --until-stable: criterion of the selection (default %(default)s)"
+    )
     p.add_argument(
         "--experts",
         type=counts_of,
         metavar="K",
-        help="kept counts that it watches (default: a half, and three quarters)",
+        help="with --until-stable: numbers of experts to keep: 64,96 (default: a half and three quarters)",
     )
     ranking_options(p)
     text_options(p)
@@ -80,7 +82,7 @@ def gather(a: Calibrate, source: Checkpoint) -> dict[str, Any]:
         f"{statistics.tokens:,} tokens of {', '.join(statistics.domains)} through {len(statistics.layers)} MoE layers"
     )
     print(f"experts reached by fewer than {FEW_TOKENS} tokens: {len(few)}")
-    print(f"experts with values that are no numbers: {len(statistics.nonfinite())}")
+    print(f"experts with NaN or infinite values: {len(statistics.nonfinite())}")
     print(f"statistics: {stats}")
     return {
         "tokens": statistics.tokens,
@@ -100,7 +102,7 @@ def use(a: Calibrate) -> Use:
 COMMAND = Command(
     name="calibrate",
     place=50,
-    summary="one sweep of statistics, for every criterion and every domain",
+    summary="collect statistics of every expert, for all criteria and domains at once",
     example="moesaic calibrate MiniMax-M3-MXFP8 run --data texts/",
     options=options,
     arguments=Calibrate,

@@ -22,19 +22,23 @@ class Compress(Search):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder: run/model is the result, run/report.html what it cost")
+    p.add_argument("model", type=Path, help="folder of the source model")
+    p.add_argument("run", type=Path, help="run folder; the result is RUN/model, and RUN/report.html shows what it cost")
     budget_options(p)
     p.add_argument(
-        "--format", default="source", help="of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s)"
+        "--format",
+        default="source",
+        help="format of routed experts: mxfp4, nvfp4, int4_g128, … (default %(default)s, unchanged)",
     )
-    p.add_argument("--rest", default="source", help="of every other matrix: source, bf16, … (default %(default)s)")
+    p.add_argument(
+        "--rest", default="source", help="format of all other matrices: bf16, … (default %(default)s, unchanged)"
+    )
     p.add_argument(
         "--evaluation-tokens",
         type=count_of,
         default=65_536,
         metavar="N",
-        help="tokens to judge by (default %(default)s)",
+        help="number of tokens for evaluation (default %(default)s)",
     )
     offer_options(p)
 
@@ -50,7 +54,7 @@ def run(a: Compress) -> dict[str, Any]:
 COMMAND = Command(
     name="compress",
     place=40,
-    summary="the whole path: choose, export, verify, evaluate, report",
+    summary="make a model smaller: choose a plan, export, verify, evaluate and report",
     example="moesaic compress MiniMax-M3-MXFP8 run --experts 64 --format mxfp4 --data texts/",
     options=options,
     arguments=Compress,

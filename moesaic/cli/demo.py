@@ -40,7 +40,7 @@ def use(a: Demo) -> Use:
 COMMAND = Command(
     name="demo",
     place=10,
-    summary="the whole path on the small model that comes along",
+    summary="compress the small model that is included, in two minutes",
     example="moesaic demo",
     options=options,
     arguments=Demo,

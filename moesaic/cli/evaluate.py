@@ -49,40 +49,57 @@ class Evaluate(TextArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("export", type=Path)
-    p.add_argument("--against", type=Path, metavar="MODEL", help="the source; not needed with --server")
+    p.add_argument("export", type=Path, help="folder of the model to score")
+    p.add_argument(
+        "--against", type=Path, metavar="MODEL", help="source model to compare with; not needed with --server"
+    )
     p.add_argument(
         "--scores",
         type=names_of,
         metavar="S,S",
-        help=f"of {', '.join(SCORES)} (default: all that are of the text alone)",
+        help=f"scores to compute: {', '.join(SCORES)} (default: kld,perplexity,router)",
     )
     p.add_argument(
         "--activations", type=names_of, default=("none", "engine"), metavar="W,W",
-        help="none: left as computed; engine: rounded as config.json asks; w4a4 (default none,engine)",
+        help="rounding of activations: none, engine (as config.json says), w4a4 (default none,engine)",
     )  # fmt: skip
-    p.add_argument("--text", type=Path, metavar="FILE", help="instead of --data: a whole text in windows")
+    p.add_argument("--text", type=Path, metavar="FILE", help="read this whole text file in windows, instead of --data")
+    p.add_argument("--window", type=count_of, default=2048, metavar="N", help="tokens per window (default %(default)s)")
     p.add_argument(
-        "--window", type=count_of, default=2048, metavar="N", help="tokens of a window (default %(default)s)"
+        "--stride",
+        type=count_of,
+        metavar="N",
+        help="tokens from the start of one window to the next (default: --window)",
     )
-    p.add_argument("--stride", type=count_of, metavar="N", help="from window to window (default: the window)")
-    p.add_argument("--lengths", type=counts_of, metavar="N,N", help="of haystacks (default 1024,4096,8192)")
-    p.add_argument("--tasks", type=names_of, default=(), metavar="T,T", help="of lm-evaluation-harness")
-    p.add_argument("--task-files", type=Path, metavar="DIR", help="your own tasks (YAML), instead of the harness's")
-    p.add_argument("--limit", type=count_of, metavar="N", help="documents a task")
     p.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keeps what the source gave: a further export costs its own sweep"
+        "--lengths",
+        type=counts_of,
+        metavar="N,N",
+        help="lengths of the needle test, in tokens (default 1024,4096,8192)",
     )
-    p.add_argument("--server", metavar="URL", help="ask a server of EXPORT instead: http://127.0.0.1:8000/v1")
-    p.add_argument("--key-file", type=Path, metavar="FILE", help="holds the server's key")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where scores go (default EXPORT/moesaic)")
-    text_options(p, "to judge by")
+    p.add_argument(
+        "--tasks", type=names_of, default=(), metavar="T,T", help="tasks of lm-evaluation-harness: hellaswag,…"
+    )
+    p.add_argument(
+        "--task-files", type=Path, metavar="DIR", help="folder of your own task files (YAML), instead of the harness's"
+    )
+    p.add_argument("--limit", type=count_of, metavar="N", help="number of documents per task")
+    p.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder for the source's results; the next export then needs no sweep of the source",
+    )
+    p.add_argument("--server", metavar="URL", help="score a running server of EXPORT: http://127.0.0.1:8000/v1")
+    p.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key of the server")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the scores (default EXPORT/moesaic)")
+    text_options(p, "for evaluation")
 
 
 def run(a: Evaluate) -> dict[str, Any]:
     out = a.out or a.export / "moesaic"
     if not a.server and a.against is None:
-        raise InputError("no source is named; give --against MODEL, or --server URL")
+        raise InputError("no source was given; add --against MODEL, or --server URL")
     from ..checkpoint import Checkpoint
     from ..lock import held
     from ..recipes.evaluate import OF_TEXT, chosen
@@ -106,7 +123,7 @@ def by_sweep(a: Evaluate, source: Checkpoint, export: Checkpoint, out: Path, wan
 
     tasks, others = ask(a, source) if "tasks" in wanted else None, tuple(s for s in wanted if s != "tasks")
     if tasks and not tasks.readings:
-        raise InputError("the tasks ask for nothing; give others")
+        raise InputError("the tasks have no questions to score; give others")
     asked = evaluating(a, others, tuple(tasks.readings) if tasks else ())
     scores = evaluate_export(source, export, out, asked, corpus(a), a.quiet)
     if tasks:
@@ -161,9 +178,9 @@ def by_server(a: Evaluate, url: str, export: Checkpoint, out: Path, wanted: tupl
 
 def ask(a: Evaluate, source: Checkpoint) -> Asked:
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("tasks are lm-evaluation-harness's, and it is not installed; pip install moesaic[tasks]")
+        raise InputError("tasks need lm-evaluation-harness, which is not installed; run pip install moesaic[tasks]")
     if not a.tasks:
-        raise InputError("no task is named; give --tasks hellaswag,…")
+        raise InputError("no task was given; add --tasks hellaswag,…")
     from ..data.tokens import Tokenizer
     from ..evaluate.tasks import ask
 
@@ -198,7 +215,7 @@ def use(a: Evaluate) -> Use:
 COMMAND = Command(
     name="evaluate",
     place=120,
-    summary="KL, perplexity, routing, needle, tasks and samples against the source, or as served, with errors",
+    summary="score an export against its source, or as served: KL, perplexity, routing, needle, tasks, samples",
     example="moesaic evaluate M3-64e --against MiniMax-M3-MXFP8 --data texts/",
     options=options,
     arguments=Evaluate,

@@ -22,15 +22,21 @@ class Export(ParallelArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path, help="a model folder, or a run folder with a plan")
+    p.add_argument("model", type=Path, help="model folder, or a run folder with a plan")
     p.add_argument(
-        "out", type=Path, nargs="?", help="(default MODEL-CONTAINER; of a run RUN/model, RUN/model-CONTAINER)"
+        "out",
+        type=Path,
+        nargs="?",
+        help="folder for the result (default MODEL-CONTAINER; for a run RUN/model or RUN/model-CONTAINER)",
     )
     p.add_argument(
-        "--to", dest="container", metavar="CONTAINER", help="mlx, compressed_tensors, auto_round, gptq, unquantized, …"
+        "--to",
+        dest="container",
+        metavar="CONTAINER",
+        help="container to write: mlx, compressed_tensors, auto_round, gptq, unquantized, …",
     )
     parallel_options(p)
-    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not verify the result")
     resource_options(p)
 
 
@@ -40,7 +46,7 @@ def run(a: Export) -> dict[str, Any]:
     if is_run(a.model):
         facts = export_run(a.model, a.out, a.container, layout(a), check=a.check, quiet=a.quiet)
     elif a.container is None:
-        raise InputError(f"{a.model} is a model and no run; say in which container to write it, as --to mlx")
+        raise InputError(f"{a.model} is a model folder, not a run folder; add --to CONTAINER, such as --to mlx")
     else:
         out = a.out or a.model.with_name(f"{a.model.name}-{a.container}")
         facts = convert(a.model, out, a.container, layout(a), check=a.check, quiet=a.quiet)
@@ -53,7 +59,7 @@ def run(a: Export) -> dict[str, Any]:
 COMMAND = Command(
     name="export",
     place=100,
-    summary="write a run's plan, or any model in another container, nothing rounded",
+    summary="write the plan of a run, or convert a model to another container without rounding",
     example="moesaic export M3-MXFP4 --to mlx",
     options=options,
     arguments=Export,

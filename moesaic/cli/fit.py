@@ -21,9 +21,9 @@ class Fit(MachineArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
+    p.add_argument("model", type=Path, help="model folder, or a folder with only a config.json")
     machine_options(p)
-    p.add_argument("--explain", action="store_true", help="the formula behind each number")
+    p.add_argument("--explain", action="store_true", help="show the formula behind each number")
 
 
 def run(a: Fit) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def container_words(plan: dict[str, Any]) -> list[str]:
 COMMAND = Command(
     name="fit",
     place=30,
-    summary="what fits which machine, before anything is downloaded",
+    summary="show what fits on given devices, before anything is downloaded",
     example="moesaic fit MiniMax-M3-MXFP8 --devices 4xH100NVL --context 131072 --kv fp8",
     options=options,
     arguments=Fit,

@@ -18,8 +18,8 @@ class Inspect(Arguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path, help="a model folder, or one with a config.json alone")
-    p.add_argument("--base", type=Path, metavar="MODEL", help="find which experts of this model were kept")
+    p.add_argument("model", type=Path, help="model folder, or a folder with only a config.json")
+    p.add_argument("--base", type=Path, metavar="MODEL", help="show which experts of this model were kept")
 
 
 def run(a: Inspect) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run(a: Inspect) -> dict[str, Any]:
 COMMAND = Command(
     name="inspect",
     place=20,
-    summary="what a model holds, from headers alone",
+    summary="show what a model contains, from headers only",
     example="moesaic inspect MiniMax-M3-MXFP8",
     options=options,
     arguments=Inspect,

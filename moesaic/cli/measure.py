@@ -12,8 +12,8 @@ from .base.search import Search, offer_options, recipe, use
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("run", type=Path, help="run folder: run/costs.json is the result")
+    p.add_argument("model", type=Path, help="folder of the source model")
+    p.add_argument("run", type=Path, help="run folder; the result is RUN/costs.json")
     p.set_defaults(budget_bytes=None, bits=None, devices=None, context=None)  # prices are the same whatever the size
     offer_options(p)
 
@@ -33,7 +33,7 @@ def run(a: Search) -> dict[str, Any]:
 COMMAND = Command(
     name="measure",
     place=60,
-    summary="what every option costs alone, in nats",
+    summary="find what each option alone costs, in nats",
     example="moesaic measure MiniMax-M2.7 run --harm surrogate --data texts/",
     options=options,
     arguments=Search,

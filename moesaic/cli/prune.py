@@ -31,27 +31,33 @@ class Prune(TextArguments, CutArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--experts", type=counts_of, required=True, metavar="K", help="experts to keep in every layer")
+    p.add_argument("model", type=Path, help="folder of the source model")
+    p.add_argument("out", type=Path, help="folder for the result")
     p.add_argument(
-        "--criterion", default="reap", help="reap, mass, …, or auto: the best by preview (default %(default)s)"
+        "--experts",
+        type=counts_of,
+        required=True,
+        metavar="K",
+        help="number of experts to keep in every layer; with --preview also a list: 64,96",
     )
     p.add_argument(
-        "--preview", action="store_true", help="measure what cuts would cost (K may be 64,96), and write no model"
+        "--criterion",
+        default="reap",
+        help="pruning criterion: reap, mass, …, or auto, the best of a preview (default %(default)s)",
     )
+    p.add_argument("--preview", action="store_true", help="measure what each cut would cost, and write no model")
     p.add_argument(
-        "--loops", action="store_true", help="with --preview: let the best cuts write, and tell how it repeats"
+        "--loops",
+        action="store_true",
+        help="with --preview: also generate text with the best cuts and count repetition",
     )
-    p.add_argument(
-        "--run", type=Path, metavar="RUN", help="rank by all that `calibrate RUN` has gathered there; no sweep"
-    )
+    p.add_argument("--run", type=Path, metavar="RUN", help="use the statistics in RUN instead of calibrating")
     cut_options(p)
     p.add_argument(
         "--repair", action="store_true",
-        help="let shared experts take over what dropped ones gave, if that helps on other text (M3)",
+        help="fit shared experts to compensate for dropped ones; kept only if held-out KL improves (M3)",
     )  # fmt: skip
-    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not verify the result")
     text_options(p)
 
 
@@ -124,7 +130,7 @@ def preview(a: Prune) -> dict[str, Any]:
     show(table(outlooks))
     for name, found in probes.items():
         share, endless = plus_minus(vars(found.share)), found.endless
-        ends = f"{endless.value:.0%} ({endless.low:.0%} to {endless.high:.0%}) of {found.prompts} texts end so"
+        ends = f"{endless.value:.0%} ({endless.low:.0%} to {endless.high:.0%}) of {found.prompts} texts end in a loop"
         print(f"loops: {name:12} {share} of {found.new_tokens:,} tokens repeat; {ends}")
     print(f"plot: {a.out / 'moesaic' / 'preview.svg'}")
     return {"candidates": [o.facts() for o in outlooks], "loops": {n: found.facts() for n, found in probes.items()}}
@@ -139,7 +145,7 @@ def use(a: Prune) -> Use:
 COMMAND = Command(
     name="prune",
     place=80,
-    summary="drop experts; what stays is copied byte for byte",
+    summary="drop experts; the rest is copied byte for byte",
     example="moesaic prune MiniMax-M3-MXFP8 M3-64e --experts 64 --data texts/",
     options=options,
     arguments=Prune,

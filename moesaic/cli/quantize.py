@@ -36,17 +36,29 @@ class Quantize(TextArguments, ParallelArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--format", required=True, help="mxfp4, nvfp4, int4_g128, mxfp8, …")
-    p.add_argument("--only", default="experts", help="experts or linears (default %(default)s)")
-    p.add_argument("--rest", default="source", help="source or bf16 (default %(default)s)")
+    p.add_argument("model", type=Path, help="folder of the source model")
+    p.add_argument("out", type=Path, help="folder for the result")
+    p.add_argument("--format", required=True, help="format to write: mxfp4, nvfp4, int4_g128, mxfp8, …")
     p.add_argument(
-        "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
+        "--only",
+        default="experts",
+        help="what is rounded: experts, or linears for every linear layer (default %(default)s)",
+    )
+    p.add_argument(
+        "--rest",
+        default="source",
+        help="format of the other matrices: source (unchanged) or bf16 (default %(default)s)",
+    )
+    p.add_argument(
+        "--to",
+        default="compressed_tensors",
+        dest="container",
+        metavar="CONTAINER",
+        help="container to write (default %(default)s)",
     )
     rounding_option(p)
     parallel_options(p)
-    p.add_argument("--no-verify", action="store_false", dest="check", help="do not reopen and compare the result")
+    p.add_argument("--no-verify", action="store_false", dest="check", help="do not verify the result")
     text_options(p)
 
 
@@ -83,7 +95,7 @@ def use(a: Quantize) -> Use:
 COMMAND = Command(
     name="quantize",
     place=90,
-    summary="round to one format, without data or by it",
+    summary="round to one format, with or without calibration text",
     example="moesaic quantize MiniMax-M2.7 M2.7-MXFP4 --format mxfp4 --rest bf16",
     options=options,
     arguments=Quantize,

@@ -25,15 +25,21 @@ class Report(Arguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run", type=Path, help="a run folder, or an export that prune, quantize or evaluate wrote into")
-    p.add_argument("--devices", metavar="NxSIZE", help="2x95GiB, 4xH100NVL, …: how they would hold the export")
-    p.add_argument("--context", type=count_of, metavar="N", help="tokens that a request on --devices may have")
-    p.add_argument("--card", action="store_true", help="also write the export's model card, its README.md")
-    p.add_argument("--base-model", metavar="ORG/NAME", help="the source's name on the Hub, for the card")
-    p.add_argument("--unlicensed", action="store_true", help="write the card though the source has no licence file")
-    p.add_argument("--push", metavar="ORG/NAME", help="write the card and show what would be uploaded there")
-    p.add_argument("--yes", action="store_true", help="and upload it, once the export is verified again")
-    p.add_argument("--public", action="store_true", help="make a new repository public (else it is private)")
+    p.add_argument("run", type=Path, help="run folder, or the folder of an export")
+    p.add_argument(
+        "--devices", metavar="NxSIZE", help="also report how these devices hold the export: 2x95GiB, 4xH100NVL, …"
+    )
+    p.add_argument(
+        "--context", type=count_of, metavar="N", help="with --devices: context length of a request, in tokens"
+    )
+    p.add_argument("--card", action="store_true", help="also write the model card of the export (README.md)")
+    p.add_argument("--base-model", metavar="ORG/NAME", help="name of the source on the Hub, for the card")
+    p.add_argument("--unlicensed", action="store_true", help="write the card even if the source has no licence file")
+    p.add_argument(
+        "--push", metavar="ORG/NAME", help="write the card, and list what would be uploaded to this Hub repository"
+    )
+    p.add_argument("--yes", action="store_true", help="with --push: verify the export again, then upload")
+    p.add_argument("--public", action="store_true", help="with --push: make a new repository public (default: private)")
 
 
 def run(a: Report) -> dict[str, Any]:
@@ -57,14 +63,14 @@ def run(a: Report) -> dict[str, Any]:
         facts["files"] = {f.to: f.bytes for f in files}
         if a.yes:
             facts["address"] = push(known, a.push, files, public=a.public, quiet=a.quiet)
-        print(facts.get("address") or f"nothing was uploaded to {a.push}; --yes does it")
+        print(facts.get("address") or f"nothing was uploaded to {a.push}; add --yes to upload")
     return facts
 
 
 COMMAND = Command(
     name="report",
     place=130,
-    summary="make a run's page again",
+    summary="write the report of a run again; write or upload its model card",
     example="moesaic report run",
     options=options,
     arguments=Report,

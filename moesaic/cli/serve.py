@@ -30,39 +30,46 @@ class Serve(MachineArguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("export", type=Path)
+    p.add_argument("export", type=Path, help="folder of the model to serve")
     p.add_argument(
-        "--engine", choices=("vllm", "local"), default="vllm", help="local: ours, on this machine (default %(default)s)"
+        "--engine",
+        choices=("vllm", "local"),
+        default="vllm",
+        help="vllm, or local for the included server (default %(default)s)",
     )
     machine_options(p, required=False)
     p.add_argument(
         "--print",
         dest="way",
         metavar="WAY",
-        help="command, compose, kubernetes or ray: write it instead of running vLLM",
+        help="print a command, compose, kubernetes or ray file instead of running vLLM",
     )
-    p.add_argument("--host", default="127.0.0.1", help="(default %(default)s)")
-    p.add_argument("--port", type=port_of, default=8000, help="(default %(default)s)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    p.add_argument("--port", type=port_of, default=8000, help="port to listen on (default %(default)s)")
     local = p.add_argument_group("with --engine local")
     local.add_argument(
         "--expert-memory",
         type=bytes_of,
         dest="expert_bytes",
         metavar="SIZE",
-        help="for weights (default half of what is available)",
+        help="memory for weights (default: half of what is available)",
     )
     local.add_argument("--memory", type=bytes_of, dest="expert_bytes", help=argparse.SUPPRESS)  # its former name
     local.add_argument(
-        "--cache", type=bytes_of, dest="cache_bytes", metavar="SIZE", help="for keys and values (default a 16th of it)"
+        "--cache",
+        type=bytes_of,
+        dest="cache_bytes",
+        metavar="SIZE",
+        help="memory for the KV cache (default: 1/16 of what is available)",
     )
-    local.add_argument("--key-file", type=Path, metavar="FILE", help="holds the key that requests must bring")
+    local.add_argument("--key-file", type=Path, metavar="FILE", help="file with the key that requests must send")
     local.add_argument(
         "--max-tokens",
         type=count_of,
         default=4096,
         dest="new_tokens",
         metavar="N",
-        help="of an answer (default %(default)s)",
+        help="largest number of new tokens per answer (default %(default)s)",
     )
 
 
@@ -70,7 +77,7 @@ def run(a: Serve) -> dict[str, Any]:
     if a.engine == "local":
         return local(a)
     if not a.devices:
-        raise InputError("no --devices are named, for which vLLM is to be set up; name them, or use --engine local")
+        raise InputError("no devices were given for vLLM; add --devices 2x95GiB, or use --engine local")
     from ..checkpoint import Checkpoint
     from ..fit import Machine, fit
     from ..serve.vllm import deployment, render
@@ -84,7 +91,7 @@ def run(a: Serve) -> dict[str, Any]:
         return {"printed": a.way, "text": written}
     if deployed.nodes > 1 or shutil.which("vllm") is None:
         why = "vLLM is not installed here" if deployed.nodes == 1 else f"this takes {deployed.nodes} machines"
-        raise InputError(f"{why}; --print command, compose, kubernetes or ray writes what starts it where it is")
+        raise InputError(f"{why}; add --print command, compose, kubernetes or ray to get what starts it elsewhere")
     return {"exit": subprocess.call(deployed.words(str(a.export)))}
 
 
@@ -104,7 +111,7 @@ def local(a: Serve) -> dict[str, Any]:
 COMMAND = Command(
     name="serve",
     place=140,
-    summary="serve with vLLM or by itself, or write down what does",
+    summary="serve with vLLM or the included server, or print the command or manifest for it",
     example="moesaic serve run/model --devices 4xH100NVL --print compose",
     options=options,
     arguments=Serve,

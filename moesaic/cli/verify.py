@@ -17,9 +17,9 @@ class Verify(Arguments):
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("export", type=Path)
+    p.add_argument("export", type=Path, help="folder of the export")
     p.add_argument(
-        "--source", type=Path, metavar="MODEL", help="compare every tensor with what the plan makes of this model"
+        "--source", type=Path, metavar="MODEL", help="source model; compare every tensor with it, as the plan says"
     )
 
 
@@ -48,7 +48,7 @@ def run(a: Verify) -> dict[str, Any]:
 COMMAND = Command(
     name="verify",
     place=110,
-    summary="reopen an export and check everything",
+    summary="reopen an export and check every tensor and file",
     example="moesaic verify M3-64e --source MiniMax-M3-MXFP8",
     options=options,
     arguments=Verify,

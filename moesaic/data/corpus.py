@@ -1,4 +1,4 @@
-"""Which text a command works on: the user's folder, or what this Python brings along; to calibrate on and to judge by.
+"""Text used for calibration and evaluation: --data, or the Python standard library by default.
 
 One choice, made once: the two never share a document or a paragraph. Leaves out tokenizing (tokens).
 """
@@ -18,8 +18,8 @@ from .tokens import TokenSet
 
 LENGTH = 2048  # tokens a row, unless the model's context is shorter
 TRYING_OUT = (
-    "no --data was given, so the text is that of this Python's standard library: for trying out only; for a model that "
-    "will be used, give text of the kind that it will read, as --data FOLDER"
+    "no --data was given, so the text is Python's standard library, which is for trials only; for a model that will be "
+    "used, give text like that which it will read: --data FOLDER"
 )
 POOL_TOKENS = 1 << 21  # scores by REAP still moved between 0.5 and 2.1 million tokens (the AIMER paper, on C4)
 

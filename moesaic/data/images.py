@@ -152,7 +152,7 @@ def look(sight: Sight, path: Path, seen: Mapping[int, Tensor], vocab: int) -> tu
         with Image.open(path) as image:
             found = sight.features(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no image that can be read ({error}); remove its sample or mend it") from error
+        raise InputError(f"{path} cannot be read as an image ({error}); fix it or remove the sample") from error
     bucket = int.from_bytes(hashlib.sha256(raw).digest()[:8]) % BUCKETS
     while (first := vocab + bucket * IMAGE_TOKENS) in seen and not torch.equal(seen[first], found):
         bucket = (bucket + 1) % BUCKETS

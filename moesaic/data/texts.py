@@ -40,7 +40,7 @@ def read_texts(path: str | Path, tokenizer: Tokenizer) -> list[Text]:
     path = Path(path)
     files, root = data_files(path, ".txt", ".jsonl")
     if not files:
-        what = "holds no .txt and no .jsonl file" if path.is_dir() else "is no folder"
+        what = "has no .txt or .jsonl file" if path.is_dir() else "is not a folder"
         raise InputError(f"{path} {what}; wanted text, one domain a file (code.txt, math.jsonl)")
     texts: dict[str, Text] = {}
     for file in files:
@@ -92,7 +92,7 @@ def read_entry(entry: Any, where: str, tokenizer: Tokenizer) -> str:
     """The text of a line: its own, or its conversation as the model's chat template writes it."""
     try:
         if not isinstance(entry, dict):
-            raise InputError("it is no object with `text` or `messages`")
+            raise InputError("it is not an object with `text` or `messages`")
         text, rows = entry.get("text"), next((entry[key] for key in CHATS if entry.get(key) is not None), None)
         if isinstance(text, str) and (text.strip() or rows is None):
             text.encode()

@@ -21,7 +21,7 @@ READ = ("tokenizer.json", "*token*.json", "chat_template*", "additional_chat_tem
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer of a model folder, and what it puts before a text of its own accord."""
+    """The tokenizer of a model folder, and the BOS token it adds, if any."""
 
     folder: Path
     inner: tokenizers.Tokenizer
@@ -38,7 +38,7 @@ class Tokenizer:
         except FileNotFoundError:
             raise InputError(f"{folder} has no tokenizer.json; copy it there from where the model came from") from None
         except Exception as error:  # the library raises no type of its own
-            raise InputError(f"{path} is no tokenizer that can be read ({error}); fetch it again") from error
+            raise InputError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
         inner.no_truncation()
         inner.no_padding()
         plain, dressed = (inner.encode("a", add_special_tokens=own).ids for own in (False, True))

@@ -1,7 +1,7 @@
 """An export against its source: one sweep of both, that feeds every score. `EVALUATIONS["kld"]` is scores/kld.py.
 
 In that sweep the export may ride more than once (activations left alone, and rounded as an engine
-does), and the source beside itself with the noise of BF16: what no measurement can see below.
+does), and the source compared with a BF16-noised copy of itself: the noise floor.
 docs/SCORES.md says what the files hold. Leaves out text, haystacks and tasks: those are readings.
 """
 

@@ -1,4 +1,4 @@
-"""A plan made true: source checkpoint + plan -> a model folder that an engine loads.
+"""Write the export: source checkpoint + plan -> a model folder that an engine loads.
 
 What keeps its format is copied byte for byte, whatever its name becomes; what changes is decoded,
 rounded and packed, a few matrices in memory at a time. config.json is written last, so a folder with

@@ -50,9 +50,7 @@ class Largest:
         """Raises `InputError` for an input that is not finite: under no scale would the rest of it survive."""
         largest = float(x_nI.abs().max()) if x_nI.numel() else 0.0
         if not largest < float("inf"):
-            raise InputError(
-                f"{name} has inputs that are no numbers on this text; give it a format that keeps activations"
-            )
+            raise InputError(f"{name} has NaN or infinite inputs on this text; give it a format that keeps activations")
         self.found[name] = max(largest, self.found.get(name, 0.0))
 
 

@@ -20,7 +20,9 @@ def claim(out: Path, blueprint: Blueprint) -> None:
     if Plan.load(out / NOTE) != plan:
         raise StaleError(f"{out} holds an export by another plan; name another folder or remove it")
     if (told := outdated(out / NOTE, blueprint)) and not (out / "config.json").exists():
-        raise StaleError(f"{out} was begun by another arithmetic: {told[0]}; finish it with that, or remove the folder")
+        raise StaleError(
+            f"{out} was begun by another version: {told[0]}; finish it with that version, or remove the folder"
+        )
 
 
 def outdated(note: Path, blueprint: Blueprint) -> tuple[str, frozenset[str]] | None:
@@ -65,4 +67,4 @@ def check_free(out: Path, source: Checkpoint) -> None:
     if (out / NOTE).exists():
         Plan.load(out / NOTE, {"source": source.identity})
     elif out.exists() and (not out.is_dir() or any(f.name != "moesaic" for f in out.iterdir())):
-        raise InputError(f"{out} exists and is no export of moesaic's; name another folder or remove it")
+        raise InputError(f"{out} exists and was not written by moesaic; name another folder or remove it")

@@ -150,7 +150,7 @@ def fit_layer(of: Repair, down: Linear, hidden_BTD: Tensor) -> tuple[Tensor, dic
     delta_OI = correction(h_TI, full_BTD.flatten(0, 1).sub_(cut_TD), run.block_bytes)
     if not delta_OI.isfinite().all():
         raise InputError(
-            f"layer {down.layer} gives values that are no numbers on this text, so that no shared expert can be "
+            f"layer {down.layer} gives NaN or infinite values on this text, so no shared expert can be "
             "fitted to it; leave out --repair"
         )
     w_OI, format = weights_of(blueprint, (down,), run.device), format_of(blueprint, (down,))

@@ -22,7 +22,7 @@ from ..errors import PlanError
 
 Steps = tuple[Tensor, ...]  # F32 [OB, IB] each: what a block's codes are multiplied by (and, if affine, offset with)
 
-GAIN = (0.8, 1.6)  # of scales that make up for shrinking, at most; where more is called for, next to nothing is left
+GAIN = (0.8, 1.6)  # bounds of the rescaling factor; outside them the block is mostly zeros
 BAND = 1 << 18  # weights at a time on a CPU: what is made on the way stays in its cache
 LARGEST = float(torch.finfo(torch.bfloat16).max)  # no checkpoint stores more; below it no format's arithmetic overflows
 
@@ -103,7 +103,7 @@ class NumberFormat:
         """Scales of `w_OI` by the standard rule. `shared` overrides the second level (fused siblings)."""
         w_OI = w_OI.float()
         amax = w_OI.abs().max()
-        if not amax <= LARGEST:  # so put, a NaN is caught too
+        if not amax <= LARGEST:  # written as `not <=` so that NaN fails the test too
             raise not_finite(self.name, w_OI.shape)
         if shared is None and self.share is not None:
             shared = self.share(amax)

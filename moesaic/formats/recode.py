@@ -22,7 +22,7 @@ GRID = re.compile(r"(int|affine)(\d)_(?:g(\d+)|channel)")
 def twins(format: str) -> list[str]:
     """Formats that can hold the values of `format`, itself first, then the nearest in size.
 
-    Of an affine matrix its integers are twins where its offsets allow; `recode` refuses the others.
+    An affine format maps to the integer format when its offsets are symmetric; `recode` refuses the others.
     """
     if (found := GRID.fullmatch(format)) is None:
         return [format, *(FORMATS[format].wider if format in FORMATS else ())]

@@ -192,7 +192,7 @@ class Decoder:
         """Raises `InputError` for an id outside the vocabulary."""
         if wrong := [token for token in tokens if not 0 <= token < self.architecture.vocab]:
             raise InputError(
-                f"token {wrong[0]} is none of the {self.architecture.vocab:,} that this model has; "
+                f"token {wrong[0]} is not among the {self.architecture.vocab:,} of this model; "
                 "tokenize with the model's own tokenizer"
             )
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and what is told of the choice. Leaves out penalties and biases on single tokens."""
+"""How the next token is chosen, and which log-probabilities are returned. Leaves out penalties and biases on single tokens."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SEEDS = 2**63
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy by itself. Raises `InputError` for what cannot be meant.
+    """Greedy by default. Raises `InputError` for invalid values.
 
     temperature  0 takes the likeliest token, of equals the lower id
     top_k        only the k likeliest; 0 for all
@@ -72,7 +72,7 @@ def generator(seed: int | None) -> torch.Generator:
 
 
 def choose(logits_V: Tensor, sampling: Sampling, numbers: torch.Generator) -> int:
-    """The next token. Raises `CheckpointError` for logits that are no numbers."""
+    """The next token. Raises `CheckpointError` for NaN or infinite logits."""
     if not logits_V.isfinite().all():
         raise CheckpointError("the model's logits are not finite; `moesaic evaluate` names the layer where that begins")
     if not sampling.temperature:

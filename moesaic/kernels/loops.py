@@ -10,7 +10,7 @@ number a block is left. And a search lays the row out as [n, B], block beside bl
 all blocks are added up side by side, each from its first weight to its last as `formats.base.block_sums` does.
 
 Arrays carry their shapes as suffixes: K columns padded to whole blocks, B blocks of n. What a target needs is
-told in plain numbers, so that one compiled function serves every pair of source and target. Views and
+told in plain numbers, so one compiled function handles every source/target pair. Views and
 buffers are made by the caller, because compiling them costs more than all the arithmetic. All this is one
 file because numba's cache watches only the file of the function that it keeps: an edit elsewhere would go unseen.
 """

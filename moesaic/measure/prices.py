@@ -149,7 +149,7 @@ def offers(checkpoint: Checkpoint, container: Container, formats: Sequence[str])
     Raises `PlanError` for a format there is not, and for a unit that can have none.
     """
     if unknown := [f for f in formats if f != SOURCE and f not in NAMES]:
-        raise PlanError(f"no format {unknown[0]!r}; there are {SOURCE}, {', '.join(NAMES)}")
+        raise PlanError(f"unknown format {unknown[0]!r}; choose from {SOURCE}, {', '.join(NAMES)}")
     found: dict[str, tuple[str, ...]] = {}
     known: dict[tuple[object, ...], tuple[str, ...]] = {}  # matrices alike are asked about once
     for unit, members in checkpoint.architecture.units.items():

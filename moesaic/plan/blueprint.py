@@ -46,7 +46,7 @@ class Blueprint:
         if unknown:
             raise PlanError(f"the plan names units that the model lacks: {sample(unknown)}")
         if plan.container not in CONTAINERS:
-            raise PlanError(f"no container {plan.container!r}; there are {', '.join(CONTAINERS)}")
+            raise PlanError(f"unknown container {plan.container!r}; choose from {', '.join(CONTAINERS)}")
         container = CONTAINERS[plan.container]
         if container.name == source.container.name:  # with the dtypes that the source has there
             container = replace(container, packings=source.container.packings)

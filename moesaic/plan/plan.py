@@ -42,7 +42,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not all(isinstance(name, str) for name in (self.container, self.rounding, *self.formats.values())):
-            raise PlanError("the plan's container, rounding and formats are no names; make it again")
+            raise PlanError("the plan's container, rounding and formats are not names; make it again")
         counts = {len(ids) for ids in self.kept.values()}
         if len(counts) > 1:
             raise PlanError(f"the plan keeps {sorted(counts)} experts in different layers; engines want one count")
@@ -98,7 +98,7 @@ class Plan:
                 drop_mtp=body.get("drop_mtp", False) is True,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path} is no whole plan ({error!r}); make it again") from error
+            raise PlanError(f"{path} is not a complete plan ({error!r}); make it again") from error
 
 
 def dropped(kept: Mapping[int, Sequence[int]], experts: int) -> dict[int, list[int]]:

@@ -202,11 +202,11 @@ def check(source: Checkpoint, recipe: Recipe) -> None:
         raise InputError(f"asked to keep {experts} experts; {why}")
     for name in (recipe.format, recipe.rest):
         if name != SOURCE and name not in NAMES:
-            raise InputError(f"no format {name!r}; there are source, {', '.join(NAMES)}")
+            raise InputError(f"unknown format {name!r}; choose from source, {', '.join(NAMES)}")
     if recipe.rounding not in ROUNDINGS:
-        raise InputError(f"no rounding {recipe.rounding!r}; there are {', '.join(ROUNDINGS)}")
+        raise InputError(f"unknown rounding {recipe.rounding!r}; choose from {', '.join(ROUNDINGS)}")
     if container not in CONTAINERS:
-        raise InputError(f"no container {container!r}; there are {', '.join(CONTAINERS)}")
+        raise InputError(f"unknown container {container!r}; choose from {', '.join(CONTAINERS)}")
     if recipe.limit and not keeps_formats(recipe):
         raise InputError(
             "both a size and a format for experts or the rest were given; with a size, offer several with --formats"

@@ -33,7 +33,7 @@ def convert(
     `CheckError` when the result does not verify.
     """
     if container not in CONTAINERS:
-        raise InputError(f"no container {container!r}; there are {', '.join(CONTAINERS)}")
+        raise InputError(f"unknown container {container!r}; choose from {', '.join(CONTAINERS)}")
     source = Checkpoint.open(model)
     if source.container.name == container:
         raise InputError(f"{model} is in {container} already; name another container")

@@ -84,7 +84,7 @@ def evaluate_export(
             inputs = {"source": source.identity, "export": export.identity}
             scores = (scores or Scores((), NOTHING)).add(more, {"samples": facts}, out / "scores.json", inputs)
         if scores is None:
-            raise InputError(f"no score is asked for; name one or more of {', '.join(THERE_ARE)}")
+            raise InputError(f"no score was asked for; choose from {', '.join(THERE_ARE)}")
         if "kld" in wanted:
             with atomic(out / "kld.txt") as partial:
                 partial.write_text(llama_text(scores) + "\n", encoding="utf-8")
@@ -95,7 +95,7 @@ def chosen(scores: Sequence[str] | None, there_are: Sequence[str], default: Sequ
     """The scores that are asked for, by their present names. Raises `InputError` for an unknown one."""
     wanted = tuple(FORMER.get(s, s) for s in (default if scores is None else scores))
     if unknown := sorted(set(wanted) - set(there_are)):
-        raise InputError(f"no score {unknown[0]!r} here; there are {', '.join(there_are)}")
+        raise InputError(f"unknown score {unknown[0]!r}; choose from {', '.join(there_are)}")
     return wanted
 
 

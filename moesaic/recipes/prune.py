@@ -43,7 +43,7 @@ class Pruning:
     """What is asked for.
 
     experts       that every layer keeps
-    repair        shared experts take over what dropped ones gave, where that helps (see `repair`)
+    repair        fit shared experts to compensate for dropped ones, where that helps (see `repair`)
     check         reopen the result and compare it with the source
     memory_bytes  for hidden states of cuts side by side, where criteria are compared; None: half of what is available
     """

@@ -64,7 +64,7 @@ def quantize(
         ("container", asked.container, CONTAINERS), ("rounding", asked.rounding, ROUNDINGS),
     ):  # fmt: skip
         if name not in there_are:
-            raise InputError(f"no {what} {name!r}; there are {', '.join(there_are)}")
+            raise InputError(f"unknown {what} {name!r}; choose from {', '.join(there_are)}")
     source = Checkpoint.open(model)
     check_free(out, source)
     formats = formats_of(source, asked.format, asked.only, asked.rest)

@@ -1,4 +1,4 @@
-"""What a run has to say: the page, one HTML file that loads nothing; the model card; and both beside the export on the Hub."""
+"""Reports of a run: the page, one HTML file that loads nothing; the model card; and both beside the export on the Hub."""
 
 from pathlib import Path
 

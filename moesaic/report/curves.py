@@ -93,7 +93,7 @@ def closer(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def candidate(axes: Axes, point: Point, x: float) -> None:
-    """An open square where it was predicted, a full one where it was measured, the one that ships larger."""
+    """An open square where it was predicted, a full one where it was measured, the selected plan larger."""
     color = SECOND if point.is_chosen else ACCENT
     side = 9 if point.is_chosen else 6
     if point.measured_nats is not None:

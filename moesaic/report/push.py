@@ -88,6 +88,6 @@ def check_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except ValueError as error:
-        raise InputError(f"{repository!r} is no name of a repository: {error}") from error
+        raise InputError(f"{repository!r} is not a valid repository name: {error}") from error
     if "/" not in repository:
         raise InputError(f"{repository!r} names no owner; write ORGANISATION/NAME")

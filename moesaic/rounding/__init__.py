@@ -11,9 +11,9 @@ ROUNDINGS = collect(__name__, Rounding)
 
 
 def rounding_named(name: str) -> Rounding:
-    """The rounding of that name. Raises `PlanError` for one that there is not."""
+    """The rounding of that name. Raises `PlanError` for an unknown name."""
     if name not in ROUNDINGS:
-        raise PlanError(f"no rounding {name!r}; there are {', '.join(ROUNDINGS)}")
+        raise PlanError(f"unknown rounding {name!r}; choose from {', '.join(ROUNDINGS)}")
     return ROUNDINGS[name]
 
 

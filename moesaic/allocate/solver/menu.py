@@ -1,4 +1,4 @@
-"""What there is to choose: units, their formats, and the bytes and harm of each at every kept count.
+"""The search space: units, their formats, and the bytes and harm of each at every kept count.
 
 Leaves out choosing, and how harm is found where it does not add up expert by expert (measure).
 """

@@ -23,7 +23,7 @@ def search(forfeit_UF: Floats, extra_UF: Ints, price: float, spare: int, ceiling
     Dynamic programming over the units that can move at all, the largest first, so that the small ones are left to
     fill what is left. A partial plan is (bytes spent, nats lost). It goes when another spends no more and has
     no more harm, or when the units to come cannot take it below the ceiling: one of them must move, which
-    loses its toll, and every byte nearer to `spare` loses at least the best rate among them, or the price
+    costs at least its minimum penalty, and every byte nearer to `spare` loses at least the best rate among them, or the price
     of leaving it. Every plan found lowers the ceiling for the rest.
     """
     movable_UF = (extra_UF != 0) & (forfeit_UF < ceiling)

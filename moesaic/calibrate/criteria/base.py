@@ -143,10 +143,10 @@ POLICIES: dict[str, Callable[[Array, Array], Array]] = {  # of ranks [D, L, E] a
 def combine(score_DLE: Array, policy: str, share_D: Array | None = None) -> Array:
     """Scores by domain [D, L, E] into one [L, E] by rank; a domain without a share is not heard.
 
-    Raises `InputError` for a policy there is not.
+    Raises `InputError` for an unknown policy.
     """
     if policy not in POLICIES:
-        raise InputError(f"no domain policy {policy!r}; there are {', '.join(POLICIES)}")
+        raise InputError(f"unknown domain policy {policy!r}; choose from {', '.join(POLICIES)}")
     share_D = np.ones(len(score_DLE)) if share_D is None else share_D
     heard = share_D > 0
     return POLICIES[policy](np.stack([ranks(score_LE) for score_LE in score_DLE[heard]]), share_D[heard])

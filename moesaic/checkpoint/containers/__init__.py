@@ -11,7 +11,7 @@ CONTAINERS = collect(__name__, Container, "names")
 
 
 def container_of(config: Mapping[str, Any]) -> Container:
-    """The container that a config.json declares. Raises `CheckpointError` for one nobody wrote code for."""
+    """The container that a config.json declares. Raises `CheckpointError` for one that is not supported."""
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise CheckpointError(f"config.json has quantization_config = {quantization!r}; wanted an object")

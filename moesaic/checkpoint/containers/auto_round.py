@@ -175,7 +175,7 @@ def formats(architecture: Architecture, config: Mapping[str, Any], names: frozen
 
 
 def asked_format(name: str, quantization: Mapping[str, Any], blocks: Sequence[str]) -> str:
-    """The format that vLLM gives a module of this (engine's) name. Raises `CheckpointError` for one nobody wrote code for."""
+    """The format that vLLM gives a module of this (engine's) name. Raises `CheckpointError` for one that is not supported."""
     extra = table(quantization, "extra_config")
     exact = next((key for key in extra if key == name or name.endswith(f".{key}")), None)
     searched = (key for key in extra if set(key) & set(r"*+?^$()[]{}|\\") and expression(key).search(name))

@@ -259,7 +259,7 @@ def unit_format(unit: str, members: Sequence[Linear], formats: Mapping[str, str]
     for linear in members:
         if rows == 1 and columns and linear.shape[1] % columns:
             raise PlanError(
-                f"{unit} has rows of {linear.shape[1]} weights, no whole groups of {format}'s {columns}; "
+                f"{unit} has rows of {linear.shape[1]} weights, which are not whole groups of {format}'s {columns}; "
                 "give it a format of smaller groups, or bf16"
             )
     for linear in (n for group in siblings(members) for n in group[:-1]):
@@ -315,7 +315,7 @@ def matches(target: str, name: str) -> bool:
 
 
 def format_of(group: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
-    """The format that a config group describes. Raises `CheckpointError` for one nobody wrote code for."""
+    """The format that a config group describes. Raises `CheckpointError` for one that is not supported."""
     wire, weights = group.get("format") or quantization.get("format"), table(group, "weights")
     found = [
         format

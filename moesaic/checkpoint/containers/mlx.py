@@ -146,7 +146,7 @@ def check(linear: Linear, format: str) -> None:
     _, _, group = MODES[format]
     if linear.shape[1] % group:
         raise PlanError(
-            f"{linear.unit} has rows of {linear.shape[1]} weights, no whole groups of {format}'s {group}; "
+            f"{linear.unit} has rows of {linear.shape[1]} weights, which are not whole groups of {format}'s {group}; "
             "give it a format of smaller groups, or bf16"
         )
     if format == "nvfp4" and linear.expert is None:
@@ -158,7 +158,7 @@ def check(linear: Linear, format: str) -> None:
 def formats(architecture: Architecture, config: Mapping[str, Any], names: frozenset[str] | None) -> dict[str, str]:
     """The format of every linear, by the map; of a module that it leaves out, the default, if there are scales on disk.
 
-    Raises `CheckpointError` for a mode nobody wrote code for, and where the tensors are not those of the format.
+    Raises `CheckpointError` for a mode that is not supported, and where the tensors are not those of the format.
     """
     quantization = table(config, "quantization")
     found: dict[str, str] = {}

@@ -81,4 +81,6 @@ def expression(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise CheckpointError(f"config.json has the pattern {pattern!r:.80}, which is none: {error}") from error
+        raise CheckpointError(
+            f"config.json has the pattern {pattern!r:.80}, which is not a valid regular expression: {error}"
+        ) from error

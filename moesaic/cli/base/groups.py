@@ -31,11 +31,11 @@ class ResourceArguments(Arguments):
 def resource_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--memory", type=bytes_of, dest="memory_bytes", metavar="SIZE",
-        help="that this may take: 16GB, 12GiB (default: what is available); changes what is held at once, never a result",
+        help="memory to use: 16GB, 12GiB (default: what is available); never changes a result",
     )  # fmt: skip
     p.add_argument(
         "--threads", type=count_of, metavar="N",
-        help="that products are cut over: part of a result (default: what the run began with, else one a core)",
+        help="CPU threads; results depend on the number (default: that of the run folder, else one per core)",
     )  # fmt: skip
 
 
@@ -48,26 +48,31 @@ class TextArguments(ResourceArguments):
     seed: int
 
 
-def text_options(parser: argparse.ArgumentParser, tokens: str = "to calibrate on") -> None:
+def text_options(parser: argparse.ArgumentParser, tokens: str = "for calibration") -> None:
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="text, one domain a file (code.txt, math.jsonl); else the text of this Python",
+        help="folder of text, one file per domain: code.txt, math.jsonl (default: the Python standard library, for trials only)",
     )
     parser.add_argument(
         "--heldout",
         type=Path,
         metavar="DIR",
-        help="text to judge by; else a part of --data that calibration never sees",
+        help="folder of text for evaluation (default: a part of --data that calibration does not see)",
     )
     parser.add_argument(
-        "--tokens", type=count_of, default=65_536, metavar="N", help=f"tokens {tokens} (default %(default)s)"
+        "--tokens", type=count_of, default=65_536, metavar="N", help=f"number of tokens {tokens} (default %(default)s)"
     )
     parser.add_argument(
-        "--length", type=count_of, metavar="N", help="tokens a row (default 2048, or the model's context)"
+        "--length",
+        type=count_of,
+        metavar="N",
+        help="tokens per row (default 2048, or the model's context if that is shorter)",
     )
-    parser.add_argument("--seed", type=seed_of, default=0, help="of the choice of rows (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed_of, default=0, help="random seed for the choice of rows (default %(default)s)"
+    )
     resource_options(parser)
 
 
@@ -88,16 +93,18 @@ class RankingArguments(Arguments):
 def ranking_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--policy", default="pooled",
-        help="how domains are weighed: pooled, mean, union, intersection, quota (default %(default)s)",
+        help="how domains are combined: pooled, mean, union, intersection or quota (default %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--domains",
         type=shares_of,
         metavar="D=S,…",
-        help="those to be heard, with shares: code=2,math=1 (default: all alike)",
+        help="domains to use, with weights: code=2,math=1 (default: all, with equal weights)",
     )
     p.add_argument(
-        "--until-stable", action="store_true", help="begin with --tokens, and double until the choice stops moving"
+        "--until-stable",
+        action="store_true",
+        help="start with --tokens, and double the text until the selection is stable",
     )
 
 
@@ -112,7 +119,7 @@ def cut_options(p: argparse.ArgumentParser) -> None:
     ranking_options(p)
     p.add_argument(
         "--mtp", default="keep",
-        help="keep or drop a layer for multi-token prediction; a cut has to drop it (default %(default)s)",
+        help="layer for multi-token prediction: keep or drop; pruning needs drop (default %(default)s)",
     )  # fmt: skip
 
 
@@ -137,9 +144,14 @@ class ParallelArguments(ResourceArguments):
 
 def parallel_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--tensor-parallel", type=count_of, metavar="N", help="devices to serve on: refuse what they would not load"
+        "--tensor-parallel",
+        type=count_of,
+        metavar="N",
+        help="number of devices that will serve the result; refuses a result that they could not load",
     )
-    p.add_argument("--expert-parallel", action="store_true", help="with whole experts on each of them")
+    p.add_argument(
+        "--expert-parallel", action="store_true", help="with --tensor-parallel: each device holds whole experts"
+    )
 
 
 def layout(a: ParallelArguments) -> Layout | None:
@@ -156,13 +168,24 @@ class MachineArguments(Arguments):
 
 
 def machine_options(p: argparse.ArgumentParser, required: bool = True) -> None:
-    p.add_argument("--devices", required=required, metavar="NxSIZE", help="2x95GiB, 4xH100NVL, DGX Spark, …")
     p.add_argument(
-        "--context", type=count_of, metavar="N", help="tokens a request may have (default 32768, or the model's)"
+        "--devices",
+        required=required,
+        metavar="NxSIZE",
+        help="number and kind of devices: 2x95GiB, 4xH100NVL, DGX Spark, …",
     )
-    p.add_argument("--kv", default="bf16", help="cache type: bf16 or fp8 (default %(default)s)")
     p.add_argument(
-        "--concurrency", type=count_of, metavar="N", help="requests at once (default 1; 256 for --engine local)"
+        "--context",
+        type=count_of,
+        metavar="N",
+        help="context length of a request, in tokens (default 32768, or the model's if that is shorter)",
+    )
+    p.add_argument("--kv", default="bf16", help="type of the KV cache: bf16 or fp8 (default %(default)s)")
+    p.add_argument(
+        "--concurrency",
+        type=count_of,
+        metavar="N",
+        help="number of simultaneous requests (default 1; for serve --engine local 256)",
     )
 
 
@@ -170,9 +193,9 @@ def rounding_option(p: argparse.ArgumentParser) -> None:
     rounding = p.add_mutually_exclusive_group()
     rounding.add_argument(
         "--rounding",
-        help="how codes are chosen: rtn; search for better scales, weighted by inputs where --data is given; gptq, descent "
-        "or autoround, which look at text (default rtn)",
+        help="rounding method: rtn (to nearest), search (scale search), gptq, descent or autoround; the last three read "
+        "text, and search does if --data is given (default rtn)",
     )  # fmt: skip
     rounding.add_argument(
-        "--scale-search", action="store_const", const="search", dest="rounding", help="the same as --rounding search"
+        "--scale-search", action="store_const", const="search", dest="rounding", help="same as --rounding search"
     )

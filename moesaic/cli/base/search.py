@@ -50,34 +50,54 @@ def budget_options(p: argparse.ArgumentParser) -> None:
         type=bytes_of,
         dest="budget_bytes",
         metavar="SIZE",
-        help="bytes on disk, never exceeded: 90GB, 84GiB; finds the plan",
+        help="find the best plan of at most this size on disk: 90GB, 84GiB",
     )
-    p.add_argument("--devices", metavar="NxSIZE", help="instead of --fit: 2x95GiB, 4xH100NVL, …; with --context")
-    p.add_argument("--context", type=count_of, metavar="N", help="tokens that a request on --devices may have")
-    p.add_argument("--bits", type=bits_of, metavar="B", help="the same as stored bits per weight of the source")
+    p.add_argument(
+        "--devices", metavar="NxSIZE", help="find the best plan that fits on these devices: 2x95GiB, 4xH100NVL, …"
+    )
+    p.add_argument(
+        "--context", type=count_of, metavar="N", help="with --devices: context length of a request, in tokens"
+    )
+    p.add_argument(
+        "--bits",
+        type=bits_of,
+        metavar="B",
+        help="find the best plan of at most so many stored bits per weight of the source",
+    )
 
 
 def offer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--formats", type=names_of, metavar="F,F", help="what --fit may write units in, such as source,nvfp4,int3_g64"
+        "--formats", type=names_of, metavar="F,F", help="formats that such a plan may use: source,nvfp4,int3_g64"
     )
     p.add_argument(
         "--harm",
         default="measured",
-        help="how options are priced: measured, each by running it; surrogate, all by one sweep backward; anchored, "
-        "that with a few of them measured; trace, as PrismaQuant does (default %(default)s)",
+        help="how the cost of an option is found: measured (run each option), surrogate (one backward sweep for all), "
+        "anchored (surrogate, and a few measured) or trace (the method of PrismaQuant) (default %(default)s)",
     )
     p.add_argument(
-        "--hours", type=seconds_of, dest="seconds", metavar="H", help="for measuring prices; the less, the fewer tokens"
+        "--hours",
+        type=seconds_of,
+        dest="seconds",
+        metavar="H",
+        help="hours for finding costs; with less time, fewer tokens are used (default: no limit)",
     )
     p.add_argument(
-        "--experts", type=count_of, metavar="K", help="experts to keep in every layer (default: all, or what fits)"
+        "--experts",
+        type=count_of,
+        metavar="K",
+        help="number of experts to keep in every layer (default: all, or what fits)",
     )
-    p.add_argument("--criterion", default="reap", help="what ranks experts (default %(default)s)")
+    p.add_argument("--criterion", default="reap", help="pruning criterion that ranks experts (default %(default)s)")
     cut_options(p)
     rounding_option(p)
     p.add_argument(
-        "--to", default="compressed_tensors", dest="container", metavar="CONTAINER", help="(default %(default)s)"
+        "--to",
+        default="compressed_tensors",
+        dest="container",
+        metavar="CONTAINER",
+        help="container to write (default %(default)s)",
     )
     parallel_options(p)
     text_options(p)

@@ -96,6 +96,6 @@ def shares_of(text: str) -> dict[str, float]:
         found = {}
     if not found or not all(name and 0 < share < math.inf for name, share in found.items()):
         raise argparse.ArgumentTypeError(
-            f"{text!r} names no shares of domains above 0; write code,math or code=2,math=1"
+            f"{text!r} is not a list of domains with weights above 0; write code,math or code=2,math=1"
         )
     return found

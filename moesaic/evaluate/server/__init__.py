@@ -1,4 +1,4 @@
-"""The artefact as it is served: perplexity, needle and samples through any OpenAI-compatible server.
+"""Evaluation through a running server: perplexity, needle and samples of any OpenAI-compatible one.
 
 A server tells the log-probability of a prompt's tokens (`echo`), so the same rows that a sweep reads can be
 read through it, and the two held against each other. Of the rest of the distribution it tells nothing or a

@@ -137,7 +137,7 @@ def harness(names: Sequence[str], folder: Path | None, limit: int | None, model:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         there_are = ", ".join(sorted(manager.all_tasks)[:8])
-        raise InputError(f"no task {unknown[0]!r} in {folder or 'the harness'}; there are {there_are}")
+        raise InputError(f"unknown task {unknown[0]!r} in {folder or 'the harness'}; choose from {there_are}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):  # its bars: the work that takes time is not the harness's
         found = simple_evaluate(

@@ -1,9 +1,9 @@
-"""A plan's matrices rounded with data: one sweep, each layer calibrated on the outputs of the rounded ones before it.
+"""A plan's matrices rounded on the outputs of the already rounded layers (sequential calibration), in one sweep.
 
 Within a layer too: o sees what rounded q, k and v give, down what rounded gate and up give, and tokens are
 routed as rounded attention routes them. What a server fuses is a group; its matrices go into an overlay as soon
 as they are rounded, and hidden states are saved after each layer, so the same call goes on where it was. Leaves
-out roundings that need no data: `export` does those by itself.
+out roundings that need no data: `export` does those.
 """
 
 import shutil

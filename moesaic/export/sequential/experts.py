@@ -1,7 +1,7 @@
 """The routed experts of one layer, rounded side by side, each by the tokens that are routed to it.
 
 A token counts by the square of its gate, as the expert's error does. What few tokens leave open is taken from
-the layer's tokens at large, put through that very expert: hidden neurons of two experts have nothing to do
+all tokens of the layer, put through that very expert: hidden neurons of two experts have nothing to do
 with each other. An expert that no token chose has nothing else to go by.
 """
 

@@ -31,10 +31,10 @@ RELEASED = ("fp8", "mxfp8")  # containers of the sources, whose one format round
 def intakes(checkpoint: Checkpoint, way: str) -> dict[str, Intake]:
     """Unit -> how its inputs are rounded; units whose inputs are not rounded are left out.
 
-    Raises `InputError` for a way there is not.
+    Raises `InputError` for an unknown one.
     """
     if way not in WAYS:
-        raise InputError(f"no way {way!r} to round activations; there are {', '.join(WAYS)}")
+        raise InputError(f"unknown rounding of activations {way!r}; choose from {', '.join(WAYS)}")
     formats = set() if way == "none" else declared(checkpoint)
     if way == "w4a4":
         formats |= FOUR_BITS

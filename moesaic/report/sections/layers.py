@@ -17,7 +17,7 @@ DRAWINGS = {  # of what each layer has -> what to say of it
         "Routing",
     ),
     "pruned_mass": (
-        "The share of the source’s gates that fell on experts which are no more.",
+        "The share of the source’s routing weight that went to dropped experts.",
         "Gates on dropped experts, by layer",
         "What fell on dropped experts",
     ),

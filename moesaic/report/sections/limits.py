@@ -12,8 +12,8 @@ PYTHON_TEXT = (
     "It shares no document and no paragraph with the text of the calibration."
 )
 CALIBRATED_ON_PYTHON = (
-    "No text was given to calibrate on: that of Python's standard library was used, which is for trying out only. For a model "
-    "that will be used, make it again with text of the kind that it will read (--data FOLDER)."
+    "No calibration text was given, so Python's standard library was used, which is for trials only. For a model that will "
+    "be used, make it again with text like that which it will read (--data FOLDER)."
 )
 UNROUNDED = (
     "Weights are as stored, activations were not rounded. An engine that rounds those too (W4A4, FP8 dynamic) adds an error "

@@ -38,7 +38,7 @@ def section(facts: Facts) -> Section | None:
         "The same questions to both, answered greedily unless a temperature is named. Right means that what an answer cannot do "
         "without is in it; how good it is is for you to read.",
     ]
-    return Section("In their own words", aside, blocks)
+    return Section("Samples", aside, blocks)
 
 
 def verdict(answer: Mapping[str, Any]) -> str:

@@ -27,7 +27,8 @@ def section(facts: Facts) -> Section | None:
         rows.append([f"{score.reading}: {words.name(score.name)}", *cells])
     of = facts.served.facts
     blocks: list[Block] = [Table(("figure", "served", "from its files"), rows)]
-    aside = f"The same rows through {of['server']}, which serves {of['model']}. A server tells no KL."
+    aside = f"The same rows through {of['server']}, which serves {of['model']}. "
+    aside += "A server does not return the full distribution, so no KL."
     if of.get("tokens_before"):
         aside += " It puts a token of its own before every row, which the sweep of the files did not."
     return Section("As it is served", [aside], blocks)

@@ -43,7 +43,7 @@ def described(status: int, message: str, kind: str = "server_error") -> dict[str
 
 
 def status_of(error: MoesaicError) -> int:
-    """The request's own fault, the moment's, or ours: a subclass of `InputError` speaks of the checkpoint."""
+    """400 for a bad request, 429 when busy, 500 otherwise: a subclass of `InputError` speaks of the checkpoint."""
     return 400 if type(error) is InputError else 429 if isinstance(error, BusyError) else 500
 
 
@@ -104,7 +104,7 @@ async def tokenize(request: Request, served: Served) -> Response:
 async def detokenize(request: Request, served: Served) -> Response:
     ids = (await read_body(request, served)).items("tokens", int, "token ids")
     if wrong := [id for id in ids if not 0 <= id < served.checkpoint.architecture.vocab]:
-        raise InputError(f"token {str(wrong[0])[:20]} is none of this model's")
+        raise InputError(f"token {str(wrong[0])[:20]} is not in this model's vocabulary")
     return JSONResponse({"prompt": served.decode(ids, skip_special=False)})
 
 

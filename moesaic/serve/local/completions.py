@@ -29,11 +29,11 @@ def read_prompts(fields: Fields, served: Served) -> tuple[list[list[int]], list[
         elif isinstance(prompt, list) and all(type(id) is int for id in prompt):
             for id in prompt:
                 if not 0 <= id < served.checkpoint.architecture.vocab:
-                    raise InputError(f"token {str(id)[:20]} is none of this model's")
+                    raise InputError(f"token {str(id)[:20]} is not in this model's vocabulary")
             ids.append(prompt)
             texts.append(served.decode(prompt))
         else:
-            raise InputError("prompt is no text, no list of token ids, and no list of either; send one of them")
+            raise InputError("prompt is not a text, a list of token ids, or a list of either; send one of them")
     return ids, texts
 
 

@@ -21,7 +21,7 @@ class Fields:
             body = json.loads(raw, parse_constant=no_number)
             json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no text
         except (ValueError, RecursionError) as error:
-            raise InputError(f"the body is no JSON ({error}); send one object") from error
+            raise InputError(f"the body is not valid JSON ({error}); send one object") from error
         if not isinstance(body, dict):
             raise InputError(f"the body is a JSON {type(body).__name__}; wanted one object")
         return Fields(body)
@@ -71,7 +71,7 @@ class Fields:
 
 
 def no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON's")
+    raise ValueError(f"{word} is not valid JSON")
 
 
 def shown(value: Any) -> str:

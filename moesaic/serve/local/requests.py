@@ -57,7 +57,7 @@ def read_wish(fields: Fields, served: Served, logprobs: int | None, new_tokens: 
     """Raises `InputError` for a field of the wrong kind, and for one that would change the answer and cannot here."""
     asked = fields.text("model", served.name)
     if asked != served.name:
-        raise InputError(f"there is no model {str(asked)[:80]!r} here; ask for {served.name!r}")
+        raise InputError(f"unknown model {str(asked)[:80]!r}; ask for {served.name!r}")
     for name in ("presence_penalty", "frequency_penalty", "min_p"):
         fields.refuse(name, 0)
     for name in NOT_FOLLOWED:
