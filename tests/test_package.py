@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import moesaic
 from moesaic.cli import main
@@ -35,3 +36,14 @@ def test_a_wheel_takes_along_every_file_that_is_no_code():
     others = {p for p in ROOT.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
     assert ROOT / "py.typed" in others, "type checkers ask for it"
     assert others - taken == set()
+
+
+def test_every_range_holds_the_version_that_is_tested():
+    """A dependency that no line of constraints.txt fixes would be another one tomorrow; Triton is torch's own choice."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    lines = (ROOT.parent / "constraints.txt").read_text().splitlines()
+    exact = {r.name: str(r.specifier).removeprefix("==") for r in map(Requirement, lines[1:])}
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    ranges = {r.name: r.specifier for r in map(Requirement, wanted)}
+    assert ranges.keys() - exact.keys() == {"triton"} and exact.keys() <= ranges.keys()
+    assert [name for name, version in exact.items() if version not in ranges[name]] == []

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the client has
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import Checkpoint
