@@ -151,3 +151,10 @@ def test_every_card_states_its_bandwidth_and_a_size_has_none(released):
     assert all(card.link or card.per_node == 1 for card in CARDS)
     at = Footprint.of(Shapes.of(released("m2.7")), Machine.parse("4x95GiB"), Layout(4))
     assert speeds(at, 1000, 1) == []
+
+
+def test_a_model_of_a_test_is_not_divided_by(m2):
+    """Its step takes no whole microsecond."""
+    at = Footprint.of(Shapes.of(m2), Machine.parse("H200"), Layout(1))
+    (found, *_) = speeds(at, 64, 1)
+    assert found.tokens_second == 1_000_000

@@ -63,6 +63,8 @@ def speed(at: Footprint, context: int, requests: int) -> Speed:
     if sums.value:
         step += sums.value / link * MICROSECONDS
         formula += f" + {sums.value:,} / {link:,} × {MICROSECONDS:,}"
+    if step < 1:  # of a model as small as those of tests; no device begins a step more often
+        step, formula = 1, "1"
     least = Figure("a step takes at least", int(step), formula, "µs")
     rate = requests * MICROSECONDS / least.value
     most = Figure("tokens a second, at most", int(rate), f"{requests} × {MICROSECONDS:,} / {least.value:,}", "tokens")
