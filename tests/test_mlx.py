@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import replica
 import torch
 from folders import deal, write_folder
 from hypothesis import given
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from moesaic.checkpoint import Checkpoint
 from moesaic.checkpoint.containers import CONTAINERS
 from moesaic.checkpoint.shards import plan_shards
+from moesaic.cli import main
 from moesaic.errors import CheckpointError, PlanError
 from moesaic.export import export
+from moesaic.measure import offers
 from moesaic.plan import Plan
 from moesaic.plan.blueprint import Blueprint
 from moesaic.plan.pieces import sorted_pieces
@@ -131,8 +134,26 @@ def test_plans_that_mlx_does_not_load_are_refused(m2: Checkpoint) -> None:
     narrow = m2.family.read(m2.config | {"intermediate_size": 96})
     with pytest.raises(PlanError, match=r"layers\.0\.experts has rows of 96 weights.*affine4_g64's 64"):
         MLX.config(narrow, dict.fromkeys(m2.formats, "affine4_g64"), m2.config)
-    with pytest.raises(PlanError, match="every matrix would be BF16"):
-        config(dict.fromkeys(m2.formats, "bf16"))
+
+
+def test_what_mlx_would_round_again_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kv_b_proj, by its name, before the first byte; and compress leaves it as it is."""
+    source = Checkpoint.open(replica.make(tmp_path / "kimi", "kimi_k2"))
+    asked = ("quantize", source.path, tmp_path / "out", "--format", "mxfp4", "--only", "linears", "--to", "mlx")
+    assert main([*map(str, asked), "--quiet"]) == 2
+    assert "layers.0.kv_b holds kv_b_proj, which mlx-lm cuts in two" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists() and not list((tmp_path / "out").glob("*.safetensors"))
+    offered = offers(source, MLX, ("source", "mxfp4", "affine4_g64"))
+    assert offered["layers.0.kv_b"] == ("source",)
+    assert {of for unit, of in offered.items() if not unit.endswith("kv_b")} == {("source", "mxfp4", "affine4_g64")}
+
+
+def test_a_model_of_bf16_alone_says_that_experts_are_stacked(mixtral: Checkpoint, tmp_path: Path) -> None:
+    formats = dict.fromkeys(mixtral.architecture.units, "bf16")
+    out = export(mixtral, Plan("mlx", {}, formats), tmp_path / "out", quiet=True)
+    assert out.container.name == "mlx" and set(out.formats.values()) == {"bf16"}
+    assert not [name for name in out.stored if ".experts." in name]
+    assert verify(out.path, mixtral, quiet=True).holds
 
 
 # Through export ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def load(path: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
 def worst(model: torch.nn.Module, source: Checkpoint, decoded: dict[str, torch.Tensor], dtype: torch.dtype) -> float:
     """Largest difference of a parameter from our values, relative to the largest weight of its matrix."""
     theirs, a = dict(model.named_parameters()), source.architecture
-    prefix = "model.language_model.layers." if a.family == "minimax_m3_vl" else "model.layers."
+    prefix = "model.layers." if "vision_config" not in source.config else "model.language_model.layers."
     wanted = {}
     for layer in range(a.layers):
         for name, ours in source.family.wiring.parameters(a, layer).items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import CheckpointError, PlanError
 from ...families import Architecture, Linear
 from ...formats import FORMATS, Scales
-from .base import Container, Packing, Part, Place, compare, stream_bytes, table
+from .base import Container, Packing, Part, Place, check_loadable, compare, stream_bytes, table
 from .unquantized import BF16
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -102,7 +102,8 @@ def config(architecture: Architecture, formats: Mapping[str, str], source: Mappi
     """The quantization map, by every module's path.
 
     Raises `PlanError` for experts of one layer whose formats differ within a projection, rows that are not whole
-    groups, NVFP4 outside the experts, and a model of BF16 alone: nothing in it would say that experts are stacked.
+    groups, NVFP4 outside the experts, and what the family says mlx-lm would not load. The default is the commonest
+    format; a model of BF16 alone has one too, which nothing follows, so that its map says that experts are stacked.
     """
     chosen: dict[str, str] = {}
     weights: Counter[str] = Counter()
@@ -113,12 +114,7 @@ def config(architecture: Architecture, formats: Mapping[str, str], source: Mappi
         check(linear, format)
         weights[format] += linear.elements
     weights.pop("bf16", None)
-    if not weights:
-        raise PlanError(
-            "every matrix would be BF16, and mlx-lm reads a BF16 model in the unquantized container; "
-            "write that, or give the experts a format"
-        )
-    ((common, _),) = weights.most_common(1)
+    common = max(weights, key=weights.__getitem__, default="affine4_g64")
     small = [t.name.removesuffix(".weight") for t in architecture.tensors if t.role in ("embedding", "head", "router")]
     return {
         **described(common),
@@ -141,6 +137,7 @@ def entry(format: str) -> dict[str, Any] | bool:
 
 def check(linear: Linear, format: str) -> None:
     """Refuse what mlx-lm would not load. Raises `PlanError`."""
+    check_loadable("mlx", linear.unit, (linear,), format)
     if format == "bf16":
         return
     _, _, group = MODES[format]
