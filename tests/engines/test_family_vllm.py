@@ -95,7 +95,8 @@ def drop_the_prefix(config: Config, tensors: Tensors) -> None:
 
 PLANTED: list[tuple[str, Callable[[Config, Tensors], None]]] = [
     ("qwen3_moe", quantize_the_router), ("olmoe", missing_scale), ("mixtral", swapped_nibbles), ("glm4_moe", drop_a_correction),
-    ("glm4_moe_lite", swap_experts), ("deepseek_v3", one_group_short), ("kimi_k2", swapped_nibbles), ("kimi_k25", drop_the_prefix),
+    ("glm4_moe_lite", swap_experts), ("deepseek_v3", one_group_short), ("kimi_k2", swapped_nibbles),
+    ("kimi_k25", drop_the_prefix),
 ]  # fmt: skip
 
 
