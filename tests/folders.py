@@ -92,3 +92,22 @@ def saved(source: Checkpoint, folder: Path) -> Path:
     shutil.copytree(source.path, folder)
     AutoConfig.from_pretrained(source.path).save_pretrained(folder)
     return folder
+
+
+TOWER = {  # transformers' key -> Kimi's
+    "hidden_size": "vt_hidden_size",
+    "intermediate_size": "vt_intermediate_size",
+    "num_hidden_layers": "vt_num_hidden_layers",
+    "num_attention_heads": "vt_num_attention_heads",
+    "pos_emb_height": "init_pos_emb_height",
+    "pos_emb_width": "init_pos_emb_width",
+}
+
+
+def reword_tower(folder: Path) -> None:
+    """The sizes of Kimi-K2.5's tower in transformers' words, which knows no others and takes the released sizes without them."""
+    config = json.loads((folder / "config.json").read_text())
+    if "vt_hidden_size" in (tower := config.get("vision_config", {})):
+        tower |= {theirs: tower[kimis] for theirs, kimis in TOWER.items()}
+        config["projection_hidden_size"] = tower["mm_hidden_size"]
+        (folder / "config.json").write_text(json.dumps(config))

@@ -15,7 +15,7 @@ import pytest
 import replica
 import torch
 import transformers
-from folders import deal, write_folder
+from folders import deal, reword_tower, write_folder
 from safetensors.torch import load_file, save_file
 from test_transformers_loads import B16, ENGINE, F32, WHY, worst
 from transformers import (
@@ -52,30 +52,12 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Check
     return cache(lambda family: Checkpoint.open(replica.make(root / family, family)))
 
 
-TOWER = {  # transformers' key -> Kimi's
-    "hidden_size": "vt_hidden_size",
-    "intermediate_size": "vt_intermediate_size",
-    "num_hidden_layers": "vt_num_hidden_layers",
-    "num_attention_heads": "vt_num_attention_heads",
-    "pos_emb_height": "init_pos_emb_height",
-    "pos_emb_width": "init_pos_emb_width",
-}
-
-
-def reword(path: Path) -> None:
-    """config.json in words that transformers reads."""
-    config = json.loads((path / "config.json").read_text())
-    if config["model_type"] == "kimi_k2":
-        config["model_type"] = "deepseek_v3"
-    if tower := config.get("vision_config"):
-        tower |= {theirs: tower[kimis] for theirs, kimis in TOWER.items()}
-        config["projection_hidden_size"] = tower["mm_hidden_size"]
-    (path / "config.json").write_text(json.dumps(config))
-
-
 def load(path: Path, family: str, dtype: torch.dtype) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
-    reword(path)
+    if family == "kimi_k2":
+        config = json.loads((path / "config.json").read_text()) | {"model_type": "deepseek_v3"}
+        (path / "config.json").write_text(json.dumps(config))
+    reword_tower(path)
     model, report = CLASSES[family].from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():  # dense modules are decompressed by the first forward pass
