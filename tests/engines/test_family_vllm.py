@@ -170,7 +170,7 @@ def test_vllm_loads_what_was_exported(
     e, r = ("bf16" if part == "source" else part for part in (named, rest))
     columns = "unquantized" if experts == "source" else "compressed_tensors"
     loads.note(
-        record_property, "vLLM 0.32", family, f"{columns}, other families", f"{e}, half of them" if halved else e, r
+        record_property, "vLLM 0.32", family, f"{columns}{loads.OTHERS}", f"{e}, half of them" if halved else e, r
     )
 
 
@@ -183,7 +183,10 @@ def test_vllm_leaves_mtp_to_the_class_that_drafts(
     config = json.loads((Path(report["ckpt"]) / "config.json").read_text())
     assert faults(report).keys() == {"dropped"}
     assert all(name.startswith(f"model.layers.{config['num_hidden_layers']}.") for name in report["dropped"])
-    loads.note(record_property, "vLLM 0.32", family, "compressed_tensors, other families", "mxfp4, with MTP", "bf16")
+    said = "yes, but for MTP's"
+    loads.note(
+        record_property, "vLLM 0.32", family, f"compressed_tensors{loads.OTHERS}", "mxfp4, with MTP", "bf16", said
+    )
 
 
 @pytest.mark.parametrize(("family", "fault"), PLANTED, ids=[f"{family}-{fault.__name__}" for family, fault in PLANTED])
