@@ -37,8 +37,8 @@ NOTES = """## Notes
 * vLLM fuses M3's indexer with q/k/v and loads that matrix neither in NVFP4 nor, from auto-round, in integers.
 * The small M3's k and v have no 128 rows, and vLLM wants whole squares in all but the last matrix that it fuses: so
   fp8_block experts are beside a BF16 rest there. The released shapes have whole squares.
-* The other families are exported from BF16, but for "once fp8" and "int4, as they are", which only some are released in.
-  vLLM's check builds and fills its model classes of them and runs none.
+* The other families are exported from BF16, but for "as released", "once fp8" and "int4, as they are", of which each has
+  what its vendor releases it in. vLLM's check builds and fills its model classes of them and runs none.
 * mlx-lm cuts kv_b_proj of latent attention in two; affine codes it rounds again then, and others it does not read. So it
   is BF16 there, and moesaic refuses any other format of it for MLX.
 * MTP: only GLM-4.x and DeepSeek-V3 have that layer. mlx-lm drops it, of DeepSeek-V3 by its released number, 61: with
