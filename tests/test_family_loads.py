@@ -39,7 +39,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "kimi_k25": Kimi_K25ForConditionalGeneration,
 }  # fmt: skip
 FAMILY = pytest.mark.parametrize("family", CLASSES)
-CONTAINER, COLUMNS = "compressed_tensors", "compressed_tensors, other families"
+CONTAINER, COLUMNS = "compressed_tensors", f"compressed_tensors{loads.OTHERS}"
 LOADS = [
     ("mxfp4", "mxfp8", B16), ("int4_g64", "int4_g64", B16), ("fp8_channel", "fp8_channel", F32),
     *(pytest.param(experts, "bf16", B16, marks=pytest.mark.long) for experts in ("mxfp4", "int4_g64")),
@@ -105,7 +105,7 @@ def test_transformers_loads_what_was_pruned(
     with torch.no_grad():
         out = export(source, plan, tmp_path / "out", quiet=True)
     check(load(out.path, family, B16), out, B16, {n.name: out.decode(n.name) for n in out.architecture.linears})
-    columns, experts = (COLUMNS, "mxfp4") if rest != "bf16" else ("unquantized, other families", "bf16")
+    columns, experts = (COLUMNS, "mxfp4") if rest != "bf16" else (f"unquantized{loads.OTHERS}", "bf16")
     loads.note(record_property, ENGINE, family, columns, f"{experts}, half of them", rest, said_of(family))
 
 

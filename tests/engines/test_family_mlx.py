@@ -138,7 +138,7 @@ def note(
     latent = "kv_lora_rank" in replica.text(replica.released(replica.TINY[family][0]))
     outcome = "same logits" + ", kv_b in bf16" * (latent and r != "bf16")
     plain = experts == rest == "source"
-    container = "unquantized, other families" if plain else "mlx, other families"
+    container = f"unquantized{loads.OTHERS}" if plain else f"mlx{loads.OTHERS}"
     loads.note(record, ENGINE, family, container, f"{e}, half of them" if halved else e, r, outcome)
 
 
@@ -293,4 +293,4 @@ def test_mlx_shows_planted_faults(
     (path / "config.json").write_text(json.dumps(config))
     said = folders.said(path)[path.name]
     assert "error" in said or difference(folders.found(path), wanted) > 10 * TOLERANCE
-    record_property(loads.FAULTS, f"{fault.__name__} ({family}, MLX)")
+    record_property(loads.FAULTS, f"{fault.__name__} in MLX ({family})")

@@ -35,6 +35,10 @@ KINDS: dict[str, tuple[str | list[str], str, bool]] = {
     "pruned": ("source", "source", True),
     "pruned-mixed": (["mxfp4", "int4_g64"], "fp8_channel", True),
 }
+# (family, what its vendor releases it in): cut to half, every byte of what stays the vendor's
+VENDORS = [
+    ("qwen3_moe", "fp8"), ("glm4_moe", "fp8_channel"), ("deepseek_v3", "fp8"), ("kimi_k2", "fp8"), ("kimi_k25", "int4"),
+]  # fmt: skip
 WITH_MTP = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 CASES = [(family, kind) for family in FAMILIES for kind in KINDS]
 
@@ -138,6 +142,14 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             with torch.no_grad():
                 twin(export(sources[family], plan(sources[family], kind), out, quiet=True))
             folders.append(with_processor(out))
+    for family, vendors in VENDORS:
+        if f"{family}-of-{vendors}" in asked:
+            narrow = {"q_lora_rank": 128} if vendors == "fp8" and family != "qwen3_moe" else {}
+            source = Checkpoint.open(replica.make(root / f"{family}-in-{vendors}", family, vendors, **narrow))
+            out = root / f"{family}-of-{vendors}"
+            with torch.no_grad():
+                twin(export(source, plan(source, "pruned"), out, quiet=True))
+            folders.append(with_processor(out))
     for family in WITH_MTP:
         if f"{family}-mtp" in asked:
             source = Checkpoint.open(replica.make(root / f"{family}-whole", family, mtp=True))
@@ -170,8 +182,19 @@ def test_vllm_loads_what_was_exported(
     e, r = ("bf16" if part == "source" else part for part in (named, rest))
     columns = "unquantized" if experts == "source" else "compressed_tensors"
     loads.note(
-        record_property, "vLLM 0.32", family, f"{columns}, other families", f"{e}, half of them" if halved else e, r
+        record_property, "vLLM 0.32", family, f"{columns}{loads.OTHERS}", f"{e}, half of them" if halved else e, r
     )
+
+
+@pytest.mark.parametrize(("family", "source"), VENDORS, ids=[f"{family}-of-{source}" for family, source in VENDORS])
+def test_vllm_loads_what_was_cut_from_a_vendors_formats(
+    family: str, source: str, reports: dict[str, dict[str, Any]], record_property: loads.Record
+) -> None:
+    report = reports[f"{family}-of-{source}"]
+    assert not faults(report)
+    assert report["tensors"] > 0 and report["decoded_layers"] > 0
+    rest = "bf16" if source == "int4" else source
+    loads.note(record_property, "vLLM 0.32", family, f"as released{loads.OTHERS}", f"{source}, half of them", rest)
 
 
 @pytest.mark.parametrize("family", WITH_MTP, ids=[f"{family}-mtp" for family in WITH_MTP])
@@ -183,7 +206,10 @@ def test_vllm_leaves_mtp_to_the_class_that_drafts(
     config = json.loads((Path(report["ckpt"]) / "config.json").read_text())
     assert faults(report).keys() == {"dropped"}
     assert all(name.startswith(f"model.layers.{config['num_hidden_layers']}.") for name in report["dropped"])
-    loads.note(record_property, "vLLM 0.32", family, "compressed_tensors, other families", "mxfp4, with MTP", "bf16")
+    said = "yes, but for MTP's"
+    loads.note(
+        record_property, "vLLM 0.32", family, f"compressed_tensors{loads.OTHERS}", "mxfp4, with MTP", "bf16", said
+    )
 
 
 @pytest.mark.parametrize(("family", "fault"), PLANTED, ids=[f"{family}-{fault.__name__}" for family, fault in PLANTED])
