@@ -33,7 +33,7 @@ from moesaic.stream import LayerRun, State
 pytestmark = pytest.mark.engines
 SIDE = Path(__file__).with_name("mlx_side.py")
 ENGINE = "mlx-lm 0.32"
-TOLERANCE = 1e-3  # on logits, whose standard deviation is about 1.3
+TOLERANCE = 1e-4  # on logits, whose standard deviation is about 1.3
 TOKENS = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(3))
 FAMILIES = tuple(sorted(replica.TINY))
 
@@ -292,5 +292,5 @@ def test_mlx_shows_planted_faults(
     save_file(tensors, path / "model.safetensors", {"format": "mlx"})
     (path / "config.json").write_text(json.dumps(config))
     said = folders.said(path)[path.name]
-    assert "error" in said or difference(folders.found(path), wanted) > 10 * TOLERANCE
+    assert "error" in said or difference(folders.found(path), wanted) > 100 * TOLERANCE
     record_property(loads.FAULTS, f"{fault.__name__} in MLX ({family})")
