@@ -491,6 +491,17 @@ def test_mtp_kept(make, tmp_path, capsys, family):
     assert found["device"]["weight_bytes"] == found["disk_bytes"] - mtp, "a server leaves it on the disk"
 
 
+def test_vendors_fp8_of_mtp_goes_where_nothing_holds_it_only_without(make, tmp_path, capsys):
+    """MLX has no FP8: what says so names the way out."""
+    source = make("deepseek_v3", "fp8", mtp=True)
+    call = ("quantize", source.path, tmp_path / "out", "--format", "mxfp4", "--rest", "bf16", "--to", "mlx")
+    assert "layers.3." in (said := refused(capsys, *call)) and said.endswith("(--mtp drop)")
+    go(capsys, *call, "--mtp", "drop")
+    out = Checkpoint.open(tmp_path / "out")
+    assert not out.architecture.has_mtp and out.config["num_nextn_predict_layers"] == 0
+    assert "choose from keep, drop" in refused(capsys, *call, "--mtp", "leave")
+
+
 @pytest.mark.parametrize(("experts", "mtp", "share"), [(6, "drop", 0.32), (8, "drop", 0.35), (8, "keep", 0.75)])
 def test_a_budget_beside_mtp(make, data, tmp_path, capsys, experts, mtp, share):
     """Bytes are counted without it or with it, and what is allowed is nearly used; matrices are rounded on text."""

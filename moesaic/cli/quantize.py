@@ -13,6 +13,7 @@ from .base.groups import (
     TextArguments,
     corpus,
     layout,
+    mtp_option,
     parallel_options,
     rounding_option,
     text_options,
@@ -33,6 +34,7 @@ class Quantize(TextArguments, ParallelArguments):
     container: str
     rounding: str | None
     check: bool
+    mtp: str
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -57,6 +59,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="container to write (default %(default)s)",
     )
     rounding_option(p)
+    mtp_option(p)
     parallel_options(p)
     p.add_argument("--no-verify", action="store_false", dest="check", help="do not verify the result")
     text_options(p)
@@ -68,7 +71,7 @@ def run(a: Quantize) -> dict[str, Any]:
 
     asked = Quantizing(
         format=a.format, only=a.only, rest=a.rest, container=a.container, rounding=a.rounding or "rtn",
-        layout=layout(a), check=a.check,
+        layout=layout(a), check=a.check, mtp=a.mtp,
     )  # fmt: skip
     reads = asked.rounding in ROUNDINGS and bool(ROUNDINGS[asked.rounding].needs)
     with trying_out(reads and a.data is None):

@@ -4,6 +4,6 @@ plan.py is the decision, blueprint.py the model that it describes, pieces.py the
 tensors that come from elsewhere. Leaves out how a plan is found (allocate) and carried out (export).
 """
 
-from .plan import DROP, SOURCE, Plan, dropped
+from .plan import DROP, KEEP, SOURCE, Plan, dropped
 
-__all__ = ["DROP", "SOURCE", "Plan", "dropped"]
+__all__ = ["DROP", "KEEP", "SOURCE", "Plan", "dropped"]

@@ -212,9 +212,12 @@ def twin(container: Container, unit: str, members: Sequence[Linear], format: str
         if holds(container, other):
             return other
     others = [c.name for c in CONTAINERS.values() if any(holds(c, other) for other in twins(format))]
+    way = f"round the unit to {', '.join(container.packings)}"
+    if members[0].role == "mtp":
+        way = f"leave the layer for multi-token prediction out (--mtp {DROP})"
     raise PlanError(
         f"{unit} is in {format}, and {container.name} has no format that holds its values as they are; "
-        f"{' and '.join(others)} would keep them, or round the unit to {', '.join(container.packings)}"
+        f"{' and '.join(others)} would keep them, or {way}"
     )
 
 

@@ -19,7 +19,7 @@ from ..export.sequential import overlaid_on_text
 from ..fit import Layout, check_layout
 from ..formats import NAMES
 from ..lock import held
-from ..plan import SOURCE, Plan, overlay
+from ..plan import DROP, KEEP, SOURCE, Plan, overlay
 from ..plan.blueprint import Blueprint
 from ..resources import THREADS
 from ..rounding import ROUNDINGS, informed
@@ -40,6 +40,7 @@ class Quantizing:
     rounding   one of rounding/; one that looks at data, or "search" where the text is the user's, reads text
     layout     how the result will be served, if that is known: what an engine would not load so is refused
     check      reopen the result and compare it with the source
+    mtp        "keep" or "drop" a layer for multi-token prediction, which is never rounded
     """
 
     format: str
@@ -49,6 +50,7 @@ class Quantizing:
     rounding: str = "rtn"
     layout: Layout | None = None
     check: bool = True
+    mtp: str = KEEP
 
 
 def quantize(
@@ -62,13 +64,15 @@ def quantize(
         ("format", asked.format, NAMES), ("scope", asked.only, SCOPES),
         ("format for the rest", asked.rest, (SOURCE, *NAMES)),
         ("container", asked.container, CONTAINERS), ("rounding", asked.rounding, ROUNDINGS),
+        ("answer to --mtp", asked.mtp, (KEEP, DROP)),
     ):  # fmt: skip
         if name not in there_are:
             raise InputError(f"unknown {what} {name!r}; choose from {', '.join(there_are)}")
     source = Checkpoint.open(model)
     check_free(out, source)
     formats = formats_of(source, asked.format, asked.only, asked.rest)
-    plan = Plan(asked.container, formats=formats, rounding=informed(asked.rounding, corpus.is_own))
+    rounding = informed(asked.rounding, corpus.is_own)
+    plan = Plan(asked.container, formats=formats, rounding=rounding, drop_mtp=asked.mtp == DROP)
     if asked.layout is not None:
         check_layout(Blueprint.of(source, plan), asked.layout)
     source.check_values()

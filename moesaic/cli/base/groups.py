@@ -117,6 +117,10 @@ class CutArguments(RankingArguments):
 
 def cut_options(p: argparse.ArgumentParser) -> None:
     ranking_options(p)
+    mtp_option(p)
+
+
+def mtp_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--mtp", default="keep",
         help="layer for multi-token prediction: keep or drop; pruning needs drop (default %(default)s)",
