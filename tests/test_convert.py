@@ -223,9 +223,10 @@ def test_twins_are_in_every_container_somewhere() -> None:
     assert {twin for format in carried for twin in twins(format)} <= carried
 
 
-def test_bf16_alone_stays_out_of_mlx(tmp_path: Path) -> None:
-    """Nothing in such a folder would say that its experts are stacked, and it could not be opened again."""
-    source = tiny.make(tmp_path / "bf16", "minimax_m2", "bf16")
-    with pytest.raises(PlanError, match="mlx-lm reads a BF16 model in the unquantized container"):
-        convert(source, tmp_path / "out", "mlx", quiet=True)
-    assert not (tmp_path / "out").exists()
+def test_bf16_alone_goes_into_mlx(tmp_path: Path) -> None:
+    """The map of config.json says that experts are stacked, so it can be opened again."""
+    source = Checkpoint.open(tiny.make(tmp_path / "bf16", "minimax_m2", "bf16"))
+    convert(source.path, tmp_path / "out", "mlx", quiet=True)
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.container.name == "mlx" and set(out.formats.values()) == {"bf16"}
+    assert all(torch.equal(out.decode(n.name), source.decode(n.name)) for n in source.architecture.linears)
