@@ -60,8 +60,8 @@ def architecture(family: str, config: Config, outer: str = "") -> Architecture:
 
 def wired(architecture: Architecture, number: int) -> dict[str, tuple[str, ...]]:
     at = f"{architecture.layer_prefix}{number}."
-    attention = {"q_lora_rank": 1} if f"{at}self_attn.q_a_proj" in architecture.by_name else {}
-    names = [*(f"{name}.weight" for name in NORMS), *mla.parameters(attention)]
+    in_two_steps = f"{at}self_attn.q_a_proj" in architecture.by_name
+    names = [*(f"{name}.weight" for name in NORMS), *mla.parameters(in_two_steps)]
     return as_on_disk(at, [*names, *parameters(number in architecture.routers)])
 
 

@@ -64,9 +64,9 @@ def small_tensors(prefix: str, config: Config, layer: int) -> list[TensorInfo]:
     return norms(f"{prefix}{layer}.self_attn.", sizes)
 
 
-def parameters(config: Config) -> list[str]:
-    """Names within a layer, which are those of transformers."""
-    q = ["q_proj"] if config.get("q_lora_rank") is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
+def parameters(in_two_steps: bool) -> list[str]:
+    """Names within a layer, which are those of transformers; queries may be made in one step or two."""
+    q = ["q_a_proj", "q_a_layernorm", "q_b_proj"] if in_two_steps else ["q_proj"]
     return [f"self_attn.{n}.weight" for n in (*q, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")]
 
 
