@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import replica
+import tiny
 import torch
 import torch.nn.functional as F
 from forward import final
@@ -163,6 +164,16 @@ def test_logits_are_those_of_transformers(make, reference, family, source):
     wanted = logits(reference(checkpoint.path), tokens_BT)
     assert (ours(LayerRun(checkpoint), tokens_BT) - wanted).abs().max() < TOLERANCE
     assert (ours(LayerRun(checkpoint, block_bytes=64 << 10), tokens_BT) - wanted).abs().max() < TOLERANCE
+
+
+def test_queries_may_be_made_in_one_step(make, tmp_path):
+    """Without `q_lora_rank`, as smaller models of the kind have it."""
+    config = json.loads((make("deepseek_v3").path / "config.json").read_text()) | {"q_lora_rank": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = tiny.values(FAMILIES["deepseek_v3"].read(config), {}, 0, 8.0)
+    save_file({name: w.contiguous() for name, w in values.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    wanted = logits(whole(tmp_path, tmp_path / "whole"), text(2, 60))
+    assert (ours(LayerRun(Checkpoint.open(tmp_path)), text(2, 60)) - wanted).abs().max() < TOLERANCE
 
 
 def gradient(found: dict[str, Tensor], n: Linear) -> Tensor:
