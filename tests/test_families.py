@@ -20,17 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from whole import decoded, logits, whole
 
+from moesaic.allocate.candidates import menu_of, plan_of, uniform
+from moesaic.allocate.setting import Setting
+from moesaic.allocate.sizes import stored_bytes
+from moesaic.calibrate.criteria.base import ordered
+from moesaic.calibrate.selection import Ranking
 from moesaic.checkpoint import Checkpoint
 from moesaic.cli import main
 from moesaic.data.tokens import Tokenizer
 from moesaic.errors import PlanError
+from moesaic.export import export
 from moesaic.families import FAMILIES, Linear
 from moesaic.generate import Decoder, Sampling, end_tokens, generate
+from moesaic.measure import Options, Price, Prices
+from moesaic.measure.surrogate import Sums
 from moesaic.plan import Plan
 from moesaic.plan.blueprint import Blueprint
 from moesaic.serve.local import Room, local
 from moesaic.stream import LayerRun, State
-from moesaic.stream.backward import Listener, retreat, tail
+from moesaic.stream.backward import GatePass, Listener, retreat, tail
+from moesaic.stream.router import route
 from moesaic.verify import verify
 
 KEY = "a-key-of-tests"
@@ -442,6 +451,27 @@ def test_each_group_keeps_its_best(make, data, tmp_path, capsys, criterion):
             )
 
 
+@pytest.mark.parametrize("family", ("deepseek_v3", "olmoe", "qwen3_moe"))
+def test_gates_after_a_cut_are_routed_anew(make, family):
+    """What surrogate prices say a cut changes in a layer's gates, against routing of every token anew: dropping an expert
+    that a token did not select moves it all the same where groups or a softmax over all decide."""
+    run = LayerRun(make(family))
+    a, layer = run.architecture, run.architecture.moe_layers[-1]
+    router, order_E = run.router(layer), torch.randperm(a.experts, generator=torch.Generator().manual_seed(0)).tolist()
+    order_E = ordered(-np.argsort(order_E).astype(float), np.zeros(a.experts, bool), a.groups).tolist()
+    x_TD = torch.randn(200, a.hidden, generator=torch.Generator().manual_seed(1))
+    seen, slope_TE = route(router, x_TD), torch.randn(200, a.experts, generator=torch.Generator().manual_seed(2))
+    counts = tuple(count for count in a.counts if count < a.experts)
+    sums = Sums(Options({}, counts, np.zeros((0, a.experts))), {}, order_E, run, 200)
+    sums.wanted(seen)
+    sums.gates(GatePass(seen, slope_TE))
+    before_T = (seen.gates_Tk * slope_TE.gather(1, seen.experts_Tk)).sum(1)
+    for kept in counts:
+        there = route(router, x_TD, order_E[kept:])
+        after_T = (there.gates_Tk * slope_TE.gather(1, there.experts_Tk)).sum(1)
+        assert torch.allclose(sums.sums[layer, kept], after_T - before_T, atol=1e-6)
+
+
 def test_surrogate_prices_of_grouped_experts(make, data, tmp_path, capsys):
     """What a cut changes is also felt by tokens that never selected a dropped expert: their groups' scores move."""
     offer = ("--harm", "surrogate", "--formats", "source,mxfp4", "--data", data, *TEXT)
@@ -500,6 +530,22 @@ def test_mtp_kept(make, tmp_path, capsys, family):
     assert found["disk_bytes"] == sum(t.bytes for t in source.inventory)
     mtp = sum(source.stored[name].info.bytes for name in there)
     assert found["device"]["weight_bytes"] == found["disk_bytes"] - mtp, "a server leaves it on the disk"
+
+
+@pytest.mark.parametrize("mtp", ("keep", "drop"))
+def test_bytes_with_mtp_are_those_of_the_folder(make, tmp_path, mtp):
+    """What the search counts for the source's formats, beside what is written: its experts too, or nothing of it."""
+    source = make("glm4_moe", mtp=True)
+    a, free = source.architecture, Price(0.0, 0.0)
+    setting = Setting(source, tmp_path, Ranking(mtp=mtp))
+    units = {unit: {"source": free} for unit in setting.offer.units(source)}
+    order_LE = np.tile(np.arange(a.experts), (len(a.moe_layers), 1))
+    prices = Prices(units, {layer: {} for layer in a.moe_layers}, order_LE, tokens=0)
+    menu = menu_of(setting.sized, setting.container, prices, [a.experts])
+    formats, size, _ = uniform(menu, "source", 0)
+    export(source, plan_of(setting, prices, formats, a.experts), tmp_path / "out", quiet=True)
+    there = stored_bytes(tmp_path / "out")
+    assert there <= size < 1.02 * there + 20_000
 
 
 def test_vendors_fp8_of_mtp_goes_where_nothing_holds_it_only_without(make, tmp_path, capsys):

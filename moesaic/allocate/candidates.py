@@ -85,7 +85,8 @@ def menu_of(
         bytes_FK = np.stack([option_bytes(source, container, unit, format, kept) for format in of])
         choices.append(Choice(unit, tuple(of), bytes_FK, harm_F1 + dropped_K))
     unpriced = [unit for unit, members in source.architecture.units.items() if members[0].role == "mtp"]
-    still = sum(int(option_bytes(source, container, unit, SOURCE, [0])[0]) for unit in unpriced)
+    whole = [source.architecture.experts]  # it stays only where all experts do
+    still = sum(int(option_bytes(source, container, unit, SOURCE, whole)[0]) for unit in unpriced)
     fixed = fixed_bytes(source, kept) + listed * listed_bytes(source, kept) + still
     weights = sum(n.elements for n in source.architecture.linears) + sum(
         t.elements for t in source.architecture.tensors
