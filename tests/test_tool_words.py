@@ -25,7 +25,7 @@ TURNS = {  # template -> its family, what stands before an answer and after it, 
 }
 PARSERS = {
     "qwen3": ("hermes", "qwen3"), "qwen3_coder": ("qwen3_coder", ""), "glm4": ("glm47", "glm45"), "glm4_moe": ("glm45", "glm45"),
-    "deepseek_v3": ("deepseek_v3", "deepseek_r1"), "deepseek_v31": ("deepseek_v31", "deepseek_v3"),
+    "deepseek_v3": ("deepseek_v3", "deepseek_v3"), "deepseek_v31": ("deepseek_v31", "deepseek_v3"),
     "kimi_k2": ("kimi_k2", "kimi_k2"),
 }  # fmt: skip
 TEMPLATE = pytest.mark.parametrize("template", sorted(TURNS))
@@ -91,6 +91,13 @@ def test_the_template_tells_the_talk(template):
     talk = talk_of(template)
     assert (talk.tool_parser, talk.reasoning_parser) == PARSERS[template]
     assert bool(talk.think[0]) == TURNS[template][3]
+
+
+def test_r1_is_told_by_the_thought_that_its_template_begins():
+    """vLLM's reader for R1 takes an answer without its end for thoughts alone, which would leave V3 without content."""
+    template = (TEMPLATES / "deepseek_v3.jinja").read_text() + "{{ '<｜Assistant｜><think>\\n' }}"
+    assert FAMILIES["deepseek_v3"].talk(template).reasoning_parser == "deepseek_r1"
+    assert FAMILIES["deepseek_v3"].talk("").reasoning_parser == "deepseek_v3"
 
 
 @pytest.mark.parametrize("family", sorted({family for family, *_ in TURNS.values()}))

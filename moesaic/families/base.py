@@ -195,7 +195,7 @@ class Architecture:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Experts that a layer can keep, ascending, up to all."""
-        open_ = max(1, max(router.kept_groups for router in self.routers.values()))
+        open_ = max(router.kept_groups for router in self.routers.values())
         return tuple(
             kept
             for kept in range(self.top_k, self.experts + 1)
@@ -260,7 +260,6 @@ class Serving:
     head_width: int
     cached_layers: int  # layers that keep a key and a value of every kv head
     cuts: Mapping[str, str]
-    value_width: int = 0  # of a head's values, where it is another than of its keys
     latent_width: int = 0  # of what all heads' keys and values are made of, cached once and whole on every device (MLA)
     index_layers: int = 0  # layers that keep one indexer key besides, whole on every device
     index_width: int = 0

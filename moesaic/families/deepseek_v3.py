@@ -23,7 +23,7 @@ from .base import (
 from .blocks import as_on_disk, ends, norms
 from .deepseekmoe import MTP_KEY, check, mlp, mtp, optional, parameters, routers, small_tensors
 from .rope import plain_rope
-from .stated import MOST_LAYERS, Config, count, expect, section
+from .stated import MOST_LAYERS, Config, allow, count, expect, section
 from .talk import Markup, Talk
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -70,6 +70,7 @@ def read_kimi(config: Config) -> Architecture:
     expect(config, "model_type", "kimi_k25")
     text = section(config, "text_config")
     expect(text, "model_type", "kimi_k2", "deepseek_v3")
+    allow(text, MTP_KEY, 0)  # no release has one, and a cut would leave it whole
     found = architecture("kimi_k25", text, "language_model.")
     return replace(found, tensors=(*found.tensors, *vision(config, text["hidden_size"])))
 
@@ -135,7 +136,10 @@ NUMBERED = Markup(
     numbered=True,
 )
 THINK = ("<think>", "</think>")
-V3 = Talk(THINK, FENCED, "```json", "deepseek_v3", "deepseek_r1")
+R1 = Talk(
+    THINK, FENCED, "<｜Assistant｜><think>", "deepseek_v3", "deepseek_r1"
+)  # its reader takes all for thoughts at first
+V3 = Talk(THINK, FENCED, "```json", "deepseek_v3", "deepseek_v3")
 V3_1 = Talk(THINK, BARE, "<｜tool▁calls▁begin｜>", "deepseek_v31", "deepseek_v3")
 KIMI = Talk(THINK, NUMBERED, "<|tool_calls_section_begin|>", "kimi_k2", "kimi_k2")
 
@@ -178,7 +182,7 @@ def flat(name: str, reference: str, *talks: Talk) -> Family:
     )
 
 
-DEEPSEEK_V3 = flat("deepseek_v3", "https://huggingface.co/deepseek-ai/DeepSeek-V3", V3, V3_1, V3)
+DEEPSEEK_V3 = flat("deepseek_v3", "https://huggingface.co/deepseek-ai/DeepSeek-V3", R1, V3, V3_1, V3)
 KIMI_K2 = flat("kimi_k2", "https://huggingface.co/moonshotai/Kimi-K2-Instruct", KIMI)
 KIMI_K25 = Family(
     name="kimi_k25",

@@ -74,6 +74,6 @@ def serving(config: Config) -> Serving:
     """Of the latent there is one for all heads, so that any number of devices may share them."""
     return Serving(
         heads=config["num_attention_heads"], kv_heads=1,
-        head_width=config["qk_nope_head_dim"] + config["qk_rope_head_dim"], value_width=config["v_head_dim"],
+        head_width=config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
         latent_width=config["kv_lora_rank"] + config["qk_rope_head_dim"], cached_layers=config["num_hidden_layers"], cuts={},
     )  # fmt: skip

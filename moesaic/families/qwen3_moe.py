@@ -149,7 +149,7 @@ QWEN3_MOE = Family(
         split=Split(),
     ),
     engine=Engine(lambda name: name, serving),
-    talks=(CODER, THINKING, INSTRUCT, THINKING),
+    talks=(CODER, THINKING, INSTRUCT, THINKING),  # the last: of a bare config
     dtypes={"weight_scale_inv": "BF16"},
     released=released,
 )

@@ -122,11 +122,14 @@ def read_json(text: str, wanted: type) -> Found | None:
     return (found,) if isinstance(found, wanted) else None
 
 
+SPACE = re.compile(r"\s*")
+
+
 def read_object(text: str, at: int) -> tuple[dict[str, Any], int] | None:
     """The JSON object that begins at `at` after white space, and where it ends; None where there is no whole one."""
-    start = len(text) - len(text[at:].lstrip())
+    decoder = json.JSONDecoder(parse_constant=refuse, parse_float=finite)
     try:
-        found, end = json.JSONDecoder(parse_constant=refuse, parse_float=finite).raw_decode(text, start)
+        found, end = decoder.raw_decode(text, SPACE.match(text, at).end())  # type: ignore[union-attr]
     except (ValueError, RecursionError):
         return None
     return (found, end) if isinstance(found, dict) else None

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ...families import Markup
-from .arguments import Value, fits, read_object
+from .arguments import SPACE, Value, fits, read_object
 from .schema import ANY, Shape
 
 DEPTH = 64  # of elements in each other
@@ -236,7 +236,6 @@ class Search:
         return SPACE.match(self.text, at).end()  # type: ignore[union-attr]
 
 
-SPACE = re.compile(r"\s*")
 NAME = re.compile(rf"[^\s<]{{1,{LONGEST_NAME}}}")
 
 
